@@ -1,0 +1,171 @@
+"""Every setting of the engine, once. The CLI's flags and ``LLM``'s keywords are generated from these fields.
+
+Each dataclass is frozen and owned by one room. ``setting()`` attaches the help text that ``--help`` prints.
+Unset values that depend on the model or the machine are None here and resolved by pure functions that return
+concrete numbers (``opsin.engine.build``); nothing is ever written back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from opsin.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def setting(default: Any, help: str, *, factory: Callable[[], Any] | None = None) -> Any:
+    """A dataclass field with the sentence that ``--help`` and the docs print."""
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _require(ok: bool, name: str, got: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {got!r}; it must be {expected}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how its weights are loaded."""
+
+    model: str = setting("demo", "Hugging Face id, local folder, or 'demo' for the model inside the package.")
+    tokenizer: str | None = setting(None, "Folder or id of the tokenizer; the model's own by default.")
+    revision: str | None = setting(None, "Branch, tag or commit on the hub.")
+    dtype: DType = setting("auto", "Weights and activations; 'auto' is bfloat16 on a GPU, the checkpoint's on a CPU.")
+    load_format: Literal["auto", "safetensors", "dummy"] = setting("auto", "'dummy' fills the weights at random.")
+    max_model_len: int | None = setting(None, "Longest prompt plus answer, in tokens; the model's own limit by default.")
+    hf_overrides: Mapping[str, Any] = setting(None, "Values that replace config.json's (JSON).", factory=dict)
+    trust_remote_code: bool = setting(False, "Accepted for compatibility; opsin never runs a checkpoint's code.")
+    runner: Literal["auto", "generate", "pooling"] = setting("auto", "Generate text, or pool embeddings.")
+    seed: int = setting(0, "Seed of dummy weights and of requests that bring none.")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "model", self.model, "a model id or a folder")
+        _require(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Where keys, values and vision features are kept."""
+
+    block_size: int = setting(16, "Tokens per KV block.")
+    gpu_memory_utilization: float = setting(0.92, "Share of the device's memory that opsin may use.")
+    kv_cache_memory_bytes: int | None = setting(None, "Bytes of KV cache; by default planned from a measured run.")
+    num_gpu_blocks_override: int | None = setting(None, "Number of KV blocks, for tests.")
+    enable_prefix_caching: bool = setting(True, "Share the KV blocks of equal prompt prefixes, pictures included.")
+    vision_cache_gb: float = setting(1.0, "GiB of vision features kept for reuse and for encoding ahead.")
+
+    def __post_init__(self) -> None:
+        _require(self.block_size >= 1, "block_size", self.block_size, "at least 1")
+        fraction = self.gpu_memory_utilization
+        _require(0.0 < fraction <= 1.0, "gpu_memory_utilization", fraction, "above 0 and at most 1")
+        _require(self.vision_cache_gb >= 0, "vision_cache_gb", self.vision_cache_gb, "0 or more")
+        blocks = self.num_gpu_blocks_override
+        _require(blocks is None or blocks >= 1, "num_gpu_blocks_override", blocks, "at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """How much one step may do."""
+
+    max_num_seqs: int | None = setting(None, "Requests that run at once; 256 on a GPU, 32 on a CPU by default.")
+    max_num_batched_tokens: int | None = setting(None, "Tokens per step; 8192 on a GPU, 2048 on a CPU by default.")
+    max_num_batched_patches: int | None = setting(None, "Vision patches encoded per step; 16384 by default.")
+    pixel_buffer_gb: float = setting(1.0, "GiB of decoded pixels held while they wait for the vision tower.")
+    scheduling_policy: Literal["fcfs", "priority"] = setting("fcfs", "Order of waiting requests.")
+    pipeline_depth: int | None = setting(None, "Steps in flight: 1 or 2; 2 on a GPU, 1 on a CPU by default.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_batched_patches"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.pixel_buffer_gb > 0, "pixel_buffer_gb", self.pixel_buffer_gb, "above 0")
+        _require(self.pipeline_depth in (None, 1, 2), "pipeline_depth", self.pipeline_depth, "1 or 2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaConfig:
+    """What pictures are let in, and who decodes them."""
+
+    limit_mm_per_prompt: Mapping[str, int] = setting(
+        None, "Most items per prompt and modality: 'image=2' or JSON.", factory=dict
+    )
+    mm_processor_kwargs: Mapping[str, Any] = setting(
+        None, "Settings of the model's picture processor (JSON).", factory=dict
+    )
+    allowed_local_media_path: str | None = setting(None, "Folder whose files may be named by file: URLs.")
+    allowed_media_domains: tuple[str, ...] = setting((), "Hosts that http(s) URLs may name; all public ones if empty.")
+    allow_private_media_hosts: bool = setting(False, "Let http(s) URLs reach loopback and private addresses.")
+    image_fetch_timeout_s: float = setting(5.0, "Total time to fetch one picture, in seconds.")
+    media_workers: int | None = setting(
+        None, "Processes that decode and resize; by default by cores and load, 0 for in-process."
+    )
+    media_decode_timeout_s: float = setting(30.0, "A worker that takes longer for one picture is killed, in seconds.")
+    max_image_pixels: int = setting(178_956_970, "Larger pictures are refused before they are decoded.")
+    max_media_bytes: int = setting(256 * 2**20, "Larger files are refused.")
+    image_alpha: Literal["white", "drop"] = setting(
+        "white", "Flatten transparent pictures on white, or drop alpha as plain convert('RGB') does."
+    )
+
+    def __post_init__(self) -> None:
+        for modality, count in self.limit_mm_per_prompt.items():
+            _require(modality in ("image", "video"), "limit_mm_per_prompt", modality, "keyed by 'image' or 'video'")
+            _require(isinstance(count, int) and count >= 0, f"limit_mm_per_prompt[{modality!r}]", count, "0 or more")
+        _require(self.image_fetch_timeout_s > 0, "image_fetch_timeout_s", self.image_fetch_timeout_s, "above 0")
+        _require(self.media_decode_timeout_s > 0, "media_decode_timeout_s", self.media_decode_timeout_s, "above 0")
+        workers = self.media_workers
+        _require(workers is None or workers >= 0, "media_workers", workers, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig:
+    """Where it runs."""
+
+    device: str = setting("auto", "Torch device: 'auto' is 'cuda' where there is one, else 'cpu'.")
+    tensor_parallel_size: int = setting(1, "GPUs that share one model.")
+    num_threads: int | None = setting(None, "Torch threads on a CPU; by default torch's own choice.")
+    enforce_eager: bool = setting(False, "No CUDA graphs.")
+
+    def __post_init__(self) -> None:
+        _require(self.tensor_parallel_size >= 1, "tensor_parallel_size", self.tensor_parallel_size, "at least 1")
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}; only 1 is implemented so far. "
+                "Run one engine per GPU instead."
+            )
+        _require(self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, "at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All settings of one engine, by owner."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
+    media: MediaConfig = dataclasses.field(default_factory=MediaConfig)
+    device: DeviceConfig = dataclasses.field(default_factory=DeviceConfig)
+
+    @classmethod
+    def from_flat(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """Build from one flat mapping, as the CLI and YAML files give it.
+
+        Raises:
+            ConfigError: a name that no group owns, or a value out of range.
+        """
+        groups: dict[str, Any] = {}
+        known: set[str] = set()
+        for group in dataclasses.fields(cls):
+            owner = group.default_factory  # each group's default factory is its class
+            names = {field.name for field in dataclasses.fields(owner)}  # type: ignore[arg-type]
+            known |= names
+            groups[group.name] = owner(**{k: v for k, v in settings.items() if k in names})  # type: ignore[misc]
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(f"Unknown setting{'s' * (len(unknown) > 1)}: {', '.join(unknown)}. See --help.")
+        return cls(**groups)

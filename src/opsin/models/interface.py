@@ -1,0 +1,53 @@
+"""What the runner asks of a model. Families implement it in their ``model.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.types import MediaLayout, ModelSpec
+
+
+class VisionLanguageModel(Protocol):
+    """Tower, projector and decoder behind four calls. All tensors are on the model's device.
+
+    ``spec`` says what planning needs.
+    """
+
+    spec: ModelSpec
+
+    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
+        """Run tower and projector on the pictures of many requests, packed.
+
+        Args:
+            tiles: per item, its uint8 (height, width, 3) tiles as its plan orders them.
+
+        Returns:
+            (sum of num_features, feature_width) in the items' order, in the model's dtype.
+        """
+        ...
+
+    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, (T, D)."""
+        ...
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        positions_AT: torch.Tensor,
+        attention: AttentionInputs,
+        caches: Sequence[LayerCache],
+    ) -> torch.Tensor:
+        """Run the decoder, writing this step's keys and values into ``caches``.
+
+        Returns:
+            (T, D), after the final norm.
+        """
+        ...
+
+    def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """(B, V) in float32."""
+        ...

@@ -1,0 +1,96 @@
+"""The torch-free half of a model family: what its pictures become, in pixels, features and prompt tokens.
+
+A family's ``rule.py`` implements ``MediaRule``. The front uses it to admit a request from header sizes alone; media
+workers carry out the ``PixelPlan`` it returns. No torch and no transformers here, so that both start fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from opsin.types import MediaItem, MediaLayout, Modality
+
+
+class TokenRun(NamedTuple):
+    """``count`` prompt positions holding ``token_id``; ``is_feature`` marks those that take the item's features."""
+
+    token_id: int
+    count: int = 1
+    is_feature: bool = False
+
+
+class Placeholder(NamedTuple):
+    """How a prompt marks the place of one item.
+
+    Attributes:
+        text: what a chat template or a caller writes, for the ``index``-th item where it is numbered
+            (``"<|image_{index}|>"`` counts from 1).
+        token_id: the single token that ``text`` becomes, where it is one; None where the tokenizer would split
+            ``text``, so that the text must be cut at ``pattern`` before it is tokenised.
+        pattern: regular expression that matches ``text``.
+    """
+
+    text: str
+    token_id: int | None
+    pattern: str
+
+
+class Positions(NamedTuple):
+    """Rotary positions that are not sequential: ``axes`` lists, one per axis, each as long as the prompt."""
+
+    axes: Sequence[Sequence[int]]
+    delta: int
+
+
+class TokenIds(Protocol):
+    """The little of a tokenizer that a rule may use."""
+
+    def convert_tokens_to_ids(self, token: str) -> int | None: ...
+
+
+class MediaRule(Protocol):
+    """What one family does with media; pure functions of sizes."""
+
+    def placeholder(self, modality: Modality) -> Placeholder:
+        """How prompts mark one item.
+
+        Raises:
+            RequestError: the family takes no such modality.
+        """
+        ...
+
+    def max_items(self, modality: Modality) -> int | None:
+        """The most items a prompt of this family can hold; None is no limit, 0 means the modality is not taken."""
+        ...
+
+    def layout(
+        self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
+    ) -> MediaLayout:
+        """Pixels to make and features to expect for an upright source of this size.
+
+        Args:
+            num_frames: frames already chosen for a video, 1 for pictures.
+            options: ``mm_processor_kwargs``: per-request settings that override the processor config's.
+
+        Raises:
+            RequestError: an unknown option.
+            MediaError: a size this family cannot take.
+        """
+        ...
+
+    def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
+        """The layout of features that the caller computed; ``extras`` are the keys given beside them."""
+        ...
+
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
+        """The prompt tokens that replace the ``index``-th (from 1) placeholder; its features sum to the layout's."""
+        ...
+
+    def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
+        """Position ranges whose tokens all see one another; ``spans`` are the items' [start, end) ranges."""
+        ...
+
+    def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
+        """Rotary positions of the expanded prompt, or None when they are 0, 1, 2, ..."""
+        ...

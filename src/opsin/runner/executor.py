@@ -1,0 +1,72 @@
+"""The seam between the engine and whatever runs its steps.
+
+``InlineExecutor`` (``opsin.runner.inline``) runs them in this process; an executor over several ranks would send the
+same bytes to each. Plans and results are plain data, so no caller can tell the difference.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from opsin.types import ModelSpec, StepPlan, StepResult
+
+
+class Pixels(NamedTuple):
+    """One item's tiles as its ``PixelPlan`` orders them: frames, then views, then rows and columns.
+
+    ``data`` is flat uint8; tile i is (height_i, width_i, 3), RGB.
+    """
+
+    data: np.ndarray
+
+
+class Embedding(NamedTuple):
+    """Features computed by the caller: float (num_features, feature_width)."""
+
+    data: np.ndarray
+
+
+Payload = Pixels | Embedding
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes on the device, as measured and decided at start.
+
+    ``peak_step_bytes`` is the most that activations took in a step at full budgets.
+    """
+
+    total_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    feature_bytes: int
+    peak_step_bytes: int
+    num_blocks: int
+    block_size: int
+
+
+class PendingStep(Protocol):
+    """A launched step. ``result`` waits for it."""
+
+    def result(self) -> StepResult: ...
+
+
+class Executor(Protocol):
+    """Runs step plans, in order."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def memory(self) -> MemoryPlan: ...
+
+    def put_payload(self, key: bytes, payload: Payload) -> None:
+        """Hold an item's pixels or embedding until a plan encodes or drops them."""
+        ...
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step; returns without waiting for the device."""
+        ...
+
+    def shutdown(self) -> None: ...
