@@ -5,6 +5,9 @@ Unset values that depend on the model or the machine are None here and resolved 
 concrete numbers (``opsin.engine.build``); nothing is ever written back.
 """
 
+# Values come from callers and files, so they are checked whatever their types promise.
+# pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -38,7 +41,9 @@ class ModelConfig:
     revision: str | None = setting(None, "Branch, tag or commit on the hub.")
     dtype: DType = setting("auto", "Weights and activations; 'auto' is bfloat16 on a GPU, the checkpoint's on a CPU.")
     load_format: Literal["auto", "safetensors", "dummy"] = setting("auto", "'dummy' fills the weights at random.")
-    max_model_len: int | None = setting(None, "Longest prompt plus answer, in tokens; the model's own limit by default.")
+    max_model_len: int | None = setting(
+        None, "Longest prompt plus answer, in tokens; the model's own limit by default."
+    )
     hf_overrides: Mapping[str, Any] = setting(None, "Values that replace config.json's (JSON).", factory=dict)
     trust_remote_code: bool = setting(False, "Accepted for compatibility; opsin never runs a checkpoint's code.")
     runner: Literal["auto", "generate", "pooling"] = setting("auto", "Generate text, or pool embeddings.")

@@ -3,6 +3,9 @@
 Names, defaults and meanings are vLLM's (and OpenAI's where vLLM follows it). Unknown names raise.
 """
 
+# Values come from callers and files, so they are checked whatever their types promise.
+# pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
+
 from __future__ import annotations
 
 import math
@@ -150,6 +153,8 @@ class BeamSearchParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
 
     def __post_init__(self) -> None:
         if not 1 <= self.beam_width <= MAX_N:
-            raise RequestError(f"beam_width is {self.beam_width}; it must be between 1 and {MAX_N}.", param="beam_width")
+            raise RequestError(
+                f"beam_width is {self.beam_width}; it must be between 1 and {MAX_N}.", param="beam_width"
+            )
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens}; it must be at least 1.", param="max_tokens")

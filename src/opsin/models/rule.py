@@ -16,7 +16,7 @@ class TokenRun(NamedTuple):
     """``count`` prompt positions holding ``token_id``; ``is_feature`` marks those that take the item's features."""
 
     token_id: int
-    count: int = 1
+    count: int = 1  # pyright: ignore[reportIncompatibleMethodOverride]  # hides tuple.count
     is_feature: bool = False
 
 

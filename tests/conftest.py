@@ -1,0 +1,23 @@
+"""What holds for every test: one thread, no network, and GPU tests only where there is a GPU."""
+
+import os
+
+# Read when torch, tokenizers and huggingface_hub are first imported, so before any test module is.
+os.environ["OMP_NUM_THREADS"] = "1"  # spinning OpenMP threads turn milliseconds into seconds on a busy machine
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch  # here only: tests of the policy rooms must not pay for it
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False")
+        for item in gpu_items:
+            item.add_marker(skip)
