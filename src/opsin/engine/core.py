@@ -1,0 +1,126 @@
+"""The engine: requests in, steps run, updates out. READ THIS FIRST.
+
+    add ─► scheduler ─► plan ─► executor.launch ─► commit ─► updates
+              ▲                                       │
+              └──────────── request state ◄───────────┘
+
+A step is three acts. ``plan`` decides, without torch, what runs: slots and counts, never sampled values. ``launch``
+starts it on the device and does not wait. ``commit`` puts the results into request state. With a pipeline two deep,
+commit(n) comes after launch(n + 1), so the device never waits for Python.
+
+Pictures: ``take_needs`` says which items the engine wants pixels of; whoever drives the engine has them decoded and
+hands them in with ``put_payload`` (or ``fail_media``). The engine alone owns the caches; a picture whose features or
+prompt prefix are cached is never asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from opsin.errors import EngineDeadError
+from opsin.runner.executor import Executor, Payload, PendingStep
+from opsin.scheduler import Scheduler
+from opsin.types import EngineRequest, MediaNeed, RequestUpdate, StepPlan
+
+logger = logging.getLogger(__name__)
+
+
+class _Flight(NamedTuple):
+    plan: StepPlan
+    pending: PendingStep
+
+
+class EngineCore:
+    """Single-threaded: whoever owns it calls everything from one thread."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, *, pipeline_depth: int) -> None:
+        self.executor = executor
+        self._scheduler = scheduler
+        self._depth = pipeline_depth
+        self._in_flight: deque[_Flight] = deque()
+        self._updates: list[RequestUpdate] = []
+        self._dead: BaseException | None = None
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it could never run here.
+            EngineDeadError: the engine has stopped.
+        """
+        self._require_alive()
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; unknown and finished ones are ignored. Its last update comes with the next step."""
+        update = self._scheduler.abort(request_id)
+        if update is not None:
+            self._updates.append(update)
+
+    # --------------------------------------------------------------------------------------- media
+
+    def take_needs(self) -> list[MediaNeed]:
+        """Items whose payload the engine wants, in the order in which it wants them; each is asked for once."""
+        return self._scheduler.take_needs()
+
+    def put_payload(self, key: bytes, payload: Payload) -> None:
+        """Answer a need. Payloads nobody waits for any more are ignored."""
+        if self._scheduler.wants(key):
+            self.executor.put_payload(key, payload)
+            self._scheduler.media_ready(key)
+
+    def fail_media(self, key: bytes, message: str, code: str | None) -> None:
+        """A need cannot be met: the requests that show this item fail, and no others."""
+        self._updates += self._scheduler.media_failed(key, message, code)
+
+    # --------------------------------------------------------------------------------------- steps
+
+    @property
+    def has_work(self) -> bool:
+        """Requests are unfinished, or updates wait to be fetched."""
+        return bool(self._updates) or bool(self._in_flight) or self._scheduler.has_work
+
+    def step(self) -> list[RequestUpdate]:
+        """Plan and launch one step if anything can run, and commit the oldest one that is due.
+
+        Returns at once, without updates, while everything waits for media.
+
+        Raises:
+            EngineDeadError: the device or a kernel failed; every request has been failed.
+        """
+        self._require_alive()
+        try:
+            plan = self._scheduler.plan()
+            if plan is not None:
+                self._in_flight.append(_Flight(plan, self.executor.launch(plan)))
+            if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
+                oldest = self._in_flight.popleft()
+                self._updates += self._scheduler.commit(oldest.plan, oldest.pending.result())
+        except Exception as error:
+            # Requests are validated before they get here, so this is a bug or a broken device: nothing on it is
+            # to be trusted any more.
+            logger.exception("The engine failed in a step and has stopped.")
+            self._dead = error
+            self._in_flight.clear()
+            raise EngineDeadError(f"The engine failed in a step and has stopped: {error}") from error
+        updates, self._updates = self._updates, []
+        return updates
+
+    def shutdown(self) -> None:
+        """Drop what is in flight and free the device's memory."""
+        self._in_flight.clear()
+        self._dead = self._dead or RuntimeError("shut down")
+        self.executor.shutdown()
+
+    def stats(self) -> Sequence[tuple[str, float]]:
+        """Gauges and counters of the scheduler, by name."""
+        return self._scheduler.stats()
+
+    def _require_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"The engine has stopped: {self._dead}. Make a new one.") from self._dead

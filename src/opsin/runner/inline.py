@@ -1,0 +1,34 @@
+"""The executor that runs steps in the engine's own process, on one device."""
+
+from __future__ import annotations
+
+from opsin.runner.executor import MemoryPlan, Payload, PendingStep
+from opsin.runner.runner import ModelRunner
+from opsin.types import ModelSpec, StepPlan
+
+
+class InlineExecutor:
+    """``Executor`` over one ``ModelRunner``."""
+
+    def __init__(self, runner: ModelRunner, memory: MemoryPlan) -> None:
+        self._runner = runner
+        self._memory = memory
+        runner.allocate_kv(memory.num_blocks)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._runner.model.spec
+
+    @property
+    def memory(self) -> MemoryPlan:
+        return self._memory
+
+    def put_payload(self, key: bytes, payload: Payload) -> None:
+        self._runner.put_payload(key, payload)
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        return self._runner.launch(plan)
+
+    def shutdown(self) -> None:
+        """Free the KV cache; weights go with the executor."""
+        self._runner.allocate_kv(0)

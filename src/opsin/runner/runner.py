@@ -1,0 +1,196 @@
+"""Runs one ``StepPlan`` on one device: open slots, encode pictures, run the decoder, draw tokens.
+
+Nothing here decides what runs; the plan does. Nothing here waits for the device before ``PendingStep.result``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from opsin.kernels.inputs import LayerCache
+from opsin.models.interface import VisionLanguageModel
+from opsin.params import PoolingParams, SamplingParams
+from opsin.runner.executor import Payload
+from opsin.runner.inputs import StepInputs, build_inputs
+from opsin.runner.sampler import SampledTokens, SampleRow, logprob_lists, prompt_logprobs, sample
+from opsin.runner.slots import SlotTable
+from opsin.runner.vision import VisionStore
+from opsin.types import PositionLogprobs, RowPlan, RowResult, StepPlan, StepResult
+
+
+class ModelRunner:
+    """Model, KV cache and per-request tables of one device."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.block_size = block_size
+        self.vision = VisionStore(model, device, dtype)
+        self._caches: list[LayerCache] = []
+        self._slots = SlotTable(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_axes=model.spec.num_position_axes,
+            device=device,
+        )
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make a KV cache of ``num_blocks`` blocks, the scratch block 0 included; replaces any former one."""
+        self._caches = []
+        for layer in self.model.spec.layers:
+            shape = (num_blocks, self.block_size, layer.num_kv_heads, layer.head_dim)
+            # Zeros, since attention may multiply unwritten slots by a weight of exactly 0, and 0 * NaN is NaN.
+            key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            self._caches.append(LayerCache(key, value))
+
+    def put_payload(self, key: bytes, payload: Payload) -> None:
+        self.vision.put(key, payload)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Start a step. Steps must be launched in the order in which they were planned."""
+        self.vision.drop(plan.drop_features, plan.drop_payloads)
+        for opened in plan.opened:
+            self._slots.open(opened)
+        if plan.encode:
+            self.vision.encode(plan.encode)
+        for row in plan.rows:
+            if row.new_blocks:
+                self._slots.append_blocks(row.slot, row.new_blocks)
+        if not plan.rows:
+            return LaunchedStep(plan.step, [], None, [], self.device)
+
+        inputs = build_inputs(plan.rows, self._slots, self.block_size)
+        hidden_TD = self.model.embed(inputs.ids_T)
+        self.vision.scatter(hidden_TD, plan.rows, inputs.row_starts)
+        hidden_TD = self.model.forward(hidden_TD, inputs.positions_AT, inputs.attention, self._caches)
+        return self._emit(plan, inputs, hidden_TD)
+
+    def _emit(self, plan: StepPlan, inputs: StepInputs, hidden_TD: torch.Tensor) -> LaunchedStep:
+        """Draw tokens for the rows that generate, pool those that embed, score prompts where asked."""
+        results = [RowResult() for _ in plan.rows]
+        sample_rows: list[SampleRow] = []
+        sample_at: list[int] = []  # index among the emitting rows
+        pooled_at: list[tuple[int, int]] = []  # (index among all rows, index among the emitting rows)
+        sampled_results: list[RowResult] = []
+        emitting = 0
+        for b, (row, begin) in enumerate(zip(plan.rows, inputs.row_starts, strict=True)):
+            slot = self._slots[row.slot]
+            if isinstance(slot.params, SamplingParams) and slot.params.prompt_logprobs is not None:
+                results[b].prompt_logprobs = self._score_prompt(row, begin, hidden_TD)
+            if not row.emits:
+                continue
+            if isinstance(slot.params, PoolingParams):
+                pooled_at.append((b, emitting))
+            else:
+                sample_at.append(emitting)
+                sampled_results.append(results[b])
+                sample_rows.append(
+                    SampleRow(
+                        slot=row.slot,
+                        num_tokens=row.start + row.num_tokens,
+                        num_prompt_tokens=slot.num_prompt_tokens,
+                        params=slot.params,
+                        seed=slot.seed,
+                        stop_token_ids=slot.stop_token_ids,
+                    )
+                )
+            emitting += 1
+        if not emitting:
+            return LaunchedStep(plan.step, results, None, [], self.device)
+
+        last_ED = hidden_TD[inputs.emit_index_E]
+        for b, e in pooled_at:
+            params = self._slots[plan.rows[b].slot].params
+            assert isinstance(params, PoolingParams)
+            pool_last(last_ED[e], params, results[b])
+        sampled = None
+        if sample_rows:
+            if pooled_at:
+                last_ED = last_ED[torch.tensor(sample_at, device=self.device)]
+            sampled = sample(self.model.logits(last_ED), sample_rows, self._slots.tokens_SL)
+            slots = torch.tensor([row.slot for row in sample_rows], device=self.device)
+            ends = torch.tensor([row.num_tokens for row in sample_rows], device=self.device)
+            self._slots.tokens_SL[slots, ends] = sampled.ids_B
+        counts = [row.params.logprobs for row in sample_rows]
+        return LaunchedStep(plan.step, results, sampled, list(zip(sampled_results, counts, strict=True)), self.device)
+
+    def _score_prompt(self, row: RowPlan, begin: int, hidden_TD: torch.Tensor) -> list[PositionLogprobs]:
+        slot = self._slots[row.slot]
+        assert isinstance(slot.params, SamplingParams)
+        assert slot.params.prompt_logprobs is not None
+        targets = slot.prompt_token_ids[row.start + 1 : row.start + row.num_tokens + 1]
+        return prompt_logprobs(hidden_TD[begin:], targets, slot.params.prompt_logprobs, self.model)
+
+
+def pool_last(hidden_D: torch.Tensor, params: PoolingParams, result: RowResult) -> None:
+    """The last token's final hidden state, cut to ``dimensions`` and then normalised, into ``result``."""
+    vector_D = hidden_D.float()
+    if params.dimensions is not None:
+        vector_D = vector_D[: params.dimensions]
+    if params.normalize:
+        vector_D = torch.nn.functional.normalize(vector_D, dim=-1)
+    values = vector_D.tolist()
+    if not torch.isfinite(vector_D).all():
+        result.error = "The model's output was not finite."
+    else:
+        result.embedding = values
+
+
+class LaunchedStep:
+    """A step under way on the device; its sampled values are being copied to the host."""
+
+    def __init__(
+        self,
+        step: int,
+        results: list[RowResult],
+        sampled: SampledTokens | None,
+        rows: Sequence[tuple[RowResult, int | None]],
+        device: torch.device,
+    ) -> None:
+        self._step = step
+        self._results = results
+        self._rows = rows
+        self._copied: torch.cuda.Event | None = None
+        self._sampled = sampled
+        if sampled is not None and device.type == "cuda":
+            top = None if sampled.top is None else tuple(_to_pinned(t) for t in sampled.top)
+            self._sampled = SampledTokens(_to_pinned(sampled.ids_B), _to_pinned(sampled.finite_B), top)  # type: ignore[arg-type]
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it brought."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._sampled is not None:
+            ids = self._sampled.ids_B.tolist()
+            finite = self._sampled.finite_B.tolist()
+            logprobs: list[PositionLogprobs | None] = [None] * len(ids)
+            if self._sampled.top is not None:
+                logprobs = logprob_lists(self._sampled.top, ids, [count for _, count in self._rows])
+            for i, (row, _) in enumerate(self._rows):
+                if finite[i]:
+                    row.token_id, row.logprobs = ids[i], logprobs[i]
+                else:
+                    row.error = "The model's output was not finite."
+        return StepResult(self._step, self._results)
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host

@@ -1,0 +1,74 @@
+"""Pictures on their way through the tower: payloads wait here, features stay here until the plan drops them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from opsin.models.interface import VisionLanguageModel
+from opsin.runner.executor import Embedding, Payload, Pixels
+from opsin.types import EncodeItem, MediaLayout, RowPlan
+
+
+class VisionStore:
+    """Payloads by media key, features by the scheduler's feature id. The scheduler decides what stays."""
+
+    def __init__(self, model: VisionLanguageModel, device: torch.device, dtype: torch.dtype) -> None:
+        self._model = model
+        self._device = device
+        self._dtype = dtype
+        self._payloads: dict[bytes, Payload] = {}
+        self._features: dict[int, torch.Tensor] = {}
+
+    def put(self, key: bytes, payload: Payload) -> None:
+        self._payloads[key] = payload
+
+    def drop(self, features: Sequence[int], payloads: Sequence[bytes]) -> None:
+        for feature_id in features:
+            del self._features[feature_id]
+        for key in payloads:
+            del self._payloads[key]
+
+    def encode(self, items: Sequence[EncodeItem]) -> None:
+        """Turn the items' payloads into features: all pictures in one packed pass through the tower."""
+        pictures: list[tuple[EncodeItem, list[torch.Tensor]]] = []
+        for item in items:
+            payload = self._payloads.pop(item.key)
+            if isinstance(payload, Embedding):
+                given = torch.from_numpy(payload.data)
+                self._features[item.feature_id] = given.to(self._device, self._dtype, non_blocking=True)
+            else:
+                pictures.append((item, tiles_on_device(payload, item.layout, self._device)))
+        if not pictures:
+            return
+        packed_MW = self._model.encode([tiles for _, tiles in pictures], [item.layout for item, _ in pictures])
+        parts = packed_MW.split([item.layout.num_features for item, _ in pictures])
+        for (item, _), part_MW in zip(pictures, parts, strict=True):
+            # A slice would keep the whole pack alive after the other items are dropped.
+            self._features[item.feature_id] = part_MW.clone() if len(pictures) > 1 else part_MW
+
+    def scatter(self, hidden_TD: torch.Tensor, rows: Sequence[RowPlan], row_starts: Sequence[int]) -> None:
+        """Overwrite placeholder positions' embeddings with the features that the rows use; in place."""
+        for row, row_start in zip(rows, row_starts, strict=True):
+            for use in row.features:
+                begin = row_start + use.offset
+                source = self._features[use.feature_id][use.feature_start : use.feature_start + use.length]
+                hidden_TD[begin : begin + use.length] = source
+
+    @property
+    def num_features_held(self) -> int:
+        return len(self._features)
+
+    @property
+    def num_payloads_held(self) -> int:
+        return len(self._payloads)
+
+
+def tiles_on_device(pixels: Pixels, layout: MediaLayout, device: torch.device) -> list[torch.Tensor]:
+    """One upload, then uint8 (height, width, 3) views of it, tile by tile, for every frame of the plan."""
+    flat = torch.from_numpy(np.ascontiguousarray(pixels.data)).to(device, non_blocking=True)
+    sizes = layout.plan.tile_sizes * len(layout.plan.frames)
+    parts = flat.split([height * width * 3 for height, width in sizes])
+    return [part.view(height, width, 3) for part, (height, width) in zip(parts, sizes, strict=True)]
