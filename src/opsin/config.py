@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from opsin.errors import ConfigError
 
@@ -174,3 +174,44 @@ class EngineConfig:
         if unknown:
             raise ConfigError(f"Unknown setting{'s' * (len(unknown) > 1)}: {', '.join(unknown)}. See --help.")
         return cls(**groups)
+
+
+class EngineSettings(TypedDict, total=False):
+    """Every setting but the model's name, as keywords of ``LLM`` and ``AsyncLLM``; a test keeps it in step."""
+
+    tokenizer: str | None
+    revision: str | None
+    dtype: DType
+    load_format: Literal["auto", "safetensors", "dummy"]
+    max_model_len: int | None
+    hf_overrides: Mapping[str, Any]
+    trust_remote_code: bool
+    runner: Literal["auto", "generate", "pooling"]
+    seed: int
+    block_size: int
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+    num_gpu_blocks_override: int | None
+    enable_prefix_caching: bool
+    vision_cache_gb: float
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
+    max_num_batched_patches: int | None
+    pixel_buffer_gb: float
+    scheduling_policy: Literal["fcfs", "priority"]
+    pipeline_depth: int | None
+    limit_mm_per_prompt: Mapping[str, int]
+    mm_processor_kwargs: Mapping[str, Any]
+    allowed_local_media_path: str | None
+    allowed_media_domains: tuple[str, ...]
+    allow_private_media_hosts: bool
+    image_fetch_timeout_s: float
+    media_workers: int | None
+    media_decode_timeout_s: float
+    max_image_pixels: int
+    max_media_bytes: int
+    image_alpha: Literal["white", "drop"]
+    device: str
+    tensor_parallel_size: int
+    num_threads: int | None
+    enforce_eager: bool

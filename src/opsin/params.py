@@ -9,7 +9,7 @@ Names, defaults and meanings are vLLM's (and OpenAI's where vLLM follows it). Un
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 
@@ -67,57 +67,69 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
             self.stop = [self.stop]
         elif self.stop is None:
             self.stop = []
-        self._require(isinstance(self.n, int) and 1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}")
+        self._whole("n", 1, MAX_N)
         self._finite("temperature", 0.0, 100.0)
         self._finite("top_p", 0.0, 1.0)
         self._require(self.top_p > 0.0, "top_p", "above 0 and at most 1")
-        self._require(isinstance(self.top_k, int) and self.top_k >= -1, "top_k", "-1, 0 or positive")
+        self._whole("top_k", -1)
         self._finite("min_p", 0.0, 1.0)
         self._finite("presence_penalty", -2.0, 2.0)
         self._finite("frequency_penalty", -2.0, 2.0)
         self._finite("repetition_penalty", 1e-6, 1e6)
-        self._require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1, or None")
-        self._require(self.min_tokens >= 0, "min_tokens", "at least 0")
+        self._whole("max_tokens", 1, optional=True)
+        self._whole("min_tokens", 0)
         if self.max_tokens is not None:
             self._require(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens={self.max_tokens}")
-        self._require(
-            len(self.stop) <= MAX_STOP_STRINGS and all(isinstance(s, str) and s for s in self.stop),
-            "stop",
-            f"at most {MAX_STOP_STRINGS} non-empty strings",
-        )
+        self._whole("seed", -(2**63), 2**64 - 1, optional=True)
+        self._strings("stop", MAX_STOP_STRINGS)
         self._require(self.detokenize or not self.stop, "stop", "empty when detokenize is False")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            self._require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"None or between 0 and {MAX_LOGPROBS}")
+        self._whole("logprobs", 0, MAX_LOGPROBS, optional=True)
+        self._whole("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
+        self._token_ids("stop_token_ids")
         if self.logit_bias is not None:
             self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
             self._require(
                 len(self.logit_bias) <= MAX_TOKEN_LIST
-                and all(math.isfinite(b) and -100 <= b <= 100 for b in self.logit_bias.values()),
+                and all(token >= 0 for token in self.logit_bias)
+                and all(math.isfinite(bias) and -100 <= bias <= 100 for bias in self.logit_bias.values()),
                 "logit_bias",
-                f"at most {MAX_TOKEN_LIST} values within [-100, 100]",
+                f"at most {MAX_TOKEN_LIST} token ids with values within [-100, 100]",
             )
         if self.allowed_token_ids is not None:
+            self._token_ids("allowed_token_ids", max_count=None)
             self._require(len(self.allowed_token_ids) > 0, "allowed_token_ids", "None or a non-empty list")
-        self._require(
-            len(self.bad_words) <= MAX_TOKEN_LIST and all(isinstance(w, str) and w for w in self.bad_words),
-            "bad_words",
-            f"at most {MAX_TOKEN_LIST} non-empty strings",
-        )
-        self._require(
-            self.truncate_prompt_tokens is None or self.truncate_prompt_tokens >= 1,
-            "truncate_prompt_tokens",
-            "None or at least 1",
-        )
+        self._strings("bad_words", MAX_TOKEN_LIST)
+        self._whole("truncate_prompt_tokens", 1, optional=True)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    def _whole(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        ok = isinstance(value, int) and low <= value and (high is None or value <= high)
+        span = f"at least {low}" if high is None else f"between {low} and {high}"
+        self._require(ok or (optional and value is None), name, f"a whole number {span}" + ", or None" * optional)
+
     def _finite(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         is_number = isinstance(value, int | float) and math.isfinite(value)
         self._require(is_number and low <= value <= high, name, f"a number between {low:g} and {high:g}")
+
+    def _strings(self, name: str, max_count: int) -> None:
+        items = self._list(name)
+        ok = items is not None and len(items) <= max_count and all(isinstance(s, str) and s for s in items)
+        self._require(ok, name, f"at most {max_count} non-empty strings")
+
+    def _token_ids(self, name: str, max_count: int | None = MAX_TOKEN_LIST) -> None:
+        items = self._list(name)
+        ok = items is not None and all(isinstance(token, int) and token >= 0 for token in items)
+        ok = ok and (max_count is None or len(items or ()) <= max_count)
+        self._require(ok, name, "a list of token ids")
+
+    def _list(self, name: str) -> list[object] | None:
+        value = getattr(self, name)
+        return cast("list[object]", value) if isinstance(value, list) else None
 
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
@@ -152,9 +164,11 @@ class BeamSearchParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.beam_width <= MAX_N:
+        # Each step looks at the 2 * beam_width likeliest tokens of every beam.
+        widest = MAX_LOGPROBS // 2
+        if not 1 <= self.beam_width <= widest:
             raise RequestError(
-                f"beam_width is {self.beam_width}; it must be between 1 and {MAX_N}.", param="beam_width"
+                f"beam_width is {self.beam_width}; it must be between 1 and {widest}.", param="beam_width"
             )
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens}; it must be at least 1.", param="max_tokens")

@@ -127,7 +127,9 @@ def test_sample_logit_bias_moves_one_token():
     assert sample(x, [row(temperature=0, logit_bias={11: 100})], table((1, 2, 3))).ids_B.item() == 11
 
 
-@pytest.mark.parametrize(("words", "banned"), [([[9]], True), ([[2, 3, 9]], True), ([[3, 2, 9]], False), ([[1] * 9], False)])
+@pytest.mark.parametrize(
+    ("words", "banned"), [([[9]], True), ([[2, 3, 9]], True), ([[3, 2, 9]], False), ([[1] * 9], False)]
+)
 def test_sample_bad_word_is_masked_after_its_prefix_only(words, banned):
     x = logits()
     x[0, 9] = 50.0
