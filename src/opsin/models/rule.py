@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from opsin.types import MediaItem, MediaLayout, Modality
 
 
@@ -41,6 +44,23 @@ class Positions(NamedTuple):
 
     axes: Sequence[Sequence[int]]
     delta: int
+
+
+class PixelNorm(NamedTuple):
+    """What the device does to uint8 pixels before the tower: ``(pixel * scale - mean) / std``, per RGB channel."""
+
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def table(self) -> npt.NDArray[np.float32]:
+        """The normalised value of every byte, (256, 3).
+
+        Rounded as Hugging Face's NumPy processors round: the product in float64, the rest in float32; so gathering
+        from this table gives their pixel values exactly.
+        """
+        scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)
+        return (scaled[:, None] - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
 
 class TokenIds(Protocol):

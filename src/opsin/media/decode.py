@@ -1,0 +1,77 @@
+"""Encoded bytes or any Pillow picture to upright RGB."""
+
+from __future__ import annotations
+
+from typing import IO, Literal
+
+from PIL import Image
+
+from opsin.errors import MediaError
+from opsin.media.sniff import ImageHeader, open_lazily
+
+AlphaMode = Literal["white", "drop"]
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_rgb(data: bytes | IO[bytes], header: ImageHeader, alpha: AlphaMode) -> Image.Image:
+    """Decode the first frame, make it RGB and turn it upright.
+
+    Raises:
+        MediaError: ``image_parse_error``: corrupt or truncated, or not the size that the header announced.
+    """
+    with open_lazily(data, header.format) as image:
+        try:
+            image.load()
+        except Exception:  # decoders meet hostile bytes here, and raise anything at all; no text of theirs is kept
+            raise MediaError(
+                f"The {header.format} picture is corrupt or cut short: its pixels cannot be decoded.",
+                code="image_parse_error",
+            ) from None
+        rgb = to_rgb(image, alpha)
+    turn = _TURNS.get(header.orientation)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    check_size(rgb, header.width, header.height)
+    return rgb
+
+
+def to_rgb(image: Image.Image, alpha: AlphaMode) -> Image.Image:
+    """Convert any Pillow mode to RGB; transparent parts show white, or whatever colour hides under them.
+
+    16-bit and float modes are clipped to 8 bits, not scaled, as Pillow (and so every Hugging Face processor) does.
+
+    Raises:
+        MediaError: ``invalid_image_format``: Pillow cannot convert the mode.
+    """
+    has_key = image.info.get("transparency") is not None  # PNG's tRNS, GIF's transparent index
+    try:
+        if alpha == "white" and (has_key or image.mode in ("RGBA", "LA", "PA")):
+            canvas = Image.new("RGBA", image.size, "white")
+            canvas.alpha_composite(image.convert("RGBA"))
+            return canvas.convert("RGB")
+        if has_key:  # Pillow warns of palettes whose transparency it drops, which is what is asked for here
+            image = image.copy()
+            del image.info["transparency"]
+        return image.convert("RGB")
+    except (ValueError, OSError):
+        raise MediaError(
+            f"A picture of Pillow's mode {image.mode!r} cannot be converted to RGB.", code="invalid_image_format"
+        ) from None
+
+
+def check_size(picture: Image.Image, width: int, height: int) -> None:
+    """Refuse a picture that is not what its header, by which its request was admitted, said: ``image_parse_error``."""
+    if picture.size != (width, height):
+        raise MediaError(
+            f"The picture's header says {width} x {height} pixels; it decodes to {picture.width} x {picture.height}.",
+            code="image_parse_error",
+        )

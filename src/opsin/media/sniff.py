@@ -1,0 +1,170 @@
+"""What an encoded picture is, and how large: from its first bytes and its header alone, nothing decoded.
+
+The format is told by magic numbers and only then is that one parser run; a file's name or MIME type is never
+believed. Formats outside ``FORMATS`` are refused unparsed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import IO, Literal, get_args
+
+import msgspec
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from opsin.errors import MediaError
+
+ImageFormat = Literal["JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF"]
+FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
+
+_ORIENTATION_TAG = 0x0112
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# The plugin classes rather than Image.open(): no other parser can run, and the limits are ours, not those of a
+# module-level variable that any library in the process may change.
+_PLUGINS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+}
+
+
+class ImageHeader(msgspec.Struct, frozen=True):
+    """What a picture's header says.
+
+    Attributes:
+        width: of the upright picture, after its EXIF orientation.
+        height: likewise.
+        orientation: EXIF's, 1 to 8, that decoding has still to apply; 1 is upright.
+    """
+
+    format: ImageFormat
+    width: int
+    height: int
+    orientation: int = 1
+
+
+def detect_format(data: bytes) -> ImageFormat:
+    """Name the format by magic number.
+
+    Raises:
+        MediaError: ``empty_image_file``, or ``invalid_image_format`` for anything but the formats taken.
+    """
+    if not data:
+        raise MediaError("The picture is empty: 0 bytes.", code="empty_image_file")
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith(b"BM"):
+        return "BMP"
+    if data.startswith(_TIFF_MAGICS):
+        return "TIFF"
+    raise MediaError(
+        f"The data is not a picture in a format that opsin reads ({', '.join(FORMATS)}).", code="invalid_image_format"
+    )
+
+
+def open_lazily(data: bytes | IO[bytes], format: ImageFormat) -> ImageFile.ImageFile:
+    """Parse the header with this format's parser alone; pixels are decoded by ``load()``.
+
+    Raises:
+        MediaError: ``image_parse_error``.
+    """
+    stream = io.BytesIO(data) if isinstance(data, bytes) else data
+    try:
+        return _PLUGINS[format](stream)
+    except Image.DecompressionBombError:
+        raise MediaError("The picture has too many pixels.", code="image_too_large") from None
+    except Exception:  # parsers meet hostile bytes here, and raise anything at all; their texts may hold addresses
+        raise MediaError(f"The {format} picture's header cannot be read.", code="image_parse_error") from None
+
+
+def read_header(data: bytes, *, max_pixels: int, max_bytes: int) -> ImageHeader:
+    """Read the upright size of an encoded picture.
+
+    Raises:
+        MediaError: ``empty_image_file``, ``image_file_too_large``, ``invalid_image_format``, ``image_parse_error``
+            or ``image_too_large``.
+    """
+    check_num_bytes(len(data), max_bytes)
+    format = detect_format(data)
+    with open_lazily(data, format) as image:
+        width, height = image.size
+        check_num_pixels(width, height, max_pixels)
+        orientation = _orientation(image, data, format)
+    if orientation >= 5:  # these four swap the axes
+        width, height = height, width
+    return ImageHeader(format, width, height, orientation)
+
+
+def check_num_bytes(num_bytes: int, max_bytes: int) -> None:
+    """Refuse files above the limit: ``image_file_too_large``."""
+    if num_bytes > max_bytes:
+        raise MediaError(
+            f"The picture's file has {num_bytes} bytes; at most {max_bytes} are taken (max_media_bytes).",
+            code="image_file_too_large",
+        )
+
+
+def check_num_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Refuse sizes above the limit (``image_too_large``) and empty ones (``image_parse_error``)."""
+    if width < 1 or height < 1:
+        raise MediaError(f"The picture is {width} x {height} pixels: it has none.", code="image_parse_error")
+    if width * height > max_pixels:
+        raise MediaError(
+            f"The picture is {width} x {height} = {width * height} pixels; at most {max_pixels} are taken "
+            "(max_image_pixels). Scale it down first.",
+            code="image_too_large",
+        )
+
+
+def _orientation(image: ImageFile.ImageFile, data: bytes, format: ImageFormat) -> int:
+    """EXIF orientation, else XMP's, else 1; nonsense counts as upright."""
+    if format == "TIFF":  # Pillow turns these while decoding, and reports the upright size
+        return 1
+    exif_bytes = image.info.get("exif")
+    if exif_bytes is None and format == "PNG":
+        exif_bytes = _png_exif(data)
+    value: object = None
+    if isinstance(exif_bytes, bytes):
+        exif = Image.Exif()
+        try:
+            exif.load(exif_bytes)
+            value = exif.get(_ORIENTATION_TAG)
+        except Exception:  # as above; a broken camera tag is no reason to refuse the picture
+            value = None
+    if value is None:
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+        match = _XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp) if xmp else None
+        value = int(match[1]) if match else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _png_exif(data: bytes) -> bytes | None:
+    """The eXIf chunk, which may come after the pixels, where Pillow would only find it by decoding them."""
+    position = 8
+    while position + 8 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] == b"eXIf":
+            return b"Exif\0\0" + data[position + 8 : position + 8 + length]
+        position += length + 12
+    return None

@@ -1,0 +1,192 @@
+"""One picture in any form that a caller may give it: its size and digest now, its pixels when they are wanted.
+
+A picture handed over as an object is not copied: it must not change until its request has ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from opsin.config import MediaConfig
+from opsin.errors import MediaError
+from opsin.media.decode import AlphaMode, decode_rgb, to_rgb
+from opsin.media.sniff import ImageHeader, check_num_bytes, check_num_pixels, read_header
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPicture:
+    """A picture file's bytes. EXIF orientation is applied, to the size here and to the pixels.
+
+    Attributes:
+        digest: BLAKE2b-256 of the bytes; equal digests mean equal pictures, whatever form they came in.
+    """
+
+    data: bytes
+    header: ImageHeader
+    digest: bytes
+    alpha: AlphaMode
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the upright picture."""
+        return self.header.width, self.header.height
+
+    def decode(self) -> Image.Image:
+        """RGB, upright.
+
+        Raises:
+            MediaError: ``image_parse_error``.
+        """
+        return decode_rgb(self.data, self.header, self.alpha)
+
+
+@dataclass(frozen=True, slots=True)
+class PixelPicture:
+    """A Pillow picture or an array: already decoded, taken as it is.
+
+    Attributes:
+        digest: BLAKE2b-256 of everything that decides the pixels: mode, size, palette and transparency, or shape.
+    """
+
+    pixels: Image.Image | npt.NDArray[np.uint8]
+    size: tuple[int, int]
+    digest: bytes
+    alpha: AlphaMode
+
+    def decode(self) -> Image.Image:
+        """RGB.
+
+        Raises:
+            MediaError: Pillow cannot convert the mode.
+        """
+        if isinstance(self.pixels, Image.Image):
+            return to_rgb(self.pixels, self.alpha)
+        return Image.fromarray(_array_to_rgb(self.pixels, self.alpha), "RGB")
+
+
+PictureSource = EncodedPicture | PixelPicture
+
+
+def open_picture(picture: object, config: MediaConfig) -> PictureSource:
+    """Take a Pillow picture, an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) uint8 array, encoded bytes, or a path.
+
+    Reads a path's file; decodes nothing, except that a Pillow picture not loaded yet is loaded.
+
+    Raises:
+        MediaError: with OpenAI's code for what is wrong.
+    """
+    if isinstance(picture, Image.Image):
+        return _open_pillow(picture, config)
+    if isinstance(picture, np.ndarray):
+        return _open_array(cast(npt.NDArray[Any], picture), config)
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return open_encoded(bytes(picture), config)
+    if isinstance(picture, str | os.PathLike):
+        return open_encoded(read_regular_file(cast(str | os.PathLike[str], picture), config.max_media_bytes), config)
+    raise MediaError(
+        f"A picture may be a PIL.Image, a NumPy array, encoded bytes or a path; got {type(picture).__name__}.",
+        code="invalid_image_format",
+    )
+
+
+def open_encoded(data: bytes, config: MediaConfig) -> EncodedPicture:
+    """Take a picture file's bytes.
+
+    Raises:
+        MediaError: as ``sniff.read_header`` does.
+    """
+    header = read_header(data, max_pixels=config.max_image_pixels, max_bytes=config.max_media_bytes)
+    digest = hashlib.blake2b(data, digest_size=32, person=b"encoded").digest()
+    return EncodedPicture(data, header, digest, config.image_alpha)
+
+
+def _open_pillow(image: Image.Image, config: MediaConfig) -> PixelPicture:
+    check_num_pixels(*image.size, config.max_image_pixels)
+    try:
+        image.load()
+    except Exception:  # a lazily opened file: decoders raise anything at all, and their texts may hold addresses
+        message = "The PIL.Image cannot be loaded: its file is corrupt or closed."
+        raise MediaError(message, code="image_parse_error") from None
+    digest = hashlib.blake2b(digest_size=32, person=b"pillow")
+    palette = image.palette
+    for part in (
+        f"{image.mode} {image.width} {image.height}".encode(),
+        b"" if palette is None else palette.mode.encode() + palette.tobytes(),
+        repr(image.info.get("transparency")).encode(),
+        image.tobytes(),
+    ):
+        _add_part(digest, part)
+    return PixelPicture(image, image.size, digest.digest(), config.image_alpha)
+
+
+def _open_array(array: npt.NDArray[Any], config: MediaConfig) -> PixelPicture:
+    shape = array.shape
+    if array.dtype != np.uint8:
+        hint = "; multiply by 255 and convert" if array.dtype.kind == "f" else ""
+        raise MediaError(
+            f"A picture array must hold uint8 values 0 to 255; got {array.dtype}{hint}.", code="invalid_image_format"
+        )
+    if not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))):
+        hint = "; move the channels last" if len(shape) == 3 and shape[0] in (1, 3, 4) else ""
+        raise MediaError(
+            f"A picture array must be (height, width) or (height, width, 1, 3 or 4); got {shape}{hint}.",
+            code="invalid_image_format",
+        )
+    height, width = shape[:2]
+    check_num_pixels(width, height, config.max_image_pixels)
+    digest = hashlib.blake2b(digest_size=32, person=b"array")
+    _add_part(digest, repr(shape).encode())
+    _add_part(digest, np.ascontiguousarray(array).data.cast("B"))
+    return PixelPicture(array, (width, height), digest.digest(), config.image_alpha)
+
+
+def _add_part(digest: hashlib.blake2b, part: bytes | memoryview) -> None:
+    """Hash a part behind its length, so that no two sequences of parts read alike."""
+    digest.update(len(part).to_bytes(8, "little"))
+    digest.update(part)
+
+
+def _array_to_rgb(array: npt.NDArray[np.uint8], alpha: AlphaMode) -> npt.NDArray[np.uint8]:
+    if array.ndim == 2:
+        array = array[:, :, None]
+    channels = array.shape[2]
+    if channels == 1:
+        array = np.repeat(array, 3, axis=2)
+    elif channels == 4 and alpha == "white":
+        opacity = array[:, :, 3:] / 255
+        array = np.rint(opacity * array[:, :, :3] + (1 - opacity) * 255).astype(np.uint8)
+    return np.ascontiguousarray(array[:, :, :3])
+
+
+def read_regular_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Read a regular file whole, opened once and checked by its descriptor; never blocks on a pipe or a device.
+
+    Raises:
+        MediaError: ``invalid_image_url`` where it cannot be read, ``image_file_too_large``.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a path"
+        raise MediaError(f"Cannot open the picture's file: {reason}.", code="invalid_image_url") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise MediaError("The picture's path is not that of a regular file.", code="invalid_image_url")
+        check_num_bytes(status.st_size, max_bytes)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise MediaError(f"Cannot read the picture's file: {error.strerror}.", code="invalid_image_url") from None
+    finally:
+        os.close(descriptor)
+    check_num_bytes(len(data), max_bytes)  # it may have grown
+    return data

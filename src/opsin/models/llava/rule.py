@@ -1,0 +1,331 @@
+"""LLaVA's pictures: one square view, resized and cropped as the checkpoint's CLIP-like processor does it.
+
+Source: Hugging Face ``LlavaProcessor`` and the Pillow-backed image processors it is used with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from opsin.errors import RequestError, UnsupportedModelError
+from opsin.media.ops import output_size
+from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
+from opsin.types import Crop, MediaItem, MediaLayout, Modality, Pad, PixelOp, PixelPlan, Resize, View
+
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+_RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+_CLIP_DEFAULTS: dict[str, Any] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "default_to_square": False,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_pad": False,
+    "do_convert_rgb": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+_SIGLIP_DEFAULTS: dict[str, Any] = _CLIP_DEFAULTS | {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "crop_size": None,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+_PROCESSORS = {
+    "BitImageProcessor": _CLIP_DEFAULTS,
+    "CLIPImageProcessor": _CLIP_DEFAULTS,
+    "LlavaImageProcessor": _CLIP_DEFAULTS,
+    "SiglipImageProcessor": _SIGLIP_DEFAULTS,
+}
+_NORM_KEYS = frozenset({"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"})
+_PIXEL_KEYS = frozenset(_CLIP_DEFAULTS) - _NORM_KEYS
+_INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's own config says
+    {
+        "_valid_processor_keys",
+        "chat_template",
+        "data_format",
+        "device",
+        "disable_grouping",
+        "feature_extractor_type",
+        "image_processor_type",
+        "image_seq_length",
+        "image_token",
+        "input_data_format",
+        "num_additional_image_tokens",
+        "pad_size",
+        "patch_size",
+        "processor_class",
+        "return_tensors",
+        "vision_feature_select_strategy",
+    }
+)
+_TOWERS = {  # model_type: default image_size, default patch_size, extra rows before the patches (CLS)
+    "clip_vision_model": (224, 32, 1),
+    "siglip_vision_model": (224, 16, 0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaRule:
+    """The ``MediaRule`` of ``LlavaForConditionalGeneration``.
+
+    Attributes:
+        image_size: edge of the square that the tower takes, in pixels.
+        num_features: rows per picture after the select strategy: 'default' drops the tower's first row, which is
+            CLIP's class token (and, as in Hugging Face, SigLIP's first patch), 'full' keeps all.
+        norm: what the tower applies to the uint8 tiles.
+        settings: the processor's settings, complete.
+        pads_to_square: the processor is the one whose ``do_pad`` squares the picture before it is resized.
+    """
+
+    image_size: int
+    patch_size: int
+    num_features: int
+    image_token: str
+    image_token_id: int
+    token_is_whole: bool
+    norm: PixelNorm
+    settings: Mapping[str, Any]
+    pads_to_square: bool
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> LlavaRule:
+        """Read the rule from a Hugging Face folder.
+
+        Args:
+            config: config.json.
+            processor: preprocessor_config.json, or processor_config.json with its "image_processor" section merged
+                in; settings given at start-up (``mm_processor_kwargs``) may be laid over it.
+            tokenizer: asked for the placeholder's id alone.
+
+        Raises:
+            UnsupportedModelError: a tower, processor, key or size that is not implemented.
+        """
+        image_size, patch_size, num_rows = _read_tower(config.get("vision_config") or {})
+        strategy = config.get("vision_feature_select_strategy", "default")
+        if strategy not in ("default", "full"):
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy is {strategy!r}; 'default' and 'full' are implemented."
+            )
+
+        name, settings = _read_processor(processor)
+        try:
+            norm = _read_norm(settings)
+        except ValueError as error:
+            raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
+
+        image_token = processor.get("image_token") or "<image>"
+        if not isinstance(image_token, str):
+            image_token = image_token["content"]  # a tokenizers.AddedToken, as JSON
+        tokenizer_id = tokenizer.convert_tokens_to_ids(image_token)
+        token_id = config.get("image_token_index", config.get("image_token_id", tokenizer_id))
+        if token_id is None:
+            raise UnsupportedModelError(
+                f"config.json has no image_token_index, and the tokenizer does not know {image_token!r}."
+            )
+        rule = cls(
+            image_size=image_size,
+            patch_size=patch_size,
+            num_features=num_rows - (strategy == "default"),
+            image_token=image_token,
+            image_token_id=token_id,
+            token_is_whole=tokenizer_id == token_id,
+            norm=norm,
+            settings=settings,
+            pads_to_square=name == "LlavaImageProcessor",
+        )
+        try:  # settings that no picture can satisfy should fail now, not request by request
+            rule.layout("image", image_size, image_size, 1, {})
+        except RequestError as error:
+            raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
+        return rule
+
+    def placeholder(self, modality: Modality) -> Placeholder:
+        _images_only(modality)
+        token_id = self.image_token_id if self.token_is_whole else None
+        return Placeholder(self.image_token, token_id, re.escape(self.image_token))
+
+    def max_items(self, modality: Modality) -> int | None:
+        return None if modality == "image" else 0
+
+    def layout(
+        self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
+    ) -> MediaLayout:
+        _images_only(modality)
+        settings = self.settings
+        if options:
+            _check_options(options, settings)
+            settings = {**settings, **{key: value for key, value in options.items() if value is not None}}
+        try:
+            ops = _plan_ops(settings, width, height, self.pads_to_square)
+        except ValueError as error:
+            raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from None
+        made = output_size(ops, width, height)
+        if made != (self.image_size, self.image_size):
+            raise RequestError(
+                f"The processor's settings make {made[0]} x {made[1]} pixels of this {width} x {height} picture; "
+                f"the vision tower takes {self.image_size} x {self.image_size}.",
+                param="mm_processor_kwargs" if options else None,
+            )
+        view = View(ops=ops, height=self.image_size, width=self.image_size)
+        return MediaLayout(
+            plan=PixelPlan(width=width, height=height, views=(view,)),
+            num_features=self.num_features,
+            num_patches=(self.image_size // self.patch_size) ** 2,
+        )
+
+    def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
+        _images_only(modality)
+        if extras:
+            raise RequestError(
+                f"LLaVA's image embeddings come alone; got {', '.join(sorted(extras))} beside them.",
+                param="multi_modal_data",
+            )
+        return MediaLayout(plan=PixelPlan(width=0, height=0, views=()), num_features=num_features, num_patches=0)
+
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
+        _images_only(modality)
+        return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
+
+    def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
+        return []
+
+    def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
+        return None
+
+
+def _images_only(modality: Modality) -> None:
+    if modality != "image":
+        raise RequestError(f"This model takes images only, not {modality}.", param="multi_modal_data")
+
+
+def _read_tower(vision: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(image_size, patch_size, output rows)."""
+    tower = vision.get("model_type", "clip_vision_model")
+    if tower not in _TOWERS:
+        raise UnsupportedModelError(f"LLaVA's vision tower is {tower!r}; implemented are {', '.join(sorted(_TOWERS))}.")
+    default_size, default_patch, extra_rows = _TOWERS[tower]
+    if not vision:  # LlavaConfig's own default, CLIP ViT-L/14 at 336 pixels
+        default_size, default_patch = 336, 14
+    image_size, patch_size = vision.get("image_size", default_size), vision.get("patch_size", default_patch)
+    if not (isinstance(image_size, int) and isinstance(patch_size, int) and 1 <= patch_size <= image_size):
+        raise UnsupportedModelError(
+            f"The vision tower's image_size is {image_size!r} and its patch_size {patch_size!r}; "
+            "only square pictures and patches are implemented."
+        )
+    return image_size, patch_size, (image_size // patch_size) ** 2 + extra_rows
+
+
+def _read_processor(processor: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(class name without its backend's suffix, complete settings)."""
+    # Without a class name Hugging Face goes by the model type.
+    given = processor.get("image_processor_type") or processor.get("feature_extractor_type") or "LlavaImageProcessor"
+    name = str(given).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    if name not in _PROCESSORS:
+        raise UnsupportedModelError(
+            f"image_processor_type is {given!r}; implemented for LLaVA are {', '.join(sorted(_PROCESSORS))}."
+        )
+    known = _PIXEL_KEYS | _NORM_KEYS
+    unknown = sorted(key for key in processor if key not in known | _INERT_KEYS)
+    if unknown:
+        raise UnsupportedModelError(
+            f"The {name} config has unknown keys: {', '.join(unknown)}; implemented are {', '.join(sorted(known))}."
+        )
+    given_settings = {key: processor[key] for key in known if processor.get(key) is not None}
+    return name, {**_PROCESSORS[name], **given_settings}
+
+
+def _read_norm(settings: Mapping[str, Any]) -> PixelNorm:
+    scale = settings["rescale_factor"] if settings["do_rescale"] else 1.0
+    if not settings["do_normalize"]:
+        return PixelNorm(scale, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return PixelNorm(scale, _per_channel("image_mean", settings), _per_channel("image_std", settings))
+
+
+def _per_channel(key: str, settings: Mapping[str, Any]) -> tuple[float, float, float]:
+    value = settings[key]
+    values = (value,) * 3 if isinstance(value, int | float) else tuple(value)
+    if len(values) != 3:
+        raise ValueError(f"{key} is {value!r}; it must be one number or three.")
+    return cast(tuple[float, float, float], tuple(float(v) for v in values))
+
+
+def _check_options(options: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    unknown = sorted(set(options) - _PIXEL_KEYS - _NORM_KEYS)
+    if unknown:
+        raise RequestError(
+            f"mm_processor_kwargs has unknown keys: {', '.join(unknown)}; this model's processor takes "
+            f"{', '.join(sorted(_PIXEL_KEYS))}.",
+            param="mm_processor_kwargs",
+        )
+    fixed = sorted(key for key in _NORM_KEYS & set(options) if options[key] not in (None, settings[key]))
+    if fixed:
+        raise RequestError(
+            f"mm_processor_kwargs cannot change {', '.join(fixed)} for one request; set it when the engine starts.",
+            param="mm_processor_kwargs",
+        )
+
+
+def _plan_ops(settings: Mapping[str, Any], width: int, height: int, pads_to_square: bool) -> tuple[PixelOp, ...]:
+    """The operations for one picture; ``ValueError`` says which setting is wrong."""
+    ops: list[PixelOp] = []
+    if settings["do_pad"]:
+        if not pads_to_square:
+            raise ValueError("do_pad is implemented for LlavaImageProcessor alone.")
+        edge = max(width, height)
+        left, top = (edge - width) // 2, (edge - height) // 2
+        red, green, blue = (int(mean * 255) for mean in _per_channel("image_mean", settings))
+        ops.append(Pad(left, top, edge - width - left, edge - height - top, (red, green, blue)))
+        width = height = edge
+    if settings["do_resize"]:
+        resample = settings["resample"]
+        if resample not in _RESAMPLE:
+            raise ValueError(f"resample is {resample!r}; implemented are {_RESAMPLE}.")
+        width, height = _resized(_size(settings, "size"), width, height)
+        ops.append(Resize(width, height, _RESAMPLE[resample]))
+    if settings["do_center_crop"]:
+        crop = _size(settings, "crop_size")
+        if "shortest_edge" in crop:
+            raise ValueError(f"crop_size is {settings['crop_size']!r}; it must name a height and a width.")
+        # Floor division centres as Hugging Face does, also where the crop is larger than the picture and the
+        # offset is negative.
+        left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
+        ops.append(Crop(left, top, crop["width"], crop["height"]))
+    return tuple(ops)
+
+
+def _size(settings: Mapping[str, Any], key: Literal["size", "crop_size"]) -> dict[str, int]:
+    """Either {"shortest_edge"} or {"height", "width"}, from any of the spellings that Hugging Face takes."""
+    value = settings[key]
+    if isinstance(value, int):
+        to_square = key == "crop_size" or settings["default_to_square"]
+        value = {"height": value, "width": value} if to_square else {"shortest_edge": value}
+    elif isinstance(value, list | tuple) and len(cast(Sequence[Any], value)) == 2:
+        value = {"height": value[0], "width": value[1]}
+    entries = dict(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else {}
+    is_size = set(entries) in ({"shortest_edge"}, {"height", "width"})
+    if not is_size or not all(isinstance(v, int) and v >= 1 for v in entries.values()):
+        raise ValueError(
+            f"{key} is {settings[key]!r}; it must be an integer, {{'shortest_edge': n}} or "
+            "{'height': n, 'width': n}, at least 1."
+        )
+    return entries
+
+
+def _resized(size: Mapping[str, int], width: int, height: int) -> tuple[int, int]:
+    """(width, height) after the resize; the long edge is cut to an integer, as Hugging Face does."""
+    if "shortest_edge" not in size:
+        return size["width"], size["height"]
+    edge = size["shortest_edge"]
+    long_edge = int(edge * max(width, height) / min(width, height))
+    return (edge, long_edge) if width <= height else (long_edge, edge)
