@@ -4,8 +4,9 @@ import pkgutil
 import subprocess
 import sys
 
-import opsin
 import pytest
+
+import opsin
 
 TORCH_FREE_ROOTS = ("opsin.cache", "opsin.cli.main", "opsin.media", "opsin.models", "opsin.scheduler")
 
