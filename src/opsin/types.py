@@ -147,6 +147,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
         position_delta: added to the index of a generated token to get its position.
         stop_token_ids: ids that end the answer, the model's own end tokens included unless ``ignore_eos``.
         cache_salt: requests share cached prefixes only under the same salt.
+        cache_namespace: equal for the samples of one prompt, which share its blocks even without prefix caching.
         share_prefix: False keeps this request's prompt out of the prefix cache and ignores hits.
     """
 
@@ -161,6 +162,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     stop_token_ids: frozenset[int] = frozenset()
     seed: int = 0
     cache_salt: str = ""
+    cache_namespace: str = ""
     share_prefix: bool = True
     priority: int = 0
     arrival_s: float = 0.0

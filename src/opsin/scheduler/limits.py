@@ -1,0 +1,41 @@
+"""What the scheduler may hand out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """Concrete numbers, resolved from the configuration and the measured memory plan.
+
+    Attributes:
+        max_num_seqs: requests that run at once; also the number of slots.
+        max_num_batched_tokens: tokens per step.
+        max_num_batched_patches: vision patches per step.
+        max_model_len: prompt plus answer, in tokens.
+        num_blocks: KV blocks, the scratch block 0 included.
+        feature_bytes: capacity of the vision-feature cache.
+        feature_row_bytes: bytes of one feature row.
+        pixel_bytes: budget of payloads asked for and not yet encoded.
+        pipeline_depth: steps planned and not yet committed.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_batched_patches: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    feature_bytes: int
+    feature_row_bytes: int
+    pixel_bytes: int
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    pipeline_depth: int = 1
+    enable_prefix_caching: bool = True
+
+    @property
+    def context_len(self) -> int:
+        """Most tokens one request can have: the model's limit, or all blocks of the pool."""
+        return min(self.max_model_len, (self.num_blocks - 1) * self.block_size)

@@ -1,0 +1,589 @@
+"""The scheduler: which requests run in the next step, how many tokens of each, and where their keys and values go.
+
+Requests stand in one line, by (priority,) arrival. The head of the line is the oldest unfinished request, and one
+rule makes the whole thing live: *the head can always advance*. It may take a slot, KV blocks, feature bytes and
+payload budget from those behind it, last in line first, and it has the first pick of the token budget. Everybody else
+gets what is left, in order. As the head finishes after a bounded number of steps, so does everybody.
+
+``plan`` runs ahead of results: a sequence's tokens are counted when a step that makes them is planned, and known when
+it is committed. Three consequences:
+
+* A request that turns out to have ended leaves a zombie row in the step in flight; its result is discarded.
+* Slots, blocks and feature ids are handed on at once, also when a step in flight still uses them: the executor runs
+  steps in order, so the old use is over before the new one starts.
+* A block may be found by its hash from the moment the step that fills it is planned: later steps, and the same step
+  (each layer writes all keys and values before any row attends), read it only after it is written.
+
+A preempted request keeps its tokens and starts over, but not before its last token in flight is known.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from collections.abc import Callable
+
+from opsin.cache.blocks import BlockPool
+from opsin.cache.features import FeatureCache, Lease, Order
+from opsin.cache.prefix import BlockHasher
+from opsin.errors import ContextLengthError, RequestError
+from opsin.params import SamplingParams
+from opsin.scheduler.limits import SchedulerLimits
+from opsin.scheduler.sequence import Sequence
+from opsin.types import (
+    EngineRequest,
+    FinishReason,
+    MediaNeed,
+    RequestUpdate,
+    RowPlan,
+    RowResult,
+    SlotOpen,
+    StepPlan,
+    StepResult,
+)
+
+
+class _Step:
+    """A plan in the making."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens_left = num_tokens
+        self.opened: list[SlotOpen] = []
+        self.decodes: list[tuple[Sequence, RowPlan]] = []
+        self.prefills: list[tuple[Sequence, RowPlan]] = []
+        self.has_preempted = False
+
+
+class Scheduler:
+    """Plans steps and turns their results into updates. Single-threaded; never blocks, never reads a clock.
+
+    Args:
+        limits: what may be handed out.
+        on_finish: called with the id of every request that ends, for whatever reason.
+    """
+
+    def __init__(self, limits: SchedulerLimits, on_finish: Callable[[str], None] | None = None) -> None:
+        self.limits = limits
+        self._on_finish = on_finish
+        self._pool = BlockPool(limits.num_blocks)
+        self._features = FeatureCache(limits.feature_bytes, limits.feature_row_bytes, limits.pixel_bytes)
+        self._alive: dict[Order, Sequence] = {}
+        self._by_id: dict[str, Sequence] = {}
+        self._num_added = 0
+        self._num_steps = 0
+        # An unfinished request is running (has a slot), parked (cannot start before an item is stored) or waiting.
+        self._running: list[Sequence] = []  # sorted by order
+        self._parked: dict[bytes, dict[Order, Sequence]] = {}
+        # Heaps that may hold orders whose request has moved on; they are skipped when they surface.
+        self._waiting: list[Order] = []
+        self._line: list[Order] = []
+        self._block_leases: list[Order] = []  # negated: the last in line of those who hold blocks without a slot
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def add(self, request: EngineRequest) -> None:
+        """Put a request in line.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for an answer.
+            RequestError: it could never run within this engine's limits, or its id is in use.
+        """
+        priority = request.priority if self.limits.policy == "priority" else 0
+        seq = Sequence(request, (priority, self._num_added), self.limits.context_len)
+        self._check(seq)
+        self._num_added += 1
+        if request.share_prefix and (self.limits.enable_prefix_caching or request.cache_namespace):
+            scope = "" if self.limits.enable_prefix_caching else request.cache_namespace
+            root = f"{scope}\0{request.cache_salt}"
+            seq.hasher = BlockHasher(request, seq.tokens, self.limits.block_size, root)
+        self._alive[seq.order] = self._by_id[request.request_id] = seq
+        heapq.heappush(self._line, seq.order)
+        self._extend_hits(seq)
+        self._hold_without_slot(seq)
+
+    def abort(self, request_id: str) -> RequestUpdate | None:
+        """End a request at any moment; None when there is no such request (any more)."""
+        seq = self._by_id.get(request_id)
+        return self._finish(seq, "abort") if seq is not None else None
+
+    def fail_all(self, message: str, code: str | None = None) -> list[RequestUpdate]:
+        """End every request with an error."""
+        return [self._finish(seq, "error", message, code) for seq in list(self._alive.values())]
+
+    # --------------------------------------------------------------------------------------- media
+
+    def take_needs(self) -> list[MediaNeed]:
+        """Items whose payload must be supplied now.
+
+        An item may be needed again later (its features were evicted, or its payload dropped). A need is void once the
+        request it names has ended; if others want the item, it is needed again in their name.
+        """
+        return self._features.take_needs(self._urgent_item())
+
+    def wants(self, key: bytes) -> bool:
+        """The item's payload was asked for, has not come, and somebody still waits for it."""
+        return self._features.wants(key)
+
+    def media_ready(self, key: bytes) -> None:
+        """The executor now holds the payload of an item that ``wants`` says is wanted."""
+        self._features.payload_ready(key)
+
+    def media_failed(self, key: bytes, message: str, code: str | None) -> list[RequestUpdate]:
+        """A payload cannot be had: every request that waits for it ends with an error."""
+        holders = [self._alive[order] for order in self._features.payload_failed(key)]
+        return [self._finish(seq, "error", message, code) for seq in holders]
+
+    # ---------------------------------------------------------------------------------------- plan
+
+    def plan(self) -> StepPlan | None:
+        """Decide the next step; None when nothing can run before a commit, a payload or a request comes in."""
+        if len(self._in_flight) >= self.limits.pipeline_depth:
+            return None
+        # Encoding comes first: it may evict features, which no row of this step may then use.
+        encode = self._features.encode(self.limits.max_num_batched_patches, self._urgent_item())
+        for item in encode:
+            for seq in self._parked.pop(item.key, {}).values():
+                seq.parked_on = None
+                heapq.heappush(self._waiting, seq.order)
+        step = _Step(self.limits.max_num_batched_tokens)
+        head = self._head()
+        if head is not None and head.slot is None:
+            self._start_head(step, head)
+        self._plan_running(step, head)
+        self._plan_waiting(step)
+        planned = step.decodes + step.prefills
+        if not (planned or encode or self._features.has_drops):
+            return None
+        drop_features, drop_payloads = self._features.take_drops()
+        plan = StepPlan(
+            step=self._num_steps,
+            rows=tuple([row for _, row in planned]),
+            opened=tuple(step.opened),
+            encode=tuple(encode),
+            drop_features=drop_features,
+            drop_payloads=drop_payloads,
+        )
+        self._in_flight.append((plan.step, [seq for seq, _ in planned]))
+        self._num_steps += 1
+        return plan
+
+    def _start_head(self, step: _Step, head: Sequence) -> None:
+        """Give the oldest request a slot, someone else's if need be."""
+        if self._next_waiting() is not head or head.in_flight:
+            return
+        self._extend_hits(head)
+        if self._park_if_blocked(head):
+            return
+        if not self._free_slots:
+            self._preempt(step, self._running[-1])
+        self._open(step, head)
+
+    def _plan_running(self, step: _Step, head: Sequence | None) -> None:
+        # One token per decoding request is set aside, so that prefills do not stall answers. The head is exempt: a
+        # bidirectional range may need the whole budget, which it would otherwise wait for without bound.
+        num_reserved = 0
+        for seq in self._running:
+            if seq.is_runnable and seq.num_computed >= seq.num_prompt:
+                num_reserved += 1
+        for seq in tuple(self._running):
+            if seq.slot is None or not seq.is_runnable:  # preempted in this step, or its last token is in flight
+                continue
+            budget = step.num_tokens_left
+            if seq.num_tokens - seq.num_computed == 1 and seq.num_computed >= seq.num_prompt:
+                num_reserved -= 1
+                num_tokens = 1
+            else:
+                self._extend_hits(seq)
+                num_tokens = self._chunk(seq, budget if seq is head else budget - num_reserved)
+            if 0 < num_tokens <= budget:
+                num_blocks = self._blocks_needed(seq, seq.num_computed + num_tokens)
+                if num_blocks <= 0 or self._reserve(step, seq, num_blocks):
+                    self._add_row(step, seq, num_tokens, num_blocks)
+
+    def _plan_waiting(self, step: _Step) -> None:
+        while step.num_tokens_left > 0 and self._free_slots and not step.has_preempted:
+            seq = self._next_waiting()
+            if seq is None or seq.in_flight:
+                return
+            self._extend_hits(seq)
+            if self._park_if_blocked(seq):
+                continue
+            num_tokens = self._chunk(seq, step.num_tokens_left)
+            # Room for all its tokens, not for this chunk alone: else it would soon be preempted again.
+            if num_tokens <= 0 or not self._reserve(step, seq, self._blocks_needed(seq, seq.num_tokens)):
+                return
+            self._open(step, seq)
+            self._add_row(step, seq, num_tokens, self._blocks_needed(seq, seq.num_computed + num_tokens))
+
+    def _chunk(self, seq: Sequence, budget: int) -> int:
+        """How many positions to compute: within budget, before missing features, splitting no range; may be <= 0."""
+        start = seq.num_computed
+        end = min(seq.num_tokens, start + budget)
+        missing = self._missing_span(seq, end)
+        if missing is not None:
+            end = seq.request.spans[missing].start
+        end = seq.cut(end)
+        if end < seq.num_tokens:
+            # Stop at a block's end where that is possible: equal prompts can then go on from each other's blocks.
+            aligned = end - end % self.limits.block_size
+            if aligned > start and seq.cut(aligned) == aligned:
+                end = aligned
+        return end - start
+
+    def _add_row(self, step: _Step, seq: Sequence, num_tokens: int, num_blocks: int) -> None:
+        assert seq.slot is not None
+        start = seq.num_computed
+        new_blocks: tuple[int, ...] = ()
+        if num_blocks > 0:
+            seq.blocks += self._pool.allocate(num_blocks)
+        if len(seq.blocks) > seq.num_sent_blocks:
+            new_blocks = tuple(seq.blocks[seq.num_sent_blocks :])
+            seq.num_sent_blocks = len(seq.blocks)
+        emits = start + num_tokens == seq.num_tokens
+        if start >= seq.num_prompt:
+            seq.num_computed += num_tokens
+            row = RowPlan(seq.slot, start, num_tokens, new_blocks, emits)
+        else:
+            uses = seq.feature_uses(num_tokens, self._features.feature_id)
+            row = RowPlan(seq.slot, start, num_tokens, new_blocks, emits, uses)
+            self._advance(seq, start + num_tokens)
+            self._register(seq)
+        if emits:
+            seq.num_tokens += 1
+        seq.in_flight += 1
+        step.num_tokens_left -= num_tokens
+        (step.decodes if num_tokens == 1 else step.prefills).append((seq, row))
+
+    # -------------------------------------------------------------------------------------- commit
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
+        """Take in the results of the oldest step in flight."""
+        step, seqs = self._in_flight.popleft()
+        assert step == plan.step == result.step, f"step {step} is due; got plan {plan.step}, result {result.step}"
+        updates: list[RequestUpdate] = []
+        for seq, row, row_result in zip(seqs, plan.rows, result.rows, strict=True):
+            seq.in_flight -= 1
+            if seq.finished:  # a zombie: it ended while this step was in flight
+                continue
+            if row_result.error is not None:
+                for block in seq.blocks:
+                    self._pool.forget(block)
+                updates.append(self._finish(seq, "error", row_result.error))
+                continue
+            if seq.prompt_logprobs is not None and row_result.prompt_logprobs is not None:
+                begin = row.start + 1
+                entries = row_result.prompt_logprobs[: seq.num_prompt - begin]
+                seq.prompt_logprobs[begin : begin + len(entries)] = entries
+            if row.emits:
+                updates.append(self._commit_emission(seq, row_result))
+        return updates
+
+    def _commit_emission(self, seq: Sequence, result: RowResult) -> RequestUpdate:
+        if seq.pools:
+            update = self._finish(seq, "stop")
+            update.embedding = result.embedding
+            return update
+        token = result.token_id
+        assert token is not None, "a row that emits brings a token"
+        seq.tokens.append(token)
+        params = seq.request.params
+        assert isinstance(params, SamplingParams)
+        if token in seq.request.stop_token_ids and len(seq.tokens) - seq.num_prompt > params.min_tokens:
+            update = self._finish(seq, "stop")
+            update.stop_token_id = token
+        elif len(seq.tokens) >= seq.limit:
+            update = self._finish(seq, "length")
+        else:
+            self._register(seq)
+            update = RequestUpdate(request_id=seq.request.request_id, num_cached_tokens=seq.num_cached_tokens)
+        update.token_ids = [token]
+        if result.logprobs is not None:
+            update.logprobs = [result.logprobs]
+        if seq.prompt_logprobs is not None:
+            update.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        return update
+
+    # --------------------------------------------------------------------------------------- state
+
+    @property
+    def has_work(self) -> bool:
+        """Something is unfinished, in flight, or still to be dropped from the executor."""
+        return bool(self._alive or self._in_flight or self._features.has_drops)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def stats(self) -> list[tuple[str, float]]:
+        """Gauges and counters by name; counters end in ``_total``."""
+        num_blocks_used = self._pool.num_usable - self._pool.num_free
+        return [
+            ("num_requests_running", len(self._running)),
+            ("num_requests_waiting", len(self._alive) - len(self._running)),
+            ("num_steps_in_flight", len(self._in_flight)),
+            ("kv_blocks_used", num_blocks_used),
+            ("kv_cache_usage", num_blocks_used / max(1, self._pool.num_usable)),
+            ("feature_bytes_stored", self._features.used_bytes),
+            ("feature_bytes_leased", self._features.leased_bytes),
+            ("payload_bytes_pending", self._features.payload_bytes),
+            ("num_preemptions_total", self._num_preemptions),
+            ("prefix_cache_queried_tokens_total", self._num_prompt_tokens),
+            ("prefix_cache_hit_tokens_total", self._num_cached_tokens),
+        ]
+
+    def _head(self) -> Sequence | None:
+        while self._line and self._line[0] not in self._alive:
+            heapq.heappop(self._line)
+        return self._alive[self._line[0]] if self._line else None
+
+    def _next_waiting(self) -> Sequence | None:
+        while self._waiting:
+            seq = self._alive.get(self._waiting[0])
+            if seq is not None:
+                return seq
+            heapq.heappop(self._waiting)
+        return None
+
+    def _open(self, step: _Step, seq: Sequence) -> None:
+        """Waiting to running."""
+        assert len(seq.tokens) == seq.num_tokens, "all tokens of a request that starts over are known"
+        order = heapq.heappop(self._waiting)
+        assert order == seq.order
+        seq.slot = self._free_slots.pop()
+        insort(self._running, seq, key=lambda other: other.order)
+        request = seq.request
+        step.opened.append(
+            SlotOpen(
+                slot=seq.slot,
+                token_ids=list(seq.tokens),
+                num_prompt_tokens=seq.num_prompt,
+                params=request.params,
+                seed=request.seed,
+                positions=request.positions,
+                position_delta=request.position_delta,
+                bidirectional=request.bidirectional,
+                stop_token_ids=request.stop_token_ids,
+            )
+        )
+
+    def _preempt(self, step: _Step, seq: Sequence) -> None:
+        """Running to waiting, keeping nothing but tokens."""
+        self._give_up_slot(seq)
+        self._pool.release(seq.blocks)
+        seq.reset()
+        self._hold_without_slot(seq)
+        self._num_preemptions += 1
+        step.has_preempted = True
+
+    def _give_up_slot(self, seq: Sequence) -> None:
+        assert seq.slot is not None
+        self._running.remove(seq)
+        self._free_slots.append(seq.slot)
+        seq.slot = None
+
+    def _hold_without_slot(self, seq: Sequence) -> None:
+        """To waiting: in line for a slot, with a lease on its prefix hits and on the media still to be read."""
+        heapq.heappush(self._waiting, seq.order)
+        if seq.blocks:
+            heapq.heappush(self._block_leases, (-seq.order[0], -seq.order[1]))
+        self._lease_items(seq)
+
+    def _park_if_blocked(self, seq: Sequence) -> bool:
+        """Waiting to parked, when its first features are missing: a slot would be wasted on the text before them."""
+        missing = self._missing_span(seq, seq.num_tokens)
+        if missing is None:
+            return False
+        if missing > seq.next_span and self._chunk(seq, self.limits.max_num_batched_tokens) > 0:
+            return False
+        order = heapq.heappop(self._waiting)
+        assert order == seq.order
+        seq.parked_on = seq.request.media[seq.request.spans[missing].item].key
+        self._parked.setdefault(seq.parked_on, {})[order] = seq
+        return True
+
+    def _unpark(self, seq: Sequence) -> None:
+        assert seq.parked_on is not None
+        others = self._parked[seq.parked_on]
+        del others[seq.order]
+        if not others:
+            del self._parked[seq.parked_on]
+        seq.parked_on = None
+
+    def _finish(
+        self, seq: Sequence, reason: FinishReason, error: str | None = None, code: str | None = None
+    ) -> RequestUpdate:
+        seq.finished = True
+        del self._alive[seq.order], self._by_id[seq.request.request_id]
+        if seq.slot is not None:
+            self._give_up_slot(seq)
+        elif seq.parked_on is not None:
+            self._unpark(seq)
+        self._pool.release(seq.blocks)
+        for key in seq.leased:
+            self._features.release(key, seq.order, ended=True)
+        self._num_prompt_tokens += seq.num_prompt
+        self._num_cached_tokens += seq.num_cached_tokens
+        if self._on_finish is not None:
+            self._on_finish(seq.request.request_id)
+        return RequestUpdate(
+            request_id=seq.request.request_id,
+            finish_reason=reason,
+            error=error,
+            error_code=code,
+            num_cached_tokens=seq.num_cached_tokens,
+        )
+
+    # -------------------------------------------------------------------------------------- blocks
+
+    def _blocks_needed(self, seq: Sequence, num_positions: int) -> int:
+        return -(-num_positions // self.limits.block_size) - len(seq.blocks)
+
+    def _reserve(self, step: _Step, seq: Sequence, num_blocks: int) -> bool:
+        """Make ``num_blocks`` allocatable for ``seq``, at the cost of those behind it.
+
+        Leases on prefix hits go first. Running requests are preempted for running ones only; rows are planned in the
+        line's order, so a victim has none in this step yet.
+        """
+        while self._pool.num_free < num_blocks:
+            holder = self._last_block_lease()
+            if holder is not None and (seq.slot is not None or holder.order > seq.order):
+                self._give_lease_back(holder)
+            elif seq.slot is not None and self._running[-1] is not seq:
+                self._preempt(step, self._running[-1])
+            else:
+                return False
+        return True
+
+    def _last_block_lease(self) -> Sequence | None:
+        while self._block_leases:
+            priority, number = self._block_leases[0]
+            seq = self._alive.get((-priority, -number))
+            if seq is not None and seq.slot is None and seq.blocks:
+                return seq
+            heapq.heappop(self._block_leases)
+        return None
+
+    def _give_lease_back(self, seq: Sequence) -> None:
+        self._pool.release(seq.blocks)
+        seq.reset()
+        self._lease_items(seq)
+        if seq.parked_on is not None:  # it may now lack an earlier item than the one it is parked on
+            self._unpark(seq)
+            heapq.heappush(self._waiting, seq.order)
+
+    def _extend_hits(self, seq: Sequence) -> None:
+        """Share blocks that others computed, from where ``seq`` stands; its last token is always left to compute."""
+        hasher, block_size = seq.hasher, self.limits.block_size
+        if hasher is None or seq.num_computed != len(seq.blocks) * block_size:
+            return
+        held = len(seq.blocks)
+        last = (len(seq.tokens) - 1) // block_size
+        found: list[int] = []
+        while held + len(found) < last:
+            block = self._pool.find(hasher.digest(held + len(found)))
+            if block is None:
+                break
+            found.append(block)
+        end = held + len(found)
+        while end > held and (cut := seq.cut(end * block_size)) < end * block_size:
+            end = cut // block_size
+        if end <= held:
+            return
+        for block in found[: end - held]:
+            self._pool.share(block)
+        seq.blocks += found[: end - held]
+        seq.num_registered = end
+        if seq.num_tokens == seq.num_prompt:  # hits of a restart after preemption are no saving
+            seq.num_cached_tokens += (end - held) * block_size
+        self._advance(seq, end * block_size)
+        if seq.slot is None:
+            heapq.heappush(self._block_leases, (-seq.order[0], -seq.order[1]))
+
+    def _register(self, seq: Sequence) -> None:
+        """Let others find the blocks that are full and whose tokens are known."""
+        if seq.hasher is None:
+            return
+        num_full = min(seq.num_computed, len(seq.tokens)) // self.limits.block_size
+        while seq.num_registered < num_full:
+            self._pool.register(seq.blocks[seq.num_registered], seq.hasher.digest(seq.num_registered))
+            seq.num_registered += 1
+
+    # ------------------------------------------------------------------------------- media of a request
+
+    def _lease_items(self, seq: Sequence) -> None:
+        """Lease every item that has features after ``num_computed``."""
+        request = seq.request
+        for key, extent in seq.items.items():
+            if extent.end > seq.num_computed and key not in seq.leased:
+                seq.leased.add(key)
+                lease = Lease(extent.start, request.request_id, extent.item)
+                self._features.lease(request.media[extent.item], seq.order, lease)
+
+    def _advance(self, seq: Sequence, num_computed: int) -> None:
+        """Move on, and release the items whose last features are behind."""
+        seq.num_computed = num_computed
+        spans, media = seq.request.spans, seq.request.media
+        while seq.next_span < len(spans):
+            span = spans[seq.next_span]
+            if span.start + span.length > num_computed:
+                break
+            seq.next_span += 1
+            key = media[span.item].key
+            if seq.items[key].end <= num_computed and key in seq.leased:
+                seq.leased.remove(key)
+                self._features.release(key, seq.order)
+
+    def _missing_span(self, seq: Sequence, end: int) -> int | None:
+        """The first span still to be read, among those that start before ``end``, whose features are not stored."""
+        spans, media = seq.request.spans, seq.request.media
+        for i in range(seq.next_span, len(spans)):
+            if spans[i].start >= end:
+                break
+            if self._features.feature_id(media[spans[i].item].key) is None:
+                return i
+        return None
+
+    def _urgent_item(self) -> bytes | None:
+        """The item that the head of the line misses first."""
+        head = self._head()
+        missing = self._missing_span(head, head.num_prompt) if head is not None else None
+        if head is None or missing is None:
+            return None
+        return head.request.media[head.request.spans[missing].item].key
+
+    # ---------------------------------------------------------------------------------------- checks
+
+    def _check(self, seq: Sequence) -> None:
+        request, limits = seq.request, self.limits
+        if request.request_id in self._by_id:
+            raise RequestError(f"Request id {request.request_id!r} is in use; ids of unfinished requests must differ.")
+        if seq.num_prompt == 0:
+            raise RequestError("The prompt is empty; it must have at least one token.", param="prompt")
+        room = 0 if seq.pools else 1
+        if seq.num_prompt + room > limits.context_len:
+            pool_is_short = limits.context_len < limits.max_model_len
+            cause = "all KV blocks together hold" if pool_is_short else "the context (max_model_len) holds"
+            answer = "" if seq.pools else " and an answer of at least one"
+            raise ContextLengthError(
+                f"The prompt has {seq.num_prompt} tokens; {cause} {limits.context_len}, prompt{answer}. "
+                "Shorten the prompt or use fewer or smaller pictures.",
+                param="prompt",
+            )
+        longest = max((end - start for start, end in request.bidirectional), default=0)
+        if longest > limits.max_num_batched_tokens:
+            raise RequestError(
+                f"The prompt has a picture of {longest} tokens that must run in one step; a step has "
+                f"max_num_batched_tokens={limits.max_num_batched_tokens}. Raise it or use a smaller picture."
+            )
+        needed = seq.peak_features() * limits.feature_row_bytes
+        if needed > limits.feature_bytes:
+            raise RequestError(
+                f"The prompt needs {needed} bytes of vision features at once; the cache has {limits.feature_bytes}. "
+                "Raise vision_cache_gb or use smaller pictures."
+            )

@@ -1,0 +1,146 @@
+"""One request as the scheduler sees it: counts, blocks, and the media it has still to read."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from itertools import accumulate
+from typing import NamedTuple
+
+from opsin.cache.features import Order
+from opsin.cache.prefix import BlockHasher
+from opsin.params import PoolingParams
+from opsin.types import EngineRequest, FeatureUse, PositionLogprobs
+
+
+class Extent(NamedTuple):
+    """The prompt positions [start, end) from an item's first feature to its last, and its place among the media."""
+
+    item: int
+    start: int
+    end: int
+
+
+class Sequence:
+    """State of one request. Counts run ahead of values: with steps in flight, a token is counted before it is known.
+
+    Attributes:
+        order: place in the line.
+        tokens: known token ids, prompt and answer.
+        num_tokens: tokens known or in flight.
+        num_computed: positions whose keys and values are written by the steps planned so far.
+        limit: ``num_tokens`` never exceeds it. Pooling counts as generating one token.
+        blocks: KV blocks for exactly ``num_computed`` positions.
+        num_sent_blocks: those that the runner's slot already knows.
+        num_registered: leading blocks that are in the prefix cache, or were refused as twins.
+        hasher: None when the request shares no prefixes.
+        in_flight: planned steps not yet committed that have a row of it.
+        next_span: first span that ends after ``num_computed``.
+        leased: keys of the items leased from the feature cache.
+        parked_on: key of the item without which it cannot start, while that is missing.
+        prompt_logprobs: collected until the first token is reported; None when not asked for, or reported.
+    """
+
+    __slots__ = (
+        "blocks",
+        "finished",
+        "hasher",
+        "in_flight",
+        "items",
+        "leased",
+        "limit",
+        "next_span",
+        "num_cached_tokens",
+        "num_computed",
+        "num_prompt",
+        "num_registered",
+        "num_sent_blocks",
+        "num_tokens",
+        "order",
+        "parked_on",
+        "pools",
+        "prompt_logprobs",
+        "request",
+        "slot",
+        "tokens",
+    )
+
+    def __init__(self, request: EngineRequest, order: Order, context_len: int) -> None:
+        self.request = request
+        self.order = order
+        self.tokens = list(request.prompt_token_ids)
+        self.num_prompt = self.num_tokens = len(self.tokens)
+        params = request.params
+        self.pools = isinstance(params, PoolingParams)
+        self.prompt_logprobs: list[PositionLogprobs | None] | None = None
+        if isinstance(params, PoolingParams):
+            self.limit = self.num_prompt + 1
+        else:
+            self.limit = min(self.num_prompt + (params.max_tokens or context_len), context_len)
+            if params.prompt_logprobs is not None:
+                self.prompt_logprobs = [None for _ in self.tokens]
+        self.num_computed = 0
+        self.blocks: list[int] = []
+        self.num_sent_blocks = 0
+        self.num_registered = 0
+        self.num_cached_tokens = 0
+        self.hasher: BlockHasher | None = None
+        self.slot: int | None = None
+        self.in_flight = 0
+        self.finished = False
+        self.next_span = 0
+        self.leased: set[bytes] = set()
+        self.parked_on: bytes | None = None
+        self.items: dict[bytes, Extent] = {}
+        for span in request.spans:
+            key = request.media[span.item].key
+            item, start, _ = self.items.get(key, Extent(span.item, span.start, 0))
+            self.items[key] = Extent(item, start, span.start + span.length)
+
+    @property
+    def is_runnable(self) -> bool:
+        """It has a position to compute, by counts alone."""
+        return self.num_computed < self.num_tokens < self.limit
+
+    def reset(self) -> None:
+        """Forget what was computed; tokens stay."""
+        self.blocks = []
+        self.num_computed = self.num_sent_blocks = self.num_registered = self.next_span = 0
+        if self.num_tokens == self.num_prompt:
+            self.num_cached_tokens = 0
+
+    def range_across(self, position: int) -> tuple[int, int] | None:
+        """The bidirectional range that a cut before ``position`` would split."""
+        ranges = self.request.bidirectional
+        i = bisect_left(ranges, position, key=lambda r: r[0]) - 1
+        return ranges[i] if i >= 0 and position < ranges[i][1] else None
+
+    def cut(self, position: int) -> int:
+        """The last position up to ``position`` where computation may stop."""
+        across = self.range_across(position)
+        return position if across is None else across[0]
+
+    def feature_uses(self, num_tokens: int, feature_id_of: Callable[[bytes], int | None]) -> tuple[FeatureUse, ...]:
+        """Feature rows read by the next ``num_tokens`` positions."""
+        begin, end = self.num_computed, self.num_computed + num_tokens
+        uses: list[FeatureUse] = []
+        for i in range(self.next_span, len(self.request.spans)):
+            span = self.request.spans[i]
+            if span.start >= end:
+                break
+            first = max(span.start, begin)
+            feature_id = feature_id_of(self.request.media[span.item].key)
+            assert feature_id is not None, "a chunk ends before features that are not stored"
+            length = min(span.start + span.length, end) - first
+            uses.append(FeatureUse(feature_id, span.feature_start + first - span.start, first - begin, length))
+        return tuple(uses)
+
+    def peak_features(self) -> int:
+        """Most feature rows that must be stored at one time: of items that interleave or share a range."""
+        changes: list[tuple[int, int]] = []
+        for item, start, end in self.items.values():
+            rows = self.request.media[item].layout.num_features
+            across = self.range_across(end)
+            changes.append((self.cut(start), rows))
+            changes.append((end if across is None else across[1], -rows))
+        return max(accumulate(rows for _, rows in sorted(changes)), default=0)

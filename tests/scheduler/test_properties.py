@@ -1,0 +1,125 @@
+"""The scheduler under random arrivals, aborts, late and failing media, small pools: see conftest for what is checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from opsin.params import PoolingParams, SamplingParams
+
+PROFILE = settings(
+    max_examples=120,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+# (features, patches, pixels) of the pictures that prompts are made of; few, so that requests share them.
+PICTURES = [(3, 4, 30), (5, 9, 60), (8, 16, 90), (12, 40, 120)]
+
+
+def make_machine(rig_class: Any, **fixed: object) -> type[RuleBasedStateMachine]:
+    items = [rig_class.make_item(f"picture {i}", *sizes) for i, sizes in enumerate(PICTURES)]
+
+    class Machine(RuleBasedStateMachine):
+        @initialize(data=st.data())
+        def start(self, data: st.DataObject) -> None:
+            draw = data.draw
+            chosen: dict[str, object] = {
+                "max_num_seqs": draw(st.integers(1, 4)),
+                "max_num_batched_tokens": draw(st.sampled_from([1, 3, 8, 12, 30])),
+                "max_num_batched_patches": draw(st.sampled_from([1, 16, 60])),
+                "max_model_len": draw(st.sampled_from([16, 40])),
+                "num_blocks": draw(st.integers(4, 16)),
+                "block_size": draw(st.sampled_from([1, 2, 4])),
+                "feature_bytes": draw(st.sampled_from([80, 120, 160, 400])),
+                "pixel_bytes": draw(st.sampled_from([1, 100, 150, 1000])),
+                "policy": draw(st.sampled_from(["fcfs", "priority"])),
+                "pipeline_depth": draw(st.integers(1, 2)),
+                "enable_prefix_caching": draw(st.booleans()),
+            }
+            self.rig = rig_class(**(chosen | fixed))
+            self.interleave = draw(st.booleans())
+            self.bidirectional = draw(st.booleans())
+            self.count = 0
+
+        @rule(data=st.data())
+        def add(self, data: st.DataObject) -> None:
+            draw = data.draw
+            piece = st.one_of(st.integers(0, 1), st.integers(0, 1), st.sampled_from(items))
+            pieces = draw(st.lists(piece, min_size=1, max_size=10))
+            if draw(st.integers(0, 7)) == 0:
+                params: Any = PoolingParams()
+            else:
+                max_tokens = draw(st.sampled_from([None, 1, 2, 6, 12]))
+                min_tokens = draw(st.integers(0, min(3, max_tokens or 3)))
+                params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens)
+            self.count += 1
+            namespace = draw(st.sampled_from(["", "siblings"]))
+            self.rig.try_add(
+                rig_class.make_request(
+                    f"r{self.count}",
+                    pieces,
+                    params,
+                    interleave=self.interleave,
+                    bidirectional=self.bidirectional,
+                    stop_token_ids=frozenset(draw(st.sets(st.integers(0, 12), max_size=3))),
+                    cache_salt=draw(st.sampled_from(["", "", "x"])),
+                    cache_namespace=namespace,
+                    share_prefix=draw(st.integers(0, 5)) > 0,
+                    priority=draw(st.integers(-1, 1)),
+                )
+            )
+
+        @precondition(lambda self: self.rig.tokens)
+        @rule(data=st.data())
+        def abort(self, data: st.DataObject) -> None:
+            self.rig.abort(data.draw(st.sampled_from(sorted(self.rig.tokens))))
+
+        @rule()
+        def ask(self) -> None:
+            self.rig.ask()
+
+        @precondition(lambda self: self.rig.needs)
+        @rule(data=st.data())
+        def answer(self, data: st.DataObject) -> None:
+            index = data.draw(st.integers(0, len(self.rig.needs) - 1))
+            self.rig.answer_need(index, fail=data.draw(st.integers(0, 7)) == 0)
+
+        @rule(count=st.integers(1, 4))
+        def step(self, count: int) -> None:
+            for _ in range(count):
+                if self.rig.step() is None or len(self.rig.in_flight) >= self.rig.limits.pipeline_depth:
+                    break
+
+        @precondition(lambda self: self.rig.in_flight)
+        @rule()
+        def commit(self) -> None:
+            self.rig.commit()
+
+        @rule(rounds=st.integers(1, 4))
+        def serve(self, rounds: int) -> None:
+            for _ in range(rounds):
+                self.rig.ask()
+                while self.rig.needs:
+                    self.rig.answer_need()
+                self.rig.step()
+                if self.rig.in_flight:
+                    self.rig.commit()
+
+        def teardown(self) -> None:
+            if hasattr(self, "rig"):
+                self.rig.drain()
+
+    return Machine
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_scheduler_random_traffic_same_tokens_as_alone_and_no_leak(rig_class: Any, depth: int) -> None:
+    run_state_machine_as_test(make_machine(rig_class, pipeline_depth=depth), settings=PROFILE)
