@@ -1,0 +1,51 @@
+"""The forms that a prompt may take, for type checkers and readers. The names are vLLM's.
+
+``opsin.processing.prompts`` reads them at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+ImageItem = Any
+"""One picture: a PIL.Image, a (height, width, channels) uint8 array, encoded bytes, or a path; or its features."""
+
+MultiModalUUIDs = Mapping[str, Sequence[str | None] | str]
+
+
+class MultiModalDataDict(TypedDict, total=False):
+    """Pictures and videos that go with a prompt.
+
+    Attributes:
+        image: one picture or a list of them; a 4-D array is a batch. Features made elsewhere come as a 3-D torch tensor
+            (items, features, hidden size), as a list of 2-D tensors, or as ``{"image_embeds": tensor}`` with
+            ``image_grid_thw`` or ``image_sizes`` (``image_size_list``) beside it where the model needs them.
+    """
+
+    image: ImageItem | Sequence[ImageItem] | Mapping[str, Any]
+    video: Any
+
+
+class TextPrompt(TypedDict):
+    """A prompt in words; a picture's placeholder stands where the picture belongs."""
+
+    prompt: str
+    multi_modal_data: NotRequired[MultiModalDataDict | None]
+    mm_processor_kwargs: NotRequired[Mapping[str, Any] | None]
+    multi_modal_uuids: NotRequired[MultiModalUUIDs | None]
+    cache_salt: NotRequired[str | None]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt in token ids, with one placeholder id per picture, or with all of them already expanded."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str | None]
+    multi_modal_data: NotRequired[MultiModalDataDict | None]
+    mm_processor_kwargs: NotRequired[Mapping[str, Any] | None]
+    multi_modal_uuids: NotRequired[MultiModalUUIDs | None]
+    cache_salt: NotRequired[str | None]
+
+
+PromptType = str | list[int] | TextPrompt | TokensPrompt

@@ -1,0 +1,188 @@
+"""What callers get back. Field names and shapes are vLLM's. No torch here."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from opsin.types import FinishReason
+
+_THUMBNAIL_EDGE = 160
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log-probability and 1-based rank of one token at one position, and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+SampleLogprobs = list[dict[int, Logprob]]
+"""Per generated token: the chosen one and the likeliest ones, by token id."""
+
+PromptLogprobs = list[dict[int, Logprob] | None]
+"""Per prompt token; None for the first, which nothing predicts."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One answer.
+
+    Attributes:
+        text: all of it so far, or what is new in a stream of deltas; likewise ``token_ids`` and ``logprobs``.
+        finish_reason: "stop" (an end token or a stop string), "length", "abort"; None while it runs.
+        stop_reason: the stop string or stop token id that ended it; None where the model's own end token did.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: SampleLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened, in seconds of the monotonic clock; None while they have not."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_generation_tokens: int = 0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Generated tokens, all answers together, over the time from arrival to the last one."""
+        if self.last_token_time is None or self.last_token_time <= self.arrival_time:
+            return None
+        return self.num_generation_tokens / (self.last_token_time - self.arrival_time)
+
+
+class _Picture(Protocol):
+    def decode(self) -> Any:
+        """A PIL image."""
+        ...
+
+
+class Thumbnails:
+    """Small versions of a request's pictures, made when they are first shown; the pictures are let go of then.
+
+    Args:
+        pictures: anything with ``decode() -> PIL.Image``; what cannot be decoded is left out.
+    """
+
+    def __init__(self, pictures: Sequence[_Picture]) -> None:
+        self._pictures: list[_Picture] = list(pictures)
+        self._uris: list[str] = []
+
+    def data_uris(self) -> list[str]:
+        """JPEG data URIs."""
+        for picture in self._pictures:
+            try:
+                image = picture.decode()
+            except (OSError, ValueError):  # a MediaError is a ValueError: there is nothing to show
+                continue
+            image.thumbnail((_THUMBNAIL_EDGE, _THUMBNAIL_EDGE))
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=80)
+            self._uris.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
+        self._pictures = []
+        return list(self._uris)
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The answer or answers to one prompt.
+
+    Attributes:
+        prompt_token_ids: expanded, so its length is what the prompt cost.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: PromptLogprobs | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+    thumbnails: Thumbnails | None = field(default=None, repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        """The pictures, the prompt's text and the answers, for notebooks."""
+        pictures = "".join(
+            f'<img src="{uri}" style="margin:0 8px 8px 0;border-radius:4px">'
+            for uri in (self.thumbnails.data_uris() if self.thumbnails else ())
+        )
+        prompt = f'<div style="color:#777;white-space:pre-wrap">{html.escape(self.prompt)}</div>' if self.prompt else ""
+        answers = "".join(
+            f'<div style="white-space:pre-wrap;margin-top:4px">{html.escape(answer.text)}</div>'
+            for answer in self.outputs
+        )
+        facts = [f"{len(self.prompt_token_ids)} prompt tokens"]
+        facts.append(f"{sum(len(answer.token_ids) for answer in self.outputs)} generated")
+        if self.metrics is not None and self.metrics.tokens_per_second is not None:
+            facts.append(f"{self.metrics.tokens_per_second:.1f} tokens/s")
+        if not self.finished:
+            facts.append("still running")
+        line = f'<div style="color:#777;font-size:smaller;margin-top:4px">{", ".join(facts)}</div>'
+        return f"<div>{pictures}{prompt}{answers}{line}</div>"
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """One vector."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput:
+    """The vector of one prompt."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One hypothesis: ``tokens`` holds the prompt's ids and the answer's, ``text`` the answer alone."""
+
+    tokens: list[int]
+    cum_logprob: float
+    text: str | None = None
+    logprobs: SampleLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The hypotheses of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

@@ -1,0 +1,383 @@
+"""From a prompt to an ``EngineRequest``: tokens, placeholders, cache keys, limits. Sizes only; nothing is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from opsin.config import MediaConfig
+from opsin.errors import ContextLengthError, RequestError
+from opsin.models.rule import MediaRule, Placeholder
+from opsin.params import PoolingParams, SamplingParams
+from opsin.processing import expand as expansion
+from opsin.processing.chat import ChatPrompt, MediaReference, render_chat
+from opsin.processing.embeddings import GivenFeatures
+from opsin.processing.expand import Expanded
+from opsin.processing.jinja import ChatTemplate, ContentFormat, find_template
+from opsin.processing.neutral import ControlStrings, Rendered
+from opsin.processing.prompts import MediaInput, MediaSource, Prompt, open_reference, read_prompt
+from opsin.processing.tokenizer import Tokenizer
+from opsin.types import EngineRequest, MediaItem, Modality, ModelSpec
+
+_MODALITIES: tuple[Modality, ...] = ("image", "video")
+_MAX_TEMPLATES = 16  # compiled templates kept; requests may bring their own
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedRequest:
+    """A request as the engine takes it, and what stays in front of the engine.
+
+    Attributes:
+        sources: per item of ``request.media``, what its payload is made from when the engine asks for it.
+        prompt: the text, where there was one.
+    """
+
+    request: EngineRequest
+    sources: list[MediaSource]
+    prompt: str | None
+
+
+class InputProcessor:
+    """Makes requests for one model.
+
+    Args:
+        max_model_len: longest prompt plus answer, in tokens.
+        generation_config: the checkpoint's generation_config.json.
+        default_seed: seeds the requests that bring no seed of their own, each differently, by their ids.
+        folder: the checkpoint, to look for its chat template.
+        chat_template: jinja text that replaces the checkpoint's template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        rule: MediaRule,
+        spec: ModelSpec,
+        *,
+        media: MediaConfig,
+        max_model_len: int,
+        generation_config: Mapping[str, Any] | None = None,
+        default_seed: int = 0,
+        model_type: str = "",
+        folder: Path | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.rule = rule
+        self.spec = spec
+        self.max_model_len = max_model_len
+        self._media = media
+        self._generation_config = generation_config or {}
+        self._default_seed = default_seed
+        self._template_sources = {
+            tools: chat_template or find_template(folder, tokenizer.chat_template, model_type, tools=tools)
+            for tools in (False, True)
+        }
+        self._templates: dict[str, ChatTemplate] = {}
+        self._placeholders: dict[Modality, Placeholder] = {
+            m: rule.placeholder(m) for m in _MODALITIES if rule.max_items(m) != 0
+        }
+        signs = self._placeholders.values()
+        self._controls = ControlStrings(
+            [*tokenizer.special_strings, *(p.text for p in signs if "{index}" not in p.text)],
+            {p.pattern: p.text for p in signs},
+        )
+        self._slot_ids = frozenset(p.token_id for p in signs if p.token_id is not None)
+
+    # ------------------------------------------------------------------------------------------------ prompts
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json asks for, over ``SamplingParams``' own defaults."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        found = {name: self._generation_config.get(name) for name in names}
+        found["max_tokens"] = self._generation_config.get("max_new_tokens")
+        return SamplingParams(**{name: value for name, value in found.items() if value is not None})
+
+    def read(self, prompt: Any) -> Prompt:
+        """Read a ``PromptType`` and open its media.
+
+        Raises:
+            RequestError, MediaError: see ``opsin.processing.prompts.read_prompt``.
+        """
+        return read_prompt(prompt, self._media, self.spec.feature_width)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
+        """Render one conversation with the model's template, or with ``chat_template`` (jinja text).
+
+        Raises:
+            RequestError: no template, a malformed message, too many items, or what the template refuses.
+        """
+        source = chat_template or self._template_sources[bool(tools)]
+        if source is None:
+            raise RequestError(
+                "This model has no chat template. Give one (chat_template, or --chat-template when serving), "
+                "or write the prompt out and use generate or /v1/completions.",
+                param="messages",
+            )
+        chat = render_chat(
+            messages,
+            self._compiled(source),
+            self._controls,
+            self._sign,
+            content_format=chat_template_content_format,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        self._check_limits([reference.modality for reference in chat.media], "messages")
+        return chat
+
+    def open_reference(self, reference: MediaReference, fetched: bytes | None = None) -> MediaInput:
+        """Open an item of a conversation; ``fetched`` are the bytes behind it where it is a URL."""
+        return open_reference(reference, fetched, self._media, self.spec.feature_width)
+
+    def chat_prompt(
+        self,
+        chat: ChatPrompt,
+        media: Sequence[MediaInput],
+        *,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str = "",
+        add_special_tokens: bool | None = None,
+    ) -> Prompt:
+        """The prompt of a rendered conversation and its opened media."""
+        return Prompt(
+            rendered=chat.prompt,
+            media=list(media),
+            processor_options=mm_processor_kwargs or {},
+            cache_salt=cache_salt,
+            add_special_tokens=add_special_tokens,
+        )
+
+    # ----------------------------------------------------------------------------------------------- requests
+
+    def process(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | PoolingParams,
+        *,
+        priority: int = 0,
+        arrival_s: float | None = None,
+    ) -> ProcessedRequest:
+        """Tokenise, expand, and check against the model's limits.
+
+        Raises:
+            RequestError: placeholders and items differ in number, too many items, ids outside the vocabulary.
+            ContextLengthError: the expanded prompt leaves no room for an answer.
+            MediaError: a picture whose size this model cannot take.
+        """
+        self._check_limits([item.modality for item in prompt.media], "multi_modal_data")
+        items = [self._media_item(item, prompt) for item in prompt.media]
+        expanded, order = self._expand(prompt, items)
+        if isinstance(params, SamplingParams) and params.truncate_prompt_tokens is not None:
+            expanded, dropped = expansion.truncate(expanded, params.truncate_prompt_tokens)
+            order = order[dropped:]
+        items = [items[i] for i in order]
+        params = self._resolve(params, expanded, items)
+        ids = expanded.token_ids
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=ids,
+            params=params,
+            media=items,
+            spans=expanded.spans,
+            bidirectional=self.rule.bidirectional(_feature_ranges(expanded, len(items)), len(ids)),
+            seed=self._seed(request_id, params),
+            cache_salt=prompt.cache_salt,
+            priority=priority,
+            arrival_s=time.monotonic() if arrival_s is None else arrival_s,
+        )
+        if isinstance(params, SamplingParams):
+            ends = frozenset[int]() if params.ignore_eos else self.tokenizer.eos_token_ids
+            request.stop_token_ids = ends | frozenset(params.stop_token_ids)
+            request.share_prefix = params.prompt_logprobs is None  # these need every position computed
+        positions = self.rule.positions(ids, items)
+        if positions is not None:
+            request.positions = np.asarray(positions.axes, dtype=np.int32).tobytes()
+            request.position_delta = positions.delta
+        text = prompt.rendered.text if prompt.rendered is not None else None
+        return ProcessedRequest(request, [prompt.media[i].source for i in order], text)
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    def _expand(self, prompt: Prompt, items: Sequence[MediaItem]) -> tuple[Expanded, list[int]]:
+        if prompt.token_ids is not None:
+            self._check_ids(prompt.token_ids)
+            slotted = expansion.cut(prompt.token_ids, self._placeholders)
+            if len(slotted.slots) != len(items):
+                # Mixed modalities cannot be told apart before they are matched, so they are taken as given.
+                ready = expansion.match_expanded(prompt.token_ids, items, self.rule) if items else None
+                if ready is not None:
+                    return ready, list(range(len(items)))
+        else:
+            rendered = prompt.rendered or Rendered("")
+            slotted = expansion.tokenize(
+                rendered, self._placeholders, self.tokenizer, add_special_tokens=self._adds_special(prompt, rendered)
+            )
+        expansion.check_counts(slotted.slots, items, self._placeholders)
+        order = expansion.order_by_slots(slotted.slots, items)
+        expanded = expansion.expand(slotted, [items[i] for i in order], self.rule)
+        if not expanded.token_ids:
+            raise RequestError("The prompt is empty: it has no tokens.", param="prompt")
+        return expanded, order
+
+    def _adds_special(self, prompt: Prompt, rendered: Rendered) -> bool:
+        if prompt.add_special_tokens is not None:
+            return prompt.add_special_tokens
+        bos = self.tokenizer.bos_token
+        return not (bos and rendered.text.startswith(bos))
+
+    def _media_item(self, item: MediaInput, prompt: Prompt) -> MediaItem:
+        source, options = item.source, prompt.processor_options
+        if isinstance(source, GivenFeatures):
+            layout = self.rule.embedding_layout(item.modality, len(source.data), source.extras)
+        else:
+            width, height = source.size
+            layout = self.rule.layout(item.modality, width, height, 1, options)
+        # A uuid stands for the content within its salt; it can never collide with a digest, or reach another salt.
+        identity = ("content", source.digest) if item.uuid is None else ("uuid", prompt.cache_salt, item.uuid)
+        try:
+            told = msgspec.msgpack.encode((identity, item.modality, layout, options), order="deterministic")
+        except TypeError as error:
+            raise RequestError(
+                f"mm_processor_kwargs must hold plain JSON values: {error}", param="mm_processor_kwargs"
+            ) from None
+        return MediaItem(hashlib.blake2b(told, digest_size=32).digest(), item.modality, layout)
+
+    def _check_limits(self, modalities: Sequence[Modality], param: str) -> None:
+        for modality, count in Counter(modalities).items():
+            limits = (self.rule.max_items(modality), self._media.limit_mm_per_prompt.get(modality))
+            limit = min((n for n in limits if n is not None), default=None)
+            if limit is None or count <= limit:
+                continue
+            advice = "This model takes none."
+            if limits[0] is None or limits[0] >= count:
+                advice = (
+                    f"This prompt has {count}: send fewer, or start with limit_mm_per_prompt={{'{modality}': {count}}}."
+                )
+            elif limits[0] > 0:
+                advice = f"This prompt has {count}, more than the model was made for: send fewer."
+            raise RequestError(f"At most {limit} {modality}(s) may be provided in one prompt. {advice}", param=param)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise RequestError("The prompt is empty: it has no tokens.", param="prompt_token_ids")
+        if min(ids) < 0 or max(ids) >= self.spec.vocab_size:
+            wrong = next((i for i in ids if not 0 <= i < self.spec.vocab_size and i not in self._slot_ids), None)
+            if wrong is not None:
+                raise RequestError(
+                    f"prompt_token_ids holds {wrong}; this model's ids are 0 to {self.spec.vocab_size - 1}.",
+                    param="prompt_token_ids",
+                )
+
+    def _resolve(
+        self, params: SamplingParams | PoolingParams, prompt: Expanded, items: Sequence[MediaItem]
+    ) -> SamplingParams | PoolingParams:
+        """The parameters with what depends on the prompt and the tokenizer filled in."""
+        length = len(prompt.token_ids)
+        pooling = isinstance(params, PoolingParams)
+        room = self.max_model_len - length
+        if room < (0 if pooling else 1):
+            features = sum(item.layout.num_features for item in items)
+            made_of = f" ({features} of them for {len(items)} image(s) or video(s))" if items else ""
+            answer = "" if pooling else ", and at least one token must remain for the answer"
+            raise ContextLengthError(
+                f"The prompt has {length} tokens{made_of}; this model's context holds {self.max_model_len}{answer}. "
+                "Shorten the prompt, send fewer or smaller pictures, or raise max_model_len if the model allows it.",
+                param="prompt",
+            )
+        if isinstance(params, PoolingParams):
+            return params
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            wrong = next((i for i in getattr(params, name) or () if i >= self.spec.vocab_size), None)
+            if wrong is not None:
+                raise RequestError(
+                    f"{name} holds {wrong}; this model's ids are 0 to {self.spec.vocab_size - 1}.", param=name
+                )
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        bad_words = params.bad_words_token_ids
+        if params.bad_words:
+            bad_words = [*(bad_words or ()), *self.tokenizer.encode_bad_words(params.bad_words)]
+        return msgspec.structs.replace(
+            params,
+            max_tokens=max_tokens,
+            min_tokens=min(params.min_tokens, max_tokens),
+            bad_words_token_ids=bad_words,
+        )
+
+    def _seed(self, request_id: str, params: SamplingParams | PoolingParams) -> int:
+        if isinstance(params, SamplingParams) and params.seed is not None:
+            return params.seed
+        return derive_seed(self._default_seed, request_id)
+
+    def _sign(self, modality: Modality, number: int) -> str:
+        placeholder = self._placeholders.get(modality)
+        if placeholder is None:
+            raise RequestError(f"This model takes no {modality}.", param="messages")
+        return placeholder.text.replace("{index}", str(number))
+
+    def _compiled(self, source: str) -> ChatTemplate:
+        template = self._templates.get(source)
+        if template is None:
+            template = ChatTemplate(source, self.tokenizer.special_tokens_map)
+            while len(self._templates) >= _MAX_TEMPLATES:
+                del self._templates[next(iter(self._templates))]
+            self._templates[source] = template
+        return template
+
+
+def fan_out(request: EngineRequest, n: int) -> list[EngineRequest]:
+    """``n`` requests for one prompt, named ``{id}-0``, ``{id}-1``, ..., each drawing with its own seed.
+
+    ``n = 1`` is the request itself. The first child keeps the request's seed.
+    """
+    if n == 1:
+        return [request]
+    assert isinstance(request.params, SamplingParams)
+    params = msgspec.structs.replace(request.params, n=1)
+    first = msgspec.structs.replace(request, request_id=f"{request.request_id}-0", params=params)
+    others = [
+        msgspec.structs.replace(first, request_id=f"{request.request_id}-{i}", seed=derive_seed(request.seed, str(i)))
+        for i in range(1, n)
+    ]
+    return [first, *others]
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """A 63-bit seed that depends on both."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _feature_ranges(prompt: Expanded, num_items: int) -> list[tuple[int, int]]:
+    """Per item, [first, last + 1) of the positions that take its features."""
+    ranges: list[tuple[int, int]] = []
+    for span in prompt.spans:
+        if span.item == len(ranges):
+            ranges.append((span.start, span.start + span.length))
+        else:
+            ranges[span.item] = (ranges[span.item][0], span.start + span.length)
+    assert len(ranges) == num_items
+    return ranges
