@@ -1,0 +1,53 @@
+"""Model families. This module is torch-free: it only knows their names; ``resolve`` says where a family lives.
+
+Adding one is a folder with ``rule.py`` (what its pictures become) and ``model.py`` (what computes them), and a line
+in ``MODELS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from opsin.errors import UnsupportedModelError
+
+
+class Family(NamedTuple):
+    """Where one architecture's two halves live, as "module:Class"."""
+
+    architecture: str
+    rule: str
+    model: str
+
+    def load_rule(self) -> Any:
+        """The ``MediaRule`` class; imports no torch."""
+        return _load(self.rule)
+
+    def load_model(self) -> Any:
+        """The ``VisionLanguageModel`` class; imports torch."""
+        return _load(self.model)
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+MODELS: tuple[Family, ...] = (
+    Family("LlavaForConditionalGeneration", "opsin.models.llava.rule:LlavaRule", "opsin.models.llava.model:LlavaModel"),
+)
+
+
+def resolve(architectures: Sequence[str] | None) -> Family:
+    """The family of a config.json's ``architectures``.
+
+    Raises:
+        UnsupportedModelError: none of them is supported; the message lists those that are.
+    """
+    for family in MODELS:
+        if family.architecture in (architectures or ()):
+            return family
+    named = ", ".join(architectures or ()) or "no architecture"
+    supported = ", ".join(sorted(family.architecture for family in MODELS))
+    raise UnsupportedModelError(f"The model's config.json names {named}. Supported architectures are: {supported}.")

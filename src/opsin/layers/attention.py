@@ -1,0 +1,50 @@
+"""Self-attention over the paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.layers import Placement
+from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.rope import Rotary
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, arXiv:2305.13245.
+
+    Args:
+        window: positions a token sees, its own included; None is all before it.
+    """
+
+    def __init__(
+        self,
+        place: Placement,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        output_bias: bool,
+        window: int | None,
+    ) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
+        self.window = window
+        pieces = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
+        self.qkv_proj = MergedLinear(place, hidden_size, pieces, bias=qkv_bias)
+        self.o_proj = Linear(place, num_heads * head_dim, hidden_size, bias=output_bias, shard="in")
+
+    def forward(
+        self, x_TD: torch.Tensor, rotary: Rotary, attention: AttentionInputs, cache: LayerCache
+    ) -> torch.Tensor:
+        heads = (-1, self.head_dim)
+        q_TNH, k_TKH, v_TKH = (y.unflatten(-1, heads) for y in self.qkv_proj.split(self.qkv_proj(x_TD)))
+        q_TNH, k_TKH = self.kernels.apply_rope(q_TNH, k_TKH, rotary.cos_TR, rotary.sin_TR)
+        self.kernels.write_kv(k_TKH, v_TKH, cache, attention.slot_mapping_T)
+        out_TNH = self.kernels.paged_attention(q_TNH, k_TKH, v_TKH, cache, attention, self.scale, self.window)
+        return self.o_proj(out_TNH.flatten(1))

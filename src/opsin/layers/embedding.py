@@ -1,0 +1,34 @@
+"""Token embedding and language-model head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from opsin.layers import Placement
+from opsin.layers.linear import Linear
+
+
+class TokenEmbedding(nn.Module):
+    def __init__(self, place: Placement, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = place.parameter(vocab_size, hidden_size)
+
+    def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids_T, self.weight)
+
+
+class LMHead(Linear):
+    """Hidden states to logits. A tied head shares the embedding's weight and has none of its own to load."""
+
+    def __init__(
+        self, place: Placement, hidden_size: int, vocab_size: int, *, tied_to: TokenEmbedding | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.kernels = place.kernels
+        self.shard = "out"
+        self.checkpoint_shape = None
+        self.is_tied = tied_to is not None
+        self.weight = place.parameter(vocab_size, hidden_size) if tied_to is None else tied_to.weight
+        self.bias = None

@@ -1,0 +1,38 @@
+"""Feed-forward blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from opsin.layers import Placement
+from opsin.layers.linear import Linear, MergedLinear
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), arXiv:2002.05202."""
+
+    def __init__(self, place: Placement, hidden_size: int, intermediate_size: int, act: str, *, bias: bool) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.act = act
+        pieces = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up_proj = MergedLinear(place, hidden_size, pieces, bias=bias)
+        self.down_proj = Linear(place, intermediate_size, hidden_size, bias=bias, shard="in")
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.kernels.gated_activation(self.gate_up_proj(x_TD), self.act))
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))), as vision towers have it."""
+
+    def __init__(self, place: Placement, hidden_size: int, intermediate_size: int, act: str) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.act = act
+        self.fc1 = Linear(place, hidden_size, intermediate_size, bias=True, shard="out")
+        self.fc2 = Linear(place, intermediate_size, hidden_size, bias=True, shard="in")
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.kernels.activation(self.fc1(x_TD), self.act))

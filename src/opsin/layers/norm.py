@@ -1,0 +1,32 @@
+"""Norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from opsin.layers import Placement
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, place: Placement, size: int, eps: float) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.eps = eps
+        self.weight = place.parameter(size)
+
+    def forward(self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + residual), x + residual)."""
+        return self.kernels.rms_norm(x_TD, self.weight, self.eps, residual_TD)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, place: Placement, size: int, eps: float) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.eps = eps
+        self.weight = place.parameter(size)
+        self.bias = place.parameter(size)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.kernels.layer_norm(x_TD, self.weight, self.bias, self.eps)

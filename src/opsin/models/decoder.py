@@ -1,0 +1,228 @@
+"""One decoder for most language models: pre-norm, grouped-query attention, rotary positions, gated MLP.
+
+What differs between families is data: ``DecoderConfig``, and one ``LayerSpec`` per layer. A field needs two families
+that use it; a family alone in its needs subclasses ``DecoderLayer`` in its own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from opsin.errors import UnsupportedModelError
+from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels.reference import ACTIVATIONS
+from opsin.layers import Placement
+from opsin.layers.attention import Attention
+from opsin.layers.embedding import LMHead, TokenEmbedding
+from opsin.layers.mlp import GatedMLP
+from opsin.layers.norm import RMSNorm
+from opsin.layers.rope import Rope, RopeConfig, Rotary
+from opsin.models.strict import StrictConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """What may differ from layer to layer. ``window``: positions seen, the token's own included; None is all."""
+
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    layers: tuple[LayerSpec, ...]
+    norm_eps: float
+    hidden_act: str
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    rope: RopeConfig
+    max_position: int
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_hf(cls, text_config: Mapping[str, Any]) -> DecoderConfig:
+        """Read a Hugging Face text config; absent keys take the defaults of its model type's config class.
+
+        Raises:
+            UnsupportedModelError: an unknown model type, an unknown key, or a value that is not implemented.
+        """
+        model_type = text_config.get("model_type", "llama")
+        if model_type not in _DIALECTS:
+            raise UnsupportedModelError(
+                f"text_config.model_type is {model_type!r}; implemented are {', '.join(sorted(_DIALECTS))}."
+            )
+        config = StrictConfig(text_config, "text_config")
+        dialect = _DIALECTS[model_type]
+        num_layers = config.take("num_hidden_layers", 32)
+        num_heads = config.take("num_attention_heads", 32)
+        hidden_size = config.take("hidden_size", 4096)
+        head_dim = config.take("head_dim", hidden_size // num_heads)
+        num_kv_heads = config.take("num_key_value_heads", dialect.num_kv_heads or num_heads)
+        max_position = config.take("max_position_embeddings", dialect.max_position)
+        config.skip("rope_parameters", "rope_theta", "rope_scaling", "original_max_position_embeddings")
+        config.skip("partial_rotary_factor")
+        qkv_bias, output_bias = dialect.attention_bias(config)
+        result = cls(
+            vocab_size=config.take("vocab_size", dialect.vocab_size),
+            hidden_size=hidden_size,
+            intermediate_size=config.take("intermediate_size", dialect.intermediate_size),
+            num_heads=num_heads,
+            layers=tuple(
+                LayerSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+                for window in dialect.windows(config, num_layers)
+            ),
+            norm_eps=config.take("rms_norm_eps", 1e-6),
+            hidden_act=config.choose("hidden_act", tuple(ACTIVATIONS), "silu"),
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            mlp_bias=config.take("mlp_bias", False),
+            rope=RopeConfig.from_hf(text_config, head_dim=head_dim, max_position=max_position),
+            max_position=max_position,
+            tie_word_embeddings=config.take("tie_word_embeddings", False),
+        )
+        config.finish()
+        return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Dialect:
+    """How one HF model type spells what is common: its config class's defaults, and where it keeps the rest."""
+
+    vocab_size: int = 32000
+    intermediate_size: int
+    max_position: int
+    num_kv_heads: int | None = None
+    attention_bias: Callable[[StrictConfig], tuple[bool, bool]]
+    windows: Callable[[StrictConfig, int], Sequence[int | None]]
+
+
+def _one_attention_bias(config: StrictConfig) -> tuple[bool, bool]:
+    bias = bool(config.take("attention_bias", False))
+    return bias, bias
+
+
+def _no_windows(config: StrictConfig, num_layers: int) -> Sequence[int | None]:
+    return [None] * num_layers
+
+
+def _same_window(config: StrictConfig, num_layers: int) -> Sequence[int | None]:
+    """Mistral: a window means one on every layer. Absent is 4096, null is none: here the two differ."""
+    window = config.take("sliding_window") if "sliding_window" in config else 4096
+    return [window] * num_layers
+
+
+def _late_windows(config: StrictConfig, num_layers: int) -> Sequence[int | None]:
+    """Qwen2: windows, where switched on, by ``layer_types`` or on the layers from ``max_window_layers``."""
+    window = config.take("sliding_window", 4096)
+    first = config.take("max_window_layers", 28)
+    types = config.take("layer_types")
+    if not config.take("use_sliding_window", False):
+        return [None] * num_layers
+    if types is None:
+        return [window if i >= first else None for i in range(num_layers)]
+    if len(types) != num_layers:
+        raise UnsupportedModelError(f"text_config.layer_types has {len(types)} entries for {num_layers} layers.")
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+_DIALECTS: dict[str, _Dialect] = {
+    "llama": _Dialect(
+        intermediate_size=11008, max_position=2048, attention_bias=_one_attention_bias, windows=_no_windows
+    ),
+    "mistral": _Dialect(
+        intermediate_size=14336,
+        max_position=4096 * 32,
+        num_kv_heads=8,
+        attention_bias=lambda config: (False, False),
+        windows=_same_window,
+    ),
+    "qwen2": _Dialect(
+        vocab_size=151936,
+        intermediate_size=22016,
+        max_position=32768,
+        num_kv_heads=32,
+        attention_bias=lambda config: (True, False),
+        windows=_late_windows,
+    ),
+}
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, place: Placement, config: DecoderConfig, spec: LayerSpec) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(place, config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(
+            place,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            qkv_bias=config.qkv_bias,
+            output_bias=config.output_bias,
+            window=spec.window,
+        )
+        self.post_attention_layernorm = RMSNorm(place, config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(
+            place, config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias
+        )
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        residual_TD: torch.Tensor | None,
+        rotary: Rotary,
+        attention: AttentionInputs,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes and returns (what this layer adds, what it is added to), so that add and norm are one kernel."""
+        x_TD, sum_TD = self.input_layernorm(x_TD, residual_TD)
+        x_TD = self.self_attn(x_TD, rotary, attention, cache)
+        x_TD, sum_TD = self.post_attention_layernorm(x_TD, sum_TD)
+        return self.mlp(x_TD), sum_TD
+
+
+class Decoder(nn.Module):
+    """Embeddings in, final hidden states out; logits on request.
+
+    Args:
+        context_len: the longest sequence that will be run (LongRoPE depends on it).
+    """
+
+    def __init__(self, place: Placement, config: DecoderConfig, context_len: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = TokenEmbedding(place, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(place, config, spec) for spec in config.layers)
+        self.norm = RMSNorm(place, config.hidden_size, config.norm_eps)
+        tied_to = self.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = LMHead(place, config.hidden_size, config.vocab_size, tied_to=tied_to)
+        self.rope = Rope(config.rope, context_len, place.device)
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        positions_AT: torch.Tensor,
+        attention: AttentionInputs,
+        caches: Sequence[LayerCache],
+    ) -> torch.Tensor:
+        """(T, D) after the final norm. Writes this step's keys and values into ``caches``, one per layer."""
+        rotary = self.rope(positions_AT)
+        x_TD, residual_TD = hidden_TD, None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x_TD, residual_TD = layer(x_TD, residual_TD, rotary, attention, cache)
+        return self.norm(x_TD, residual_TD)[0]
+
+    def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """(B, V) in float32."""
+        return self.lm_head(hidden_BD).float()

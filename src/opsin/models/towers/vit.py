@@ -1,0 +1,146 @@
+"""The pre-norm vision transformer that CLIP and SigLIP share, run on many tiles at once.
+
+All tiles have the size that the tower was trained for, so a pack of them is one dense batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from opsin.errors import UnsupportedModelError
+from opsin.kernels.reference import ACTIVATIONS
+from opsin.layers import Placement
+from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.mlp import MLP
+from opsin.layers.norm import LayerNorm
+from opsin.models.strict import StrictConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViTConfig:
+    """Shape of the tower. ``select``: the hidden states to return, counted from 0 (the embeddings)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str
+    norm_eps: float
+    select: tuple[int, ...]
+
+    @classmethod
+    def from_hf(cls, config: StrictConfig, select: int | Sequence[int], *, defaults: Mapping[str, Any]) -> ViTConfig:
+        """Read what all these towers name alike; the caller reads the rest, then calls ``config.finish()``.
+
+        Args:
+            select: HF's ``vision_feature_layer``: one or several, negative counts from the end.
+
+        Raises:
+            UnsupportedModelError: values that are not implemented, or a layer that the tower does not have.
+        """
+        num_layers = config.take("num_hidden_layers", 12)
+        config.choose("num_channels", (3,), 3)
+        return cls(
+            hidden_size=config.take("hidden_size", 768),
+            intermediate_size=config.take("intermediate_size", 3072),
+            num_layers=num_layers,
+            num_heads=config.take("num_attention_heads", 12),
+            image_size=_square(config.take("image_size", defaults["image_size"]), "image_size"),
+            patch_size=_square(config.take("patch_size", defaults["patch_size"]), "patch_size"),
+            hidden_act=config.choose("hidden_act", tuple(ACTIVATIONS), defaults["hidden_act"]),
+            norm_eps=config.take("layer_norm_eps", defaults["layer_norm_eps"]),
+            select=hidden_state_indices(select, num_layers),
+        )
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+def hidden_state_indices(select: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """HF's feature layers as indices into the ``num_layers + 1`` hidden states, the embeddings being number 0."""
+    wanted = (select,) if isinstance(select, int) else tuple(select)
+    for index in wanted:
+        if not -(num_layers + 1) <= index <= num_layers:
+            raise UnsupportedModelError(
+                f"vision_feature_layer {index} does not exist: the tower has {num_layers} layers."
+            )
+    return tuple(index % (num_layers + 1) for index in wanted)
+
+
+def _square(size: int | Sequence[int], name: str) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise UnsupportedModelError(f"vision_config.{name} is {size}; only squares are implemented.")
+    return sides.pop()
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector per row, the class token's included."""
+
+    def __init__(self, place: Placement, num_rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = place.parameter(num_rows, hidden_size)
+
+    def forward(self, x_BPD: torch.Tensor) -> torch.Tensor:
+        return x_BPD + self.weight
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, place: Placement, config: ViTConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(place, config.hidden_size, config.norm_eps)
+        self.self_attn = ViTAttention(place, config.hidden_size, config.num_heads)
+        self.layer_norm2 = LayerNorm(place, config.hidden_size, config.norm_eps)
+        self.mlp = MLP(place, config.hidden_size, config.intermediate_size, config.hidden_act)
+
+    def forward(self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
+        x_PD = x_PD + self.self_attn(self.layer_norm1(x_PD), cu_seqlens_B1, seq_lens)
+        return x_PD + self.mlp(self.layer_norm2(x_PD))
+
+
+class ViTAttention(nn.Module):
+    def __init__(self, place: Placement, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.head_dim = hidden_size // num_heads
+        pieces = {"q_proj": hidden_size, "k_proj": hidden_size, "v_proj": hidden_size}
+        self.qkv_proj = MergedLinear(place, hidden_size, pieces, bias=True)
+        self.out_proj = Linear(place, hidden_size, hidden_size, bias=True, shard="in")
+
+    def forward(self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
+        heads = (-1, self.head_dim)
+        q_PNH, k_PNH, v_PNH = (y.unflatten(-1, heads) for y in self.qkv_proj.split(self.qkv_proj(x_PD)))
+        out_PNH = self.kernels.varlen_attention(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, seq_lens, self.head_dim**-0.5)
+        return self.out_proj(out_PNH.flatten(1))
+
+
+class ViTEncoder(nn.Module):
+    """The blocks up to the last one whose output is wanted; the rest of the checkpoint is never loaded."""
+
+    def __init__(self, place: Placement, config: ViTConfig) -> None:
+        super().__init__()
+        self.select = config.select
+        self.layers = nn.ModuleList(ViTBlock(place, config) for _ in range(max(config.select)))
+
+    def forward(self, x_BPD: torch.Tensor) -> torch.Tensor:
+        """The selected hidden states side by side, in the order selected: (B, P, selected * D)."""
+        num_tiles, length, _ = x_BPD.shape
+        seq_lens = (length,) * num_tiles
+        steps = torch.arange(num_tiles + 1, dtype=torch.int32, device=x_BPD.device)
+        cu_seqlens_B1 = steps * length
+        x_PD = x_BPD.flatten(0, 1)
+        states = {0: x_PD}
+        for number, layer in enumerate(self.layers, start=1):
+            x_PD = layer(x_PD, cu_seqlens_B1, seq_lens)
+            if number in self.select:
+                states[number] = x_PD
+        wanted = [states[number] for number in self.select]
+        return (wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1)).unflatten(0, (num_tiles, length))
