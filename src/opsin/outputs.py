@@ -114,6 +114,7 @@ class RequestOutput:
     Attributes:
         prompt_token_ids: expanded, so its length is what the prompt cost.
         num_cached_tokens: prompt tokens found in the prefix cache.
+        num_media_tokens: prompt positions that hold features of pictures or videos.
     """
 
     request_id: str
@@ -124,6 +125,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
+    num_media_tokens: int = 0
     thumbnails: Thumbnails | None = field(default=None, repr=False, compare=False)
 
     def _repr_html_(self) -> str:

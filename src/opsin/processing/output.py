@@ -261,6 +261,7 @@ class _Request:
         ]
         self._prompt = processed.prompt
         self._prompt_ids = request.prompt_token_ids
+        self._num_media = sum(span.length for span in request.spans)
         self._kind = kind
         self._tokenizer = tokenizer
         self._thumbnails = thumbnails
@@ -320,6 +321,7 @@ class _Request:
             finished=finished,
             metrics=self._metrics,
             num_cached_tokens=self._num_cached,
+            num_media_tokens=self._num_media,
             thumbnails=self._thumbnails,
         )
 
