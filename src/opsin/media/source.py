@@ -17,7 +17,7 @@ from PIL import Image
 
 from opsin.config import MediaConfig
 from opsin.errors import MediaError
-from opsin.media.decode import AlphaMode, decode_rgb, to_rgb
+from opsin.media.decode import AlphaMode, check_size, decode_rgb, to_rgb
 from opsin.media.sniff import ImageHeader, check_num_bytes, check_num_pixels, read_header
 
 
@@ -65,11 +65,14 @@ class PixelPicture:
         """RGB.
 
         Raises:
-            MediaError: Pillow cannot convert the mode.
+            MediaError: Pillow cannot convert the mode, or the picture was resized in the meantime.
         """
         if isinstance(self.pixels, Image.Image):
-            return to_rgb(self.pixels, self.alpha)
-        return Image.fromarray(_array_to_rgb(self.pixels, self.alpha), "RGB")
+            rgb = to_rgb(self.pixels, self.alpha)
+        else:
+            rgb = Image.fromarray(_array_to_rgb(self.pixels, self.alpha))
+        check_size(rgb, *self.size)
+        return rgb
 
 
 PictureSource = EncodedPicture | PixelPicture
@@ -87,7 +90,7 @@ def open_picture(picture: object, config: MediaConfig) -> PictureSource:
         return _open_pillow(picture, config)
     if isinstance(picture, np.ndarray):
         return _open_array(cast(npt.NDArray[Any], picture), config)
-    if isinstance(picture, bytes | bytearray | memoryview):
+    if isinstance(picture, bytes | bytearray):
         return open_encoded(bytes(picture), config)
     if isinstance(picture, str | os.PathLike):
         return open_encoded(read_regular_file(cast(str | os.PathLike[str], picture), config.max_media_bytes), config)

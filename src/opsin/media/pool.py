@@ -1,0 +1,414 @@
+"""Decode and resize beside the engine's steps, in worker processes that can be killed.
+
+Threads alone do not scale (Pillow on 16 threads was measured at 4 times one thread), and a decoder that hangs or
+crashes on hostile bytes must take nothing else with it. A handful of small pictures is not worth a process: without
+an explicit ``media_workers`` they are done on one background thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from opsin.config import MediaConfig
+from opsin.errors import MediaError, OpsinError, RequestFailedError
+from opsin.media.ops import Pixels
+from opsin.media.source import EncodedPicture, PictureSource
+from opsin.media.wire import Job, Reply, allocate, carry_out, receive, send
+from opsin.types import PixelPlan
+
+logger = logging.getLogger(__name__)
+
+INLINE_PIXELS = 8_000_000
+"""Waiting source pixels, some 0.1 s of decoding, that are left to the background thread before processes start."""
+
+MAX_PENDING = 1024
+_START_TIMEOUT_S = 60.0
+_MAX_FAILED_STARTS = 3
+
+# Workers search for modules exactly where this process does, whatever set its path.
+_BOOTSTRAP = (
+    "import sys; sys.path[:] = sys.argv[4:]; from opsin.media import worker; "
+    "worker.main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))"
+)
+
+
+class Finished(NamedTuple):
+    """A job's tiles, or why there are none. The tiles' memory is freed with the array."""
+
+    job_id: Hashable
+    pixels: Pixels | None
+    error: OpsinError | None
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    job_id: Hashable
+    source: PictureSource
+    plan: PixelPlan
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+    deadline: float
+    ready: bool = False
+    task: _Task | None = None
+    pixels: Pixels | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and self.task is None
+
+
+def default_num_workers() -> int:
+    """As many processes as there are cores to spare beside the engine and the front."""
+    return max(1, len(os.sched_getaffinity(0)) - 2)
+
+
+class MediaPool:
+    """Turns picture sources into tiles. Every method may be called from any thread.
+
+    A picture that cannot be decoded, is not what its header said, or takes longer than ``media_decode_timeout_s``
+    fails with a ``MediaError``; the others go on. Processes start when there is work for them, and stay.
+    """
+
+    def __init__(
+        self,
+        config: MediaConfig,
+        *,
+        on_finished: Callable[[], None] | None = None,
+        max_pending: int = MAX_PENDING,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            on_finished: called from one of the pool's threads after a job finished; must be quick
+                (``loop.call_soon_threadsafe``, say).
+            max_pending: most jobs that may be submitted and not yet collected.
+        """
+        self._timeout_s = config.media_decode_timeout_s
+        # Decoded twice over (RGBA and RGB at 4 bytes a pixel), turned and resized, with room for the libraries.
+        self._max_memory_bytes = 16 * config.max_image_pixels + 2**31
+        self._may_run_inline = not config.media_workers  # None or 0
+        self._max_workers = default_num_workers() if config.media_workers is None else config.media_workers
+        self._on_finished = on_finished
+        self._max_pending = max_pending
+
+        self._changed = threading.Condition()  # guards what follows
+        self._tasks: dict[Hashable, _Task] = {}
+        self._queue: deque[_Task] = deque()
+        self._finished: dict[Hashable, Finished] = {}
+        self._inline_pixels = 0
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        self._inline_queue: queue.SimpleQueue[_Task | None] | None = None
+        self._wake: int | None = None  # an eventfd, while the dispatcher runs
+
+        self._workers: list[_Worker] = []  # the dispatcher's own, as is the following
+        self._failed_starts = 0
+
+    def __enter__(self) -> MediaPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def num_pending(self) -> int:
+        """Jobs submitted and not yet collected."""
+        return len(self._tasks) + len(self._finished)
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that no worker process has taken up yet."""
+        return len(self._queue)
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that run now."""
+        return [worker.process.pid for worker in list(self._workers)]
+
+    def submit(self, job_id: Hashable, source: PictureSource, plan: PixelPlan) -> None:
+        """Queue one picture.
+
+        Raises:
+            RequestFailedError: ``max_pending`` jobs are waiting already.
+        """
+        task = _Task(job_id, source, plan)
+        with self._changed:
+            assert not self._closed, "submit() after close()"
+            assert job_id not in self._tasks, f"job {job_id!r} is pending already"
+            assert job_id not in self._finished, f"job {job_id!r} is not collected yet"
+            if self.num_pending >= self._max_pending:
+                raise RequestFailedError(f"{self.num_pending} pictures wait to be decoded already; try again later.")
+            self._tasks[job_id] = task
+            if self._goes_inline(task):
+                self._inline_pixels += plan.width * plan.height
+                self._inline().put(task)
+            else:
+                self._queue.append(task)
+                self._wake_dispatcher()
+
+    def poll(self) -> list[Finished]:
+        """What finished since the last call, without waiting."""
+        with self._changed:
+            return self._take()
+
+    def wait(self, timeout_s: float | None = None) -> list[Finished]:
+        """Wait until something finished; an empty list when the time is up or nothing is pending."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._finished or not self._tasks, timeout_s)
+            return self._take()
+
+    def cancel(self, job_id: Hashable) -> None:
+        """Forget a job, whatever its state; it will not be reported. One that runs is let run, for nothing."""
+        with self._changed:
+            task = self._tasks.pop(job_id, None)
+            if task in self._queue:
+                self._queue.remove(task)
+            self._finished.pop(job_id, None)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Kill the workers and forget every job."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._tasks.clear()
+            self._queue.clear()
+            self._finished.clear()
+            if self._inline_queue is not None:
+                self._inline_queue.put(None)
+            if self._wake is not None:
+                os.eventfd_write(self._wake, 1)
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        if self._wake is not None:
+            os.close(self._wake)
+            self._wake = None
+
+    # ------------------------------------------------------------------------- on the caller's thread, locked
+
+    def _take(self) -> list[Finished]:
+        finished = list(self._finished.values())
+        self._finished.clear()
+        return finished
+
+    def _goes_inline(self, task: _Task) -> bool:
+        if self._max_workers == 0:
+            return True
+        pixels = task.plan.width * task.plan.height
+        return self._may_run_inline and not self._workers and self._inline_pixels + pixels <= INLINE_PIXELS
+
+    def _inline(self) -> queue.SimpleQueue[_Task | None]:
+        if self._inline_queue is None:
+            self._inline_queue = queue.SimpleQueue()
+            self._start_thread("opsin-media-inline", self._run_inline)
+        return self._inline_queue
+
+    def _wake_dispatcher(self) -> None:
+        if self._wake is None:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._start_thread("opsin-media-pool", self._dispatch_until_closed)
+        else:
+            os.eventfd_write(self._wake, 1)
+
+    def _start_thread(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    # ------------------------------------------------------------------------------------- on either thread
+
+    def _finish(self, task: _Task, pixels: Pixels | None, error: OpsinError | None) -> None:
+        with self._changed:
+            if self._tasks.get(task.job_id) is not task:  # cancelled, or closed
+                return
+            del self._tasks[task.job_id]
+            self._finished[task.job_id] = Finished(task.job_id, pixels, error)
+            self._changed.notify_all()
+        if self._on_finished is not None:
+            self._on_finished()
+
+    def _conclude(self, task: _Task, pixels: Pixels | None, reply: Reply) -> None:
+        if reply.error is None:
+            self._finish(task, pixels, None)
+        else:
+            self._finish(task, None, MediaError(reply.error, code=reply.code))
+
+    # --------------------------------------------------------------------------------- on the inline thread
+
+    def _run_inline(self) -> None:
+        assert self._inline_queue is not None
+        while (task := self._inline_queue.get()) is not None:
+            if self._tasks.get(task.job_id) is task:
+                try:
+                    pixels = np.empty(task.plan.num_bytes, np.uint8)
+                    self._conclude(task, pixels, carry_out(task.source.decode, task.plan, pixels))
+                except Exception:
+                    logger.exception("A picture could not be processed")
+                    self._finish(task, None, RequestFailedError("The picture could not be processed."))
+            with self._changed:
+                self._inline_pixels -= task.plan.width * task.plan.height
+
+    # ------------------------------------------------------------------------------------ on the dispatcher
+
+    def _dispatch_until_closed(self) -> None:
+        assert self._wake is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake, selectors.EVENT_READ)
+            while not self._closed:
+                try:
+                    self._dispatch_once(selector)
+                except Exception:  # too few descriptors or processes, or our own bug: nobody may wait for ever
+                    logger.exception("The media pool starts anew")
+                    self._fail_all("Pictures cannot be processed at the moment; the log has the reason.")
+                    self._discard_all(selector)
+            self._discard_all(selector)
+
+    def _dispatch_once(self, selector: selectors.BaseSelector) -> None:
+        self._assign(selector)
+        for key, _ in selector.select(self._seconds_left()):
+            if isinstance(key.data, _Worker):
+                self._receive(selector, key.data)
+            else:
+                os.eventfd_read(key.fd)
+        now = time.monotonic()
+        for worker in [worker for worker in self._workers if not worker.idle and worker.deadline <= now]:
+            self._bury(selector, worker, f"Decoding the picture timed out after {self._timeout_s:g} s.")
+
+    def _assign(self, selector: selectors.BaseSelector) -> None:
+        """Give queued tasks to idle workers; start a process for every one that is left, up to the limit."""
+        for worker in [worker for worker in self._workers if worker.idle]:
+            with self._changed:
+                if not self._queue:
+                    return
+                task = self._queue.popleft()
+            self._give(selector, worker, task)
+        num_starting = sum(not worker.ready for worker in self._workers)
+        num_free = self._max_workers - len(self._workers)
+        for _ in range(min(len(self._queue) - num_starting, num_free)):
+            self._start_worker(selector)
+
+    def _start_worker(self, selector: selectors.BaseSelector) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = [str(theirs.fileno()), str(self._timeout_s), str(self._max_memory_bytes)]
+            process = subprocess.Popen(
+                [sys.executable, "-c", _BOOTSTRAP, *arguments, *sys.path],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # Ctrl-C in a terminal is for the engine to handle
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        ours.settimeout(_START_TIMEOUT_S)  # messages are small; a worker that stops inside one is broken
+        worker = _Worker(process, ours, deadline=time.monotonic() + _START_TIMEOUT_S)
+        self._workers.append(worker)
+        selector.register(ours, selectors.EVENT_READ, worker)
+
+    def _give(self, selector: selectors.BaseSelector, worker: _Worker, task: _Task) -> None:
+        source = task.source
+        if isinstance(source, EncodedPicture):
+            data, header = source.data, source.header
+        else:
+            try:
+                data, header = source.decode().tobytes(), None
+            except MediaError as error:
+                self._finish(task, None, MediaError(str(error), code=error.code))
+                return
+        descriptors: list[int] = []
+        try:
+            source_descriptor, source_memory = allocate(len(data))
+            descriptors.append(source_descriptor)
+            source_memory[:] = data
+            source_memory.close()
+            tiles_descriptor, tiles_memory = allocate(task.plan.num_bytes)
+            descriptors.append(tiles_descriptor)
+            send(worker.connection, Job(task.plan, header, source.alpha, len(data)), descriptors)
+        except (ConnectionError, TimeoutError):  # it died before it was given the job
+            self._discard(selector, worker)
+            self._put_back(task)
+            return
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        worker.task = task
+        worker.pixels = np.frombuffer(tiles_memory, np.uint8)
+        worker.deadline = time.monotonic() + self._timeout_s
+
+    def _put_back(self, task: _Task) -> None:
+        with self._changed:
+            if self._tasks.get(task.job_id) is task:
+                self._queue.appendleft(task)
+
+    def _receive(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
+        try:
+            reply, _ = receive(worker.connection, Reply)
+        except ConnectionResetError:  # it died with the job unread, so not of it
+            task, worker.task = worker.task, None
+            self._bury(selector, worker, "")
+            if task is not None:
+                self._put_back(task)
+            return
+        except (EOFError, OSError, msgspec.MsgspecError):
+            self._bury(selector, worker, "The decoder died on this picture.")
+            return
+        if not worker.ready:
+            worker.ready = True
+            self._failed_starts = 0
+        elif worker.task is not None:
+            task, pixels = worker.task, worker.pixels
+            worker.task = worker.pixels = None
+            self._conclude(task, pixels, reply)
+
+    def _seconds_left(self) -> float | None:
+        deadlines = [worker.deadline for worker in self._workers if not worker.idle]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _bury(self, selector: selectors.BaseSelector, worker: _Worker, reason: str) -> None:
+        """Remove a worker that died or is to die, and fail what it was doing. ``_assign`` replaces it."""
+        self._discard(selector, worker)
+        if worker.task is not None:
+            self._finish(worker.task, None, MediaError(reason, code="image_parse_error"))
+        elif not worker.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                self._failed_starts = 0
+                self._fail_all(f"Media workers do not start (exit status {worker.process.returncode}); see stderr.")
+
+    def _discard_all(self, selector: selectors.BaseSelector) -> None:
+        for worker in list(self._workers):
+            self._discard(selector, worker)
+
+    def _discard(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
+        selector.unregister(worker.connection)
+        worker.connection.close()
+        worker.process.kill()
+        worker.process.wait()
+        self._workers.remove(worker)
+
+    def _fail_all(self, reason: str) -> None:
+        with self._changed:
+            tasks = list(self._queue) + [worker.task for worker in self._workers if worker.task is not None]
+            self._queue.clear()
+        for task in tasks:
+            self._finish(task, None, RequestFailedError(reason))

@@ -1,0 +1,116 @@
+"""What the pool and its workers say to one another, and the shared memory that the pictures travel in.
+
+Messages are length-prefixed msgpack on a unix stream socket; never pickle, since a worker has read hostile bytes.
+Pictures and tiles lie in anonymous shared memory whose descriptors ride along with the message.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import msgspec
+from PIL import Image
+
+from opsin.errors import MediaError
+from opsin.media.decode import AlphaMode
+from opsin.media.ops import Pixels, make_tiles
+from opsin.media.sniff import ImageHeader
+from opsin.types import PixelPlan
+
+T = TypeVar("T")
+
+_MAX_MESSAGE_BYTES = 2**24
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True):
+    """Make the plan's tiles. Two descriptors come beside it: the source's memory, and the tiles'.
+
+    Attributes:
+        header: of encoded bytes; None where the source is raw RGB of the plan's size.
+        num_bytes: the source's.
+    """
+
+    plan: PixelPlan
+    header: ImageHeader | None
+    alpha: AlphaMode
+    num_bytes: int
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True):
+    """The tiles are written, or what is wrong with the picture. A worker's first one says that it is ready."""
+
+    error: str | None = None
+    code: str | None = None
+
+
+def carry_out(decode: Callable[[], Image.Image], plan: PixelPlan, out: Pixels) -> Reply:
+    """Decode and cut one picture; whatever is wrong with it comes back as text, so that no traceback holds pixels."""
+    try:
+        make_tiles(decode(), plan, out)
+    except MediaError as error:
+        return Reply(str(error), error.code)
+    except MemoryError:
+        return Reply("There is not enough memory to decode the picture.", "image_too_large")
+    return Reply()
+
+
+def send(connection: socket.socket, message: msgspec.Struct, descriptors: Sequence[int] = ()) -> None:
+    """Send one message; the descriptors are duplicated into the receiving process."""
+    body = msgspec.msgpack.encode(message)
+    frame = len(body).to_bytes(4, "little") + body
+    sent = socket.send_fds(connection, [frame], descriptors)
+    connection.sendall(frame[sent:])
+
+
+def receive(connection: socket.socket, kind: type[T], num_descriptors: int = 0) -> tuple[T, list[int]]:
+    """Receive one message.
+
+    Raises:
+        EOFError: the other end is gone.
+        msgspec.MsgspecError: the message is not of this kind.
+    """
+    prefix, descriptors, _, _ = socket.recv_fds(connection, 4, num_descriptors)
+    prefix += _receive_exactly(connection, 4 - len(prefix)) if prefix else b""
+    length = int.from_bytes(prefix, "little")
+    if not prefix or length > _MAX_MESSAGE_BYTES:
+        raise EOFError
+    return msgspec.msgpack.decode(_receive_exactly(connection, length), type=kind), descriptors
+
+
+def allocate(num_bytes: int) -> tuple[int, mmap.mmap]:
+    """Shared memory without a name: its descriptor, and this process's mapping. It is freed with its last user.
+
+    It is sealed against resizing, so that no worker can pull pages away from under the reader.
+    """
+    descriptor = os.memfd_create("opsin-media", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, num_bytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return descriptor, map_memory(descriptor, num_bytes)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def map_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """Map shared memory; the descriptor may be closed at once."""
+    if sys.version_info >= (3, 13):  # older Pythons keep one duplicate of the descriptor for as long as the mapping
+        return mmap.mmap(descriptor, num_bytes, trackfd=False)
+    return mmap.mmap(descriptor, num_bytes)
+
+
+def _receive_exactly(connection: socket.socket, length: int) -> bytes:
+    parts: list[bytes] = []
+    while length > 0:
+        part = connection.recv(length)
+        if not part:
+            raise EOFError
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,72 @@
+"""A media worker: a process that decodes and resizes pictures for a ``MediaPool``, and may be killed at any moment.
+
+It imports neither torch nor transformers and is ready in a fraction of a second. It ends when the pool's end of its
+socket closes, so it cannot outlive the process that started it.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import IO, cast
+
+import numpy as np
+from PIL import Image
+
+from opsin.media.decode import decode_rgb
+from opsin.media.wire import Job, Reply, carry_out, map_memory, receive, send
+
+
+def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
+    """Serve jobs until the socket closes.
+
+    Args:
+        descriptor: the worker's end of the socket.
+        deadline_s: the pool kills the worker when a job takes longer.
+        max_memory_bytes: limit of address space; a picture that needs more fails with ``image_too_large``.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    gc.freeze()  # what is loaded stays; the collections below then look at one picture's objects alone
+    with socket.socket(fileno=descriptor) as connection:
+        send(connection, Reply())
+        while True:
+            try:
+                job, descriptors = receive(connection, Job, 2)
+            except (EOFError, ConnectionError):
+                return
+            # The pool's own deadline comes first; should the pool be gone, the kernel ends this process.
+            signal.setitimer(signal.ITIMER_REAL, 2 * deadline_s)
+            reply = _run(job, descriptors)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            gc.collect()  # Pillow's failures leave cycles that hold whole pictures
+            try:
+                send(connection, reply)
+            except ConnectionError:
+                return
+
+
+def _run(job: Job, descriptors: list[int]) -> Reply:
+    source_descriptor, tiles_descriptor = descriptors
+    try:
+        source = mmap.mmap(source_descriptor, job.num_bytes, access=mmap.ACCESS_READ)
+        tiles = np.frombuffer(map_memory(tiles_descriptor, job.plan.num_bytes), np.uint8)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def decode() -> Image.Image:
+        if job.header is None:
+            return Image.fromarray(np.frombuffer(source, np.uint8).reshape(job.plan.height, job.plan.width, 3))
+        return decode_rgb(cast(IO[bytes], source), job.header, job.alpha)
+
+    return carry_out(decode, job.plan, tiles)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
