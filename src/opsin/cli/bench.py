@@ -43,6 +43,7 @@ class Timeline(NamedTuple):
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "bench",
+        usage="opsin bench throughput|latency [options]",
         help="measure throughput or latency",
         description="Measure an engine on synthetic, photo-like pictures made from --seed.",
         allow_abbrev=False,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "collect-env",
+        usage="opsin collect-env [--json]",
         help="print versions and devices, for bug reports",
         description="Print versions and devices, for bug reports. No secrets are read.",
         allow_abbrev=False,

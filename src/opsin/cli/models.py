@@ -22,6 +22,7 @@ COMMON_SIZES = ((224, 224), (336, 336), (640, 480), (1024, 1024), (1280, 720), (
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "models",
+        usage="opsin models [--json] [show MODEL]",
         help="list what is supported; explain one model",
         description="List the supported architectures, or show one model's size, picture tokens and memory.",
         allow_abbrev=False,
