@@ -48,9 +48,13 @@ def make_request(
     *,
     interleave: bool = False,
     bidirectional: bool = False,
+    joined: bool = False,
     **fields: object,
 ) -> EngineRequest:
-    """A prompt of token ids and items; ``interleave`` puts a text token inside each item."""
+    """A prompt of token ids and items.
+
+    ``interleave`` puts a text token inside each item; ``joined`` makes one range of neighbouring items.
+    """
     tokens: list[int] = []
     media: list[MediaItem] = []
     spans: list[FeatureSpan] = []
@@ -69,6 +73,8 @@ def make_request(
                 if length != count and start == 0:
                     tokens.append(1)
         if bidirectional:
+            if joined and ranges and ranges[-1][1] == begin:
+                begin, _ = ranges.pop()
             ranges.append((begin, len(tokens)))
     return EngineRequest(
         request_id=request_id,
@@ -301,16 +307,15 @@ class Rig:
             assert update.finish_reason == "abort"
 
     def ask(self) -> None:
-        before = self.scheduler.stats()
         needs = self.scheduler.take_needs()
-        assert before is not None
         for need in needs:
             assert need.request_id not in self.ends
             item = self.truths[need.request_id].request.media[need.item]
             assert item.key == need.key
         self.needs += needs
         pending = dict(self.scheduler.stats())["payload_bytes_pending"]
-        assert pending <= self.limits.pixel_bytes or sum(self.scheduler.wants(n.key) for n in self.needs) <= 1
+        sizes = [item.layout.plan.num_bytes for truth in self.truths.values() for item in truth.request.media]
+        assert pending <= max([self.limits.pixel_bytes, *sizes]), "one larger item goes alone, nothing else does"
 
     def answer_need(self, index: int = 0, *, fail: bool = False) -> None:
         need = self.needs.pop(index)

@@ -1,11 +1,12 @@
-"""The scheduler under random arrivals, aborts, late and failing media, small pools: see conftest for what is checked."""
+"""The scheduler under random arrivals, aborts, late and failing media, in small pools. Conftest has what is checked."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -17,7 +18,7 @@ PROFILE = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
 
 # (features, patches, pixels) of the pictures that prompts are made of; few, so that requests share them.
@@ -47,6 +48,7 @@ def make_machine(rig_class: Any, **fixed: object) -> type[RuleBasedStateMachine]
             self.rig = rig_class(**(chosen | fixed))
             self.interleave = draw(st.booleans())
             self.bidirectional = draw(st.booleans())
+            self.joined = draw(st.booleans())
             self.count = 0
 
         @rule(data=st.data())
@@ -69,6 +71,7 @@ def make_machine(rig_class: Any, **fixed: object) -> type[RuleBasedStateMachine]
                     params,
                     interleave=self.interleave,
                     bidirectional=self.bidirectional,
+                    joined=self.joined,
                     stop_token_ids=frozenset(draw(st.sets(st.integers(0, 12), max_size=3))),
                     cache_salt=draw(st.sampled_from(["", "", "x"])),
                     cache_namespace=namespace,
@@ -123,3 +126,72 @@ def make_machine(rig_class: Any, **fixed: object) -> type[RuleBasedStateMachine]
 @pytest.mark.parametrize("depth", [1, 2])
 def test_scheduler_random_traffic_same_tokens_as_alone_and_no_leak(rig_class: Any, depth: int) -> None:
     run_state_machine_as_test(make_machine(rig_class, pipeline_depth=depth), settings=PROFILE)
+
+
+def random_traffic(rig_class: Any, rng: random.Random) -> Any:
+    """A dense run: a few dozen requests that fight for slots, blocks, feature bytes and payload budget."""
+    pick = rng.choice
+    rig = rig_class(
+        max_num_seqs=pick([1, 2, 4, 8]),
+        max_num_batched_tokens=pick([1, 4, 13, 40]),
+        max_num_batched_patches=pick([1, 16, 60]),
+        max_model_len=pick([24, 48]),
+        num_blocks=pick([7, 10, 14, 30]),
+        block_size=pick([1, 2, 4]),
+        feature_bytes=pick([120, 120, 170, 300, 1000]),
+        pixel_bytes=pick([1, 100, 150, 1000]),
+        policy=pick(["fcfs", "priority"]),
+        pipeline_depth=pick([1, 2]),
+        enable_prefix_caching=rng.random() < 0.7,
+    )
+    items = [rig_class.make_item(f"picture {i}", *sizes) for i, sizes in enumerate(PICTURES * 2)]
+    prompts = [
+        [pick(items) if rng.random() < 0.3 else rng.randrange(2) for _ in range(rng.randint(1, 9))] for _ in range(6)
+    ]
+    interleave, bidirectional, joined = rng.random() < 0.3, rng.random() < 0.5, rng.random() < 0.5
+    fail_rate, abort_rate, patience = pick([0.0, 0.1]), pick([0.0, 0.03]), pick([0.2, 0.6, 1.0])
+    num_requests = rng.randint(3, 25)
+    while len(rig.truths) < num_requests and num_requests > 0:
+        action = rng.random()
+        if action < 0.25:
+            num_requests -= 1
+            pieces = pick(prompts)[: rng.randint(1, 9)] + [rng.randrange(3) for _ in range(rng.randint(0, 6))]
+            kind = rng.random()
+            params: Any = SamplingParams(max_tokens=pick([None, 1, 4, 16]), min_tokens=pick([0, 0, 1]))
+            if kind < 0.1:
+                params = PoolingParams()
+            elif kind < 0.2:
+                params = SamplingParams(max_tokens=3, prompt_logprobs=1)
+            rig.try_add(
+                rig_class.make_request(
+                    f"r{num_requests}",
+                    pieces,
+                    params,
+                    interleave=interleave,
+                    bidirectional=bidirectional,
+                    joined=joined,
+                    stop_token_ids=frozenset(rng.sample(range(13), pick([0, 1, 2]))),
+                    cache_salt=pick(["", "", "", "x"]),
+                    cache_namespace=pick(["", "siblings"]),
+                    share_prefix=not (0.1 < kind < 0.3),
+                    priority=rng.randint(-1, 1),
+                )
+            )
+        if rng.random() < abort_rate and rig.tokens:
+            rig.abort(pick(sorted(rig.tokens)))
+        if rng.random() < 0.5:
+            rig.ask()
+        if rig.needs and rng.random() < patience:
+            rig.answer_need(rng.randrange(len(rig.needs)), fail=rng.random() < fail_rate)
+        if rng.random() < 0.7 and len(rig.in_flight) < rig.limits.pipeline_depth:
+            rig.step()
+        if rig.in_flight and (rng.random() < 0.5 or len(rig.in_flight) == rig.limits.pipeline_depth):
+            rig.commit()
+    rig.drain()
+    return rig
+
+
+@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**32))
+def test_scheduler_crowded_pools_same_tokens_as_alone_and_no_leak(rig_class: Any, seed: int) -> None:
+    random_traffic(rig_class, random.Random(seed))

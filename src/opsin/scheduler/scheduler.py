@@ -145,14 +145,15 @@ class Scheduler:
         """Decide the next step; None when nothing can run before a commit, a payload or a request comes in."""
         if len(self._in_flight) >= self.limits.pipeline_depth:
             return None
-        # Encoding comes first: it may evict features, which no row of this step may then use.
+        head = self._head()
+        if head is not None:
+            self._extend_hits(head)  # may end leases on features, which makes room for the item it misses
+        # Encoding comes before rows: it may evict features, which no row of this step may then use.
         encode = self._features.encode(self.limits.max_num_batched_patches, self._urgent_item())
         for item in encode:
-            for seq in self._parked.pop(item.key, {}).values():
-                seq.parked_on = None
-                heapq.heappush(self._waiting, seq.order)
+            for seq in tuple(self._parked.get(item.key, {}).values()):
+                self._unpark(seq)
         step = _Step(self.limits.max_num_batched_tokens)
-        head = self._head()
         if head is not None and head.slot is None:
             self._start_head(step, head)
         self._plan_running(step, head)
@@ -177,7 +178,6 @@ class Scheduler:
         """Give the oldest request a slot, someone else's if need be."""
         if self._next_waiting() is not head or head.in_flight:
             return
-        self._extend_hits(head)
         if self._park_if_blocked(head):
             return
         if not self._free_slots:
@@ -388,10 +388,8 @@ class Scheduler:
         seq.slot = None
 
     def _hold_without_slot(self, seq: Sequence) -> None:
-        """To waiting: in line for a slot, with a lease on its prefix hits and on the media still to be read."""
+        """To waiting: in line for a slot, with leases on the media still to be read."""
         heapq.heappush(self._waiting, seq.order)
-        if seq.blocks:
-            heapq.heappush(self._block_leases, (-seq.order[0], -seq.order[1]))
         self._lease_items(seq)
 
     def _park_if_blocked(self, seq: Sequence) -> bool:
@@ -408,12 +406,14 @@ class Scheduler:
         return True
 
     def _unpark(self, seq: Sequence) -> None:
-        assert seq.parked_on is not None
-        others = self._parked[seq.parked_on]
-        del others[seq.order]
-        if not others:
-            del self._parked[seq.parked_on]
-        seq.parked_on = None
+        """Parked to waiting; whether it can start is looked at afresh."""
+        if seq.parked_on is not None:
+            others = self._parked[seq.parked_on]
+            del others[seq.order]
+            if not others:
+                del self._parked[seq.parked_on]
+            seq.parked_on = None
+            heapq.heappush(self._waiting, seq.order)
 
     def _finish(
         self, seq: Sequence, reason: FinishReason, error: str | None = None, code: str | None = None
@@ -422,8 +422,7 @@ class Scheduler:
         del self._alive[seq.order], self._by_id[seq.request.request_id]
         if seq.slot is not None:
             self._give_up_slot(seq)
-        elif seq.parked_on is not None:
-            self._unpark(seq)
+        self._unpark(seq)
         self._pool.release(seq.blocks)
         for key in seq.leased:
             self._features.release(key, seq.order, ended=True)
@@ -473,9 +472,7 @@ class Scheduler:
         self._pool.release(seq.blocks)
         seq.reset()
         self._lease_items(seq)
-        if seq.parked_on is not None:  # it may now lack an earlier item than the one it is parked on
-            self._unpark(seq)
-            heapq.heappush(self._waiting, seq.order)
+        self._unpark(seq)  # it may now lack an earlier item than the one it is parked on
 
     def _extend_hits(self, seq: Sequence) -> None:
         """Share blocks that others computed, from where ``seq`` stands; its last token is always left to compute."""
@@ -504,6 +501,7 @@ class Scheduler:
         self._advance(seq, end * block_size)
         if seq.slot is None:
             heapq.heappush(self._block_leases, (-seq.order[0], -seq.order[1]))
+            self._unpark(seq)  # the item it is parked on may be behind it now
 
     def _register(self, seq: Sequence) -> None:
         """Let others find the blocks that are full and whose tokens are known."""
