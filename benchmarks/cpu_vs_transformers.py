@@ -99,8 +99,14 @@ def build_checkpoint(folder: Path, size: str) -> None:
         padding_side="left",
         extra_special_tokens={"image_token": "<image>"},
     )
-    vision_config = CLIPVisionConfig(image_size=224, patch_size=16, **vision)
-    edge, patch = int(vision_config.image_size), int(vision_config.patch_size)
+
+    def token_id(token: str) -> int:
+        found = tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(found, int)
+        return found
+
+    edge, patch = 224, 16
+    vision_config = CLIPVisionConfig(image_size=edge, patch_size=patch, **vision)
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=LlamaConfig(
@@ -108,11 +114,11 @@ def build_checkpoint(folder: Path, size: str) -> None:
             num_key_value_heads=text["num_attention_heads"] // 2,
             vocab_size=32_000 if size != "toy" else 512,
             max_position_embeddings=2048,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=token_id("<s>"),
+            eos_token_id=token_id("</s>"),
+            pad_token_id=token_id("<pad>"),
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=token_id("<image>"),
         image_seq_length=(edge // patch) ** 2,
     )
     generator = torch.Generator().manual_seed(0)

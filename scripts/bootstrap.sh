@@ -29,7 +29,7 @@ if ! "$python" -c 'import ensurepip' 2>/dev/null; then # Debian splits it off
     fi
 fi
 
-[ -x "$venv/bin/python" ] || {
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || {
     say "creating $venv"
     "$python" -m venv "$venv"
 }
@@ -42,7 +42,14 @@ urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"), timeo
 PY
 }
 
-if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+has_torch() {
+    "$venv/bin/python" - <<'PY' 2>/dev/null
+import importlib.metadata, sys
+sys.exit(tuple(map(int, importlib.metadata.version("torch").split(".")[:2])) < (2, 11))
+PY
+}
+
+if ! has_torch; then
     if [ "$(uname -s)" != Linux ] || timeout 20 nvidia-smi >/dev/null 2>&1; then
         say "installing torch from your package index"
         pip install 'torch>=2.11'
