@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opsin.async_llm import AsyncLLM
     from opsin.errors import (
         ConfigError,
         ContextLengthError,
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WeightError,
     )
+    from opsin.llm import LLM
     from opsin.params import BeamSearchParams, PoolingParams, SamplingParams
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "LLM": "opsin.llm",
+    "AsyncLLM": "opsin.async_llm",
     "BeamSearchParams": "opsin.params",
     "ConfigError": "opsin.errors",
     "ContextLengthError": "opsin.errors",
@@ -39,6 +43,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "ConfigError",
     "ContextLengthError",

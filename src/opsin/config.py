@@ -39,11 +39,14 @@ class ModelConfig:
     model: str = setting("demo", "Hugging Face id, local folder, or 'demo' for the model inside the package.")
     tokenizer: str | None = setting(None, "Folder or id of the tokenizer; the model's own by default.")
     revision: str | None = setting(None, "Branch, tag or commit on the hub.")
-    dtype: DType = setting("auto", "Weights and activations; 'auto' is bfloat16 on a GPU, the checkpoint's on a CPU.")
+    dtype: DType = setting(
+        "auto", "Weights and activations; 'auto' is bfloat16 where the hardware has it, else float32."
+    )
     load_format: Literal["auto", "safetensors", "dummy"] = setting("auto", "'dummy' fills the weights at random.")
     max_model_len: int | None = setting(
         None, "Longest prompt plus answer, in tokens; the model's own limit by default."
     )
+    chat_template: str | None = setting(None, "Jinja chat template, as a path or as text; the model's own by default.")
     hf_overrides: Mapping[str, Any] = setting(None, "Values that replace config.json's (JSON).", factory=dict)
     trust_remote_code: bool = setting(False, "Accepted for compatibility; opsin never runs a checkpoint's code.")
     runner: Literal["auto", "generate", "pooling"] = setting("auto", "Generate text, or pool embeddings.")
@@ -80,7 +83,9 @@ class SchedulerConfig:
 
     max_num_seqs: int | None = setting(None, "Requests that run at once; 256 on a GPU, 32 on a CPU by default.")
     max_num_batched_tokens: int | None = setting(None, "Tokens per step; 8192 on a GPU, 2048 on a CPU by default.")
-    max_num_batched_patches: int | None = setting(None, "Vision patches encoded per step; 16384 by default.")
+    max_num_batched_patches: int | None = setting(
+        None, "Vision patches encoded per step; 16384 on a GPU, 4096 on a CPU by default."
+    )
     pixel_buffer_gb: float = setting(1.0, "GiB of decoded pixels held while they wait for the vision tower.")
     scheduling_policy: Literal["fcfs", "priority"] = setting("fcfs", "Order of waiting requests.")
     pipeline_depth: int | None = setting(None, "Steps in flight: 1 or 2; 2 on a GPU, 1 on a CPU by default.")
@@ -184,6 +189,7 @@ class EngineSettings(TypedDict, total=False):
     dtype: DType
     load_format: Literal["auto", "safetensors", "dummy"]
     max_model_len: int | None
+    chat_template: str | None
     hf_overrides: Mapping[str, Any]
     trust_remote_code: bool
     runner: Literal["auto", "generate", "pooling"]

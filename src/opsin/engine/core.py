@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from opsin.errors import EngineDeadError
@@ -43,6 +42,8 @@ class EngineCore:
         self._in_flight: deque[_Flight] = deque()
         self._updates: list[RequestUpdate] = []
         self._dead: BaseException | None = None
+        self.is_stalled = False
+        """The last ``step`` found nothing to run and nothing to commit."""
 
     # ------------------------------------------------------------------------------------ requests
 
@@ -68,6 +69,10 @@ class EngineCore:
         """Items whose payload the engine wants, in the order in which it wants them; each is asked for once."""
         return self._scheduler.take_needs()
 
+    def wants(self, key: bytes) -> bool:
+        """Somebody still waits for this item's payload."""
+        return self._scheduler.wants(key)
+
     def put_payload(self, key: bytes, payload: Payload) -> None:
         """Answer a need. Payloads nobody waits for any more are ignored."""
         if self._scheduler.wants(key):
@@ -81,6 +86,11 @@ class EngineCore:
     # --------------------------------------------------------------------------------------- steps
 
     @property
+    def max_num_seqs(self) -> int:
+        """Requests that run at once."""
+        return self._scheduler.limits.max_num_seqs
+
+    @property
     def has_work(self) -> bool:
         """Requests are unfinished, or updates wait to be fetched."""
         return bool(self._updates) or bool(self._in_flight) or self._scheduler.has_work
@@ -88,7 +98,7 @@ class EngineCore:
     def step(self) -> list[RequestUpdate]:
         """Plan and launch one step if anything can run, and commit the oldest one that is due.
 
-        Returns at once, without updates, while everything waits for media.
+        Returns at once, and leaves ``is_stalled`` set, while everything waits for media.
 
         Raises:
             EngineDeadError: the device or a kernel failed; every request has been failed.
@@ -96,6 +106,7 @@ class EngineCore:
         self._require_alive()
         try:
             plan = self._scheduler.plan()
+            self.is_stalled = plan is None and not self._in_flight
             if plan is not None:
                 self._in_flight.append(_Flight(plan, self.executor.launch(plan)))
             if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
@@ -117,9 +128,9 @@ class EngineCore:
         self._dead = self._dead or RuntimeError("shut down")
         self.executor.shutdown()
 
-    def stats(self) -> Sequence[tuple[str, float]]:
-        """Gauges and counters of the scheduler, by name."""
-        return self._scheduler.stats()
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters by name, as of now; counters end in ``_total``."""
+        return dict(self._scheduler.stats())
 
     def _require_alive(self) -> None:
         if self._dead is not None:

@@ -1,7 +1,7 @@
 """How much memory goes where: one step at full budgets is run and measured, the KV cache gets what is left.
 
-On a GPU the allocator's own peak is read. On a CPU a smaller step is run, the growth of the process's resident
-memory is read and scaled up, because a full one could take minutes there.
+On a GPU the allocator's own peak is read. On a CPU a smaller step is run, because a full one could take minutes there;
+the growth of the process's resident memory is read and scaled up.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from opsin.types import EncodeItem, MediaLayout, ModelSpec, RowPlan, SlotOpen, S
 
 _GIB = 2**30
 _CPU_MEASURED_TOKENS = 128
+_CPU_MEASURED_PATCHES = 1024
 _CPU_KV_BYTES = 4 * _GIB
 _CPU_KV_SHARE = 0.4  # of the memory that is free at start: a laptop has other things to do
 _GPU_HEADROOM = 0.01  # of the device: fragmentation, and libraries that allocate at first use
@@ -131,13 +132,15 @@ def _measure_cpu(
     runner: ModelRunner, num_tokens: int, max_num_seqs: int, max_model_len: int, layouts: Sequence[MediaLayout]
 ) -> int:
     measured_tokens = min(num_tokens, _CPU_MEASURED_TOKENS)
-    measured_layouts = layouts[:1]
+    count = max(1, _CPU_MEASURED_PATCHES // layouts[0].num_patches) if layouts else 0
+    measured_layouts = layouts[:count]
+    # The first step ever also pays for libraries that set themselves up.
+    _run_full_step(runner, min(num_tokens, 8), 1, max_model_len, layouts[:1])
     before = _resident_bytes()
     _reset_peak_resident()
     _run_full_step(runner, measured_tokens, max_num_seqs, max_model_len, measured_layouts)
     grown = max(0, _peak_resident_bytes() - before)
-    scale = max(num_tokens / measured_tokens, len(layouts) / max(1, len(measured_layouts)))
-    return int(grown * scale)
+    return int(grown * max(num_tokens / measured_tokens, len(layouts) / max(1, len(measured_layouts))))
 
 
 def _run_full_step(

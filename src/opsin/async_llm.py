@@ -1,0 +1,296 @@
+"""``AsyncLLM``: the same engine for asyncio programs, on a thread of its own.
+
+Calls post work to the engine's thread; outputs come back to the event loop that asked. Tokenising, templates and
+opening pictures happen on the engine's thread between steps, so the event loop never waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, Unpack
+
+from opsin.config import EngineConfig, EngineSettings
+from opsin.engine.build import build_front
+from opsin.errors import EngineDeadError, OpsinError
+from opsin.inputs import PromptType
+from opsin.outputs import PoolingRequestOutput, RequestOutput
+from opsin.params import PoolingParams, SamplingParams
+from opsin.processing.jinja import ContentFormat
+from opsin.processing.output import OutputKind
+from opsin.processing.prompts import Prompt
+from opsin.processing.tokenizer import Tokenizer
+from opsin.runner.executor import MemoryPlan
+from opsin.types import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+Output = RequestOutput | PoolingRequestOutput
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Where a request's outputs go: a queue that belongs to an event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    outputs: asyncio.Queue[Output | BaseException]
+
+    def send(self, item: Output | BaseException) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.outputs.put_nowait, item)
+        except RuntimeError:  # the loop was closed with the request still running
+            logger.debug("A caller's event loop is closed; its output is dropped.")
+
+
+class AsyncLLM:
+    """A vision-language model that answers many callers at once.
+
+    Args:
+        model: a Hugging Face id, a local folder, or "demo" for the model inside the package.
+        settings: any field of ``opsin.config``'s groups, by name.
+
+    Raises:
+        ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
+    """
+
+    def __init__(self, model: str = "demo", **settings: Unpack[EngineSettings]) -> None:
+        self.config = EngineConfig.from_flat({"model": model, **settings})
+        self._wake = threading.Event()
+        self._front = build_front(self.config, self._wake)
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._callers: dict[str, _Caller] = {}  # the engine thread's own
+        self._ids = itertools.count()
+        self._dead: EngineDeadError | None = None
+        self._posting = threading.Lock()  # nothing is posted after the thread has looked for the last time
+        self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    # ------------------------------------------------------------------------------------ requests
+
+    async def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        output_kind: Literal["cumulative", "delta", "final"] = "cumulative",
+        priority: int = 0,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Stream the answer to one prompt.
+
+        Leaving the generator early (``break``, cancellation, ``aclose``) aborts the request.
+
+        Args:
+            output_kind: every output holds the whole answer so far, or what is new, or there is one at the end.
+
+        Raises:
+            RequestError, MediaError: the prompt, a parameter or a picture cannot be used.
+            EngineDeadError: the engine has stopped.
+        """
+        params = sampling_params or self.get_default_sampling_params()
+        stream = self._stream(
+            lambda: self._front.read_prompt(prompt, mm_processor_kwargs), params, request_id, output_kind, priority
+        )
+        async for output in stream:
+            assert isinstance(output, RequestOutput)
+            yield output
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        output_kind: Literal["cumulative", "delta", "final"] = "cumulative",
+        priority: int = 0,
+        chat_template: str | None = None,
+        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Stream the answer to one conversation. Arguments as in ``LLM.chat``; otherwise as ``generate``."""
+
+        def read() -> Prompt:
+            return self._front.read_chat(
+                messages,
+                chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                mm_processor_kwargs=mm_processor_kwargs,
+            )
+
+        params = sampling_params or self.get_default_sampling_params()
+        async for output in self._stream(read, params, request_id, output_kind, priority):
+            assert isinstance(output, RequestOutput)
+            yield output
+
+    async def embed(
+        self, prompt: PromptType, pooling_params: PoolingParams | None = None, request_id: str | None = None
+    ) -> PoolingRequestOutput:
+        """The last token's final hidden state, normalised.
+
+        Raises:
+            As ``generate``.
+        """
+        params = pooling_params or PoolingParams()
+        async for output in self._stream(lambda: self._front.read_prompt(prompt), params, request_id, "final", 0):
+            assert isinstance(output, PoolingRequestOutput)
+            return output
+        raise EngineDeadError("The engine stopped before the request was answered.")
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream ends with ``finish_reason="abort"``. Unknown and finished ones are ignored."""
+        self._post(lambda: self._abort(request_id))
+
+    # --------------------------------------------------------------------------------------- facts
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """Where the device's memory goes, in bytes."""
+        return self._front.core.executor.memory
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The model's dimensions."""
+        return self._front.inputs.spec
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._front.inputs.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What ``generate`` uses when it is given none."""
+        return self._front.inputs.default_sampling_params()
+
+    def shutdown(self) -> None:
+        """Abort what runs, stop the thread and the media workers, and free the device's memory."""
+        self._post(None)
+        self._thread.join()
+
+    # -------------------------------------------------------------------------- on the caller's side
+
+    async def _stream(
+        self,
+        read: Callable[[], Prompt],
+        params: SamplingParams | PoolingParams,
+        request_id: str | None,
+        kind: OutputKind,
+        priority: int,
+    ) -> AsyncGenerator[Output, None]:
+        request_id = f"async-{next(self._ids)}" if request_id is None else request_id
+        caller = _Caller(asyncio.get_running_loop(), asyncio.Queue())
+        if not self._post(lambda: self._submit(request_id, read, params, kind, priority, caller)):
+            raise self._dead or EngineDeadError("The engine has stopped.")
+        finished = False
+        try:
+            while not finished:
+                item = await caller.outputs.get()
+                if isinstance(item, BaseException):
+                    finished = True
+                    raise item
+                finished = item.finished
+                yield item
+        finally:
+            if not finished:
+                self._post(lambda: self._abort(request_id, caller))
+
+    def _post(self, work: Callable[[], None] | None) -> bool:
+        """Have the engine's thread do something (None: stop); False when it has stopped."""
+        with self._posting:
+            if self._dead is not None:
+                return False
+            self._work.put(work)
+        self._wake.set()
+        return True
+
+    # --------------------------------------------------------------------------- on the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._do_posted_work(wait=self._front.num_unfinished == 0 and not self._front.core.has_work):
+                if self._front.core.has_work:
+                    self._deliver()
+        except EngineDeadError as error:
+            self._die(error)
+        except Exception as error:
+            logger.exception("The engine's thread has failed.")
+            self._die(EngineDeadError(f"The engine's thread has failed: {error}"))
+        else:
+            self._die(EngineDeadError("The engine was shut down."))
+        self._front.close()
+
+    def _do_posted_work(self, wait: bool) -> bool:
+        """Do everything that was posted, waiting for the first if ``wait``; False when asked to stop."""
+        try:
+            work = self._work.get(block=wait)
+            while work is not None:
+                work()
+                work = self._work.get_nowait()
+        except queue.Empty:
+            return True
+        return False
+
+    def _deliver(self) -> None:
+        batch = self._front.step()
+        for request_id, error in batch.failures.items():
+            self._callers.pop(request_id).send(error)
+        for output in batch.outputs:
+            caller = self._callers.pop(output.request_id) if output.finished else self._callers[output.request_id]
+            caller.send(output)
+
+    def _submit(
+        self,
+        request_id: str,
+        read: Callable[[], Prompt],
+        params: SamplingParams | PoolingParams,
+        kind: OutputKind,
+        priority: int,
+        caller: _Caller,
+    ) -> None:
+        try:
+            self._front.submit(request_id, read(), params, kind=kind, priority=priority)
+        except OpsinError as error:
+            caller.send(error)
+            return
+        self._callers[request_id] = caller
+
+    def _abort(self, request_id: str, owner: _Caller | None = None) -> None:
+        """Abort a request; with ``owner``, only if the id is still that caller's."""
+        caller = self._callers.get(request_id)
+        if caller is None or owner not in (None, caller):
+            return
+        del self._callers[request_id]
+        output = self._front.abort(request_id)
+        if output is not None:
+            caller.send(output)
+
+    def _die(self, error: EngineDeadError) -> None:
+        with self._posting:
+            self._dead = error
+        for caller in self._callers.values():
+            caller.send(error)
+        self._callers.clear()
+        while True:  # requests that were posted and not yet begun
+            try:
+                work = self._work.get_nowait()
+            except queue.Empty:
+                return
+            if work is not None:
+                work()

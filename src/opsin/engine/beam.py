@@ -1,0 +1,144 @@
+"""Beam search, as many one-token requests.
+
+Each step runs every live beam for one token and looks at its 2 * width likeliest continuations. Beams of one prompt
+share its blocks and picture features through the caches, so a step costs about one decode row a beam.
+
+Scores are summed log-probabilities divided by (generated length) ** length_penalty, as transformers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from opsin.engine.front import Front
+from opsin.outputs import BeamSearchOutput, BeamSearchSequence
+from opsin.params import BeamSearchParams, SamplingParams
+from opsin.processing.prompts import Prompt
+from opsin.processing.tokenizer import Tokenizer
+from opsin.types import EngineRequest, RequestUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """One hypothesis: the tokens after the prompt and the sum of their log-probabilities."""
+
+    token_ids: tuple[int, ...] = ()
+    cumulative_logprob: float = 0.0
+    finished: bool = False
+
+    def score(self, length_penalty: float) -> float:
+        return self.cumulative_logprob / max(1, len(self.token_ids)) ** length_penalty
+
+
+class BeamSearch:
+    """The beams of one prompt. Call ``requests``, run them, hand the answers to ``advance``; until ``done``."""
+
+    def __init__(self, prompt: EngineRequest, params: BeamSearchParams) -> None:
+        self._prompt = prompt
+        self._params = params
+        self._ends = frozenset[int]() if params.ignore_eos else prompt.stop_token_ids
+        self._live = [Beam()]
+        self._finished: list[Beam] = []
+        self._step = 0
+
+    @property
+    def done(self) -> bool:
+        return not self._live or self._step >= self._params.max_tokens
+
+    def requests(self) -> list[EngineRequest]:
+        """One-token requests, one for each live beam, in the order in which ``advance`` wants the answers."""
+        one_token = SamplingParams(
+            temperature=self._params.temperature,
+            max_tokens=1,
+            logprobs=2 * self._params.beam_width,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        return [
+            extended(self._prompt, f"{self._prompt.request_id}-beam-{self._step}-{i}", beam.token_ids, one_token)
+            for i, beam in enumerate(self._live)
+        ]
+
+    def advance(self, answers: Mapping[str, RequestUpdate], requests: Sequence[EngineRequest]) -> None:
+        """Keep the best continuations of ``requests``, given each one's last update."""
+        grown: list[Beam] = []
+        for beam, request in zip(self._live, requests, strict=True):
+            (logprobs,) = answers[request.request_id].logprobs or ([],)
+            for candidate in logprobs[1:]:  # the first entry is the drawn token; the likeliest ones follow
+                token_ids = (*beam.token_ids, candidate.token_id)
+                ends = candidate.token_id in self._ends
+                new = Beam(token_ids, beam.cumulative_logprob + candidate.logprob, ends)
+                (self._finished if ends else grown).append(new)
+        grown.sort(key=lambda beam: beam.cumulative_logprob, reverse=True)
+        self._live = grown[: self._params.beam_width]
+        self._step += 1
+
+    def best(self) -> list[Beam]:
+        """The ``beam_width`` best hypotheses, best first."""
+        everyone = self._finished + self._live
+        everyone.sort(key=lambda beam: beam.score(self._params.length_penalty), reverse=True)
+        return everyone[: self._params.beam_width]
+
+
+def extended(prompt: EngineRequest, request_id: str, token_ids: Sequence[int], params: SamplingParams) -> EngineRequest:
+    """The same request with some answer tokens appended to its prompt."""
+    positions = prompt.positions
+    if positions is not None and token_ids:
+        length = len(prompt.prompt_token_ids)
+        known_AP = np.frombuffer(positions, dtype=np.int32).reshape(-1, length)
+        axes = known_AP.shape[0]
+        new = np.arange(length, length + len(token_ids), dtype=np.int32) + prompt.position_delta
+        positions = np.concatenate([known_AP, np.tile(new, (axes, 1))], axis=1).astype(np.int32).tobytes()
+    return msgspec.structs.replace(
+        prompt,
+        request_id=request_id,
+        prompt_token_ids=[*prompt.prompt_token_ids, *token_ids],
+        params=params,
+        positions=positions,
+        stop_token_ids=frozenset[int](),
+    )
+
+
+def beam_search(
+    front: Front,
+    prompts: Sequence[tuple[str, Prompt]],
+    params: BeamSearchParams,
+    interrupted: Callable[[], bool],
+) -> list[BeamSearchOutput]:
+    """Search all prompts side by side.
+
+    Args:
+        prompts: each with a request id of its own.
+        interrupted: asked between steps; True ends the search with KeyboardInterrupt.
+    """
+    probe = SamplingParams(max_tokens=params.max_tokens, temperature=params.temperature, ignore_eos=params.ignore_eos)
+    processed = [front.inputs.process(request_id, prompt, probe) for request_id, prompt in prompts]
+    searches = [BeamSearch(p.request, params) for p in processed]
+    while any(not search.done for search in searches):
+        asked = [
+            (search, p, search.requests()) for search, p in zip(searches, processed, strict=True) if not search.done
+        ]
+        answers = front.run([(request, p) for _, p, requests in asked for request in requests])
+        for search, _, requests in asked:
+            search.advance(answers, requests)
+        if interrupted():
+            raise KeyboardInterrupt
+    return [_output(search, p.request, front.inputs.tokenizer) for search, p in zip(searches, processed, strict=True)]
+
+
+def _output(search: BeamSearch, request: EngineRequest, tokenizer: Tokenizer) -> BeamSearchOutput:
+    return BeamSearchOutput(
+        [
+            BeamSearchSequence(
+                tokens=[*request.prompt_token_ids, *beam.token_ids],
+                cum_logprob=beam.cumulative_logprob,
+                text=tokenizer.decode(list(beam.token_ids)),
+                finish_reason="stop" if beam.finished else "length",
+            )
+            for beam in search.best()
+        ]
+    )

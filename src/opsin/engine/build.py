@@ -1,0 +1,195 @@
+"""The only place where concrete parts are put together, and where settings left open get their numbers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opsin.config import DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
+from opsin.engine.core import EngineCore
+from opsin.engine.feeder import MediaFeeder
+from opsin.engine.front import Front
+from opsin.errors import ConfigError
+from opsin.media.pool import MediaPool
+from opsin.models import resolve
+from opsin.models.hub import ModelFiles, find_model
+from opsin.models.load import load_model
+from opsin.models.rule import MediaRule
+from opsin.processing.jinja import read_template
+from opsin.processing.output import OutputProcessor
+from opsin.processing.processor import InputProcessor
+from opsin.processing.tokenizer import Tokenizer
+from opsin.runner.inline import InlineExecutor
+from opsin.runner.memory import describe, plan_memory
+from opsin.runner.runner import ModelRunner
+from opsin.scheduler import Scheduler, SchedulerLimits
+from opsin.types import MediaLayout
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+_TYPICAL_SIDE = 1024  # pixels; the picture that stands for all when a step is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What one step may do, in numbers."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_batched_patches: int
+    pipeline_depth: int
+
+    @classmethod
+    def resolve(cls, config: SchedulerConfig, on_gpu: bool) -> Budgets:
+        """Fill in what the settings leave open, by device."""
+        return cls(
+            max_num_seqs=config.max_num_seqs or (256 if on_gpu else 32),
+            max_num_batched_tokens=config.max_num_batched_tokens or (8192 if on_gpu else 2048),
+            max_num_batched_patches=config.max_num_batched_patches or (16384 if on_gpu else 4096),
+            pipeline_depth=config.pipeline_depth or (2 if on_gpu else 1),
+        )
+
+
+def build_front(config: EngineConfig, wake: threading.Event) -> Front:
+    """Load the model, plan the memory, and connect every part.
+
+    Raises:
+        ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
+    """
+    if config.device.num_threads is not None:
+        torch.set_num_threads(config.device.num_threads)
+    dummy = config.model.load_format == "dummy"
+    files = find_model(
+        config.model.model,
+        revision=config.model.revision,
+        overrides=config.model.hf_overrides,
+        weights=not dummy,
+    )
+    tokenizer = Tokenizer.from_folder(_tokenizer_folder(config.model, files), files.generation_config)
+    rule = resolve(files.config.get("architectures")).load_rule().from_hf(files.config, files.processor, tokenizer)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.model, files, device)
+    model = load_model(
+        files,
+        rule.norm,
+        device=device,
+        dtype=dtype,
+        max_model_len=config.model.max_model_len,
+        load_format=config.model.load_format,
+        seed=config.model.seed,
+    )
+    spec = model.spec
+    max_model_len = config.model.max_model_len or spec.max_position
+    if max_model_len > spec.max_position:
+        raise ConfigError(f"max_model_len is {max_model_len}; this model's positions end at {spec.max_position}.")
+
+    budgets = Budgets.resolve(config.scheduler, device.type == "cuda")
+    runner = ModelRunner(
+        model,
+        max_num_seqs=budgets.max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=config.cache.block_size,
+        device=device,
+        dtype=dtype,
+    )
+    feature_bytes = int(config.cache.vision_cache_gb * _GIB)
+    memory = plan_memory(
+        runner,
+        max_num_tokens=budgets.max_num_batched_tokens,
+        max_num_seqs=budgets.max_num_seqs,
+        max_model_len=max_model_len,
+        feature_bytes=feature_bytes,
+        utilization=config.cache.gpu_memory_utilization,
+        layouts=_fill_budget(rule, budgets.max_num_batched_patches, config.media.mm_processor_kwargs),
+        kv_bytes=config.cache.kv_cache_memory_bytes,
+        num_blocks=config.cache.num_gpu_blocks_override,
+    )
+    logger.info("%s on %s in %s", config.model.model, device, str(dtype).removeprefix("torch."))
+    logger.info("Memory plan:\n%s", describe(memory, spec, max_model_len))
+
+    feeder = MediaFeeder(MediaPool(config.media, on_finished=wake.set))
+    scheduler = Scheduler(
+        SchedulerLimits(
+            max_num_seqs=budgets.max_num_seqs,
+            max_num_batched_tokens=budgets.max_num_batched_tokens,
+            max_num_batched_patches=budgets.max_num_batched_patches,
+            max_model_len=max_model_len,
+            num_blocks=memory.num_blocks,
+            block_size=memory.block_size,
+            feature_bytes=feature_bytes,
+            feature_row_bytes=spec.feature_width * dtype.itemsize,
+            pixel_bytes=int(config.scheduler.pixel_buffer_gb * _GIB),
+            policy=config.scheduler.scheduling_policy,
+            pipeline_depth=budgets.pipeline_depth,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+        ),
+        on_finish=feeder.release,
+    )
+    core = EngineCore(scheduler, InlineExecutor(runner, memory), pipeline_depth=budgets.pipeline_depth)
+    inputs = InputProcessor(
+        tokenizer,
+        rule,
+        spec,
+        media=config.media,
+        max_model_len=max_model_len,
+        generation_config=files.generation_config,
+        default_seed=config.model.seed,
+        model_type=str(files.config.get("model_type", "")),
+        folder=files.folder,
+        chat_template=None if config.model.chat_template is None else read_template(config.model.chat_template),
+    )
+    return Front(core, inputs, OutputProcessor(tokenizer), feeder, config.media, wake)
+
+
+def resolve_device(config: DeviceConfig) -> torch.device:
+    """The torch device to run on.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device is {config.device!r}, which cannot be used here: {reason}") from error
+    return device
+
+
+def resolve_dtype(config: ModelConfig, files: ModelFiles, device: torch.device) -> torch.dtype:
+    """Weights' and activations' dtype. 'auto' is bfloat16 where the hardware multiplies it, else float32.
+
+    A float32 checkpoint stays float32 on a CPU, where a user who wanted half precision would have said so.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type != "cpu":
+        return torch.bfloat16
+    native_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native_bf16 and files.dtype in ("bfloat16", "float16") else torch.float32
+
+
+def _tokenizer_folder(config: ModelConfig, files: ModelFiles) -> Path:
+    if config.tokenizer is None:
+        return files.folder
+    if os.path.isdir(config.tokenizer):
+        return Path(config.tokenizer)
+    return find_model(config.tokenizer, weights=False).folder
+
+
+def _fill_budget(rule: MediaRule, max_patches: int, options: Any) -> Sequence[MediaLayout]:
+    """As many pictures of a typical size as one step may encode."""
+    if rule.max_items("image") == 0:
+        return []
+    layout = rule.layout("image", _TYPICAL_SIDE, _TYPICAL_SIDE, 1, options)
+    return [layout] * max(1, max_patches // layout.num_patches)

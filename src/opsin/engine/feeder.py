@@ -1,0 +1,88 @@
+"""Answers the engine's needs: hands pictures to the media pool and their pixels back.
+
+Sources stay here until their request ends, since a preempted request may need its pictures a second time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from opsin.engine.core import EngineCore
+from opsin.errors import RequestError
+from opsin.media.pool import MAX_PENDING, Finished, MediaPool
+from opsin.processing.embeddings import GivenFeatures
+from opsin.processing.prompts import MediaSource
+from opsin.runner.executor import Embedding, Pixels
+from opsin.types import EngineRequest, MediaNeed
+
+
+class MediaFeeder:
+    """Between one ``EngineCore`` and one ``MediaPool``; used from the engine's thread alone."""
+
+    def __init__(self, pool: MediaPool) -> None:
+        self._pool = pool
+        self._held: dict[str, tuple[EngineRequest, Sequence[MediaSource]]] = {}
+        self._backlog: deque[MediaNeed] = deque()  # the pool takes a bounded number of jobs
+        self._decoding: set[bytes] = set()
+        self._may_be_unwanted = False
+        self.num_decoded = 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Pictures are being decoded."""
+        return bool(self._decoding)
+
+    def hold(self, request: EngineRequest, sources: Sequence[MediaSource]) -> None:
+        """Keep a request's sources until ``release``."""
+        if sources:
+            self._held[request.request_id] = (request, sources)
+
+    def release(self, request_id: str) -> None:
+        """The request has ended."""
+        if self._held.pop(request_id, None) is not None:
+            self._may_be_unwanted = True
+
+    def pump(self, core: EngineCore) -> None:
+        """Collect what was decoded, and start what is needed. Never waits."""
+        for finished in self._pool.poll():
+            self._hand_in(core, finished)
+        if self._may_be_unwanted:
+            self._forget_unwanted(core)
+        self._backlog += core.take_needs()
+        while self._backlog and len(self._decoding) < MAX_PENDING:
+            self._start(core, self._backlog.popleft())
+
+    def close(self) -> None:
+        self._pool.close()
+        self._held.clear()
+        self._backlog.clear()
+
+    def _start(self, core: EngineCore, need: MediaNeed) -> None:
+        held = self._held.get(need.request_id)
+        if held is None or need.key in self._decoding:  # its request has ended, or the pixels are on their way
+            return
+        request, sources = held
+        source = sources[need.item]
+        if isinstance(source, GivenFeatures):
+            core.put_payload(need.key, Embedding(source.data))
+            return
+        self._decoding.add(need.key)
+        self._pool.submit(need.key, source, request.media[need.item].layout.plan)
+
+    def _hand_in(self, core: EngineCore, finished: Finished) -> None:
+        assert isinstance(finished.job_id, bytes)
+        self._decoding.discard(finished.job_id)
+        if finished.pixels is not None:
+            self.num_decoded += 1
+            core.put_payload(finished.job_id, Pixels(finished.pixels))
+        elif core.wants(finished.job_id):
+            error = finished.error
+            code = error.code or "image_parse_error" if isinstance(error, RequestError) else None
+            core.fail_media(finished.job_id, str(error), code)
+
+    def _forget_unwanted(self, core: EngineCore) -> None:
+        self._may_be_unwanted = False
+        for key in [key for key in self._decoding if not core.wants(key)]:
+            self._pool.cancel(key)
+            self._decoding.remove(key)

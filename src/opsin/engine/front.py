@@ -1,0 +1,244 @@
+"""Callers' requests to the engine and back: prompts in, outputs out. One thread drives it.
+
+``LLM`` calls it directly; ``AsyncLLM`` keeps it on a thread of its own. Everything that touches text or pictures
+happens on this side of ``EngineCore``, which sees ids, keys and pixels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Literal
+
+from opsin.config import MediaConfig
+from opsin.engine.core import EngineCore
+from opsin.engine.feeder import MediaFeeder
+from opsin.errors import EngineDeadError, RequestError
+from opsin.media.fetch import fetch
+from opsin.outputs import PoolingRequestOutput, RequestOutput, Thumbnails
+from opsin.params import PoolingParams, SamplingParams
+from opsin.processing.chat import MediaReference
+from opsin.processing.embeddings import GivenFeatures
+from opsin.processing.jinja import ContentFormat, read_template
+from opsin.processing.output import OutputBatch, OutputKind, OutputProcessor
+from opsin.processing.processor import InputProcessor, ProcessedRequest
+from opsin.processing.prompts import Prompt
+from opsin.types import EngineRequest, RequestUpdate
+
+_FETCH_THREADS = 8
+_STALL_WAIT_S = 0.2  # between looks at Ctrl-C while pictures are being decoded
+_MAX_IDLE_STEPS = 3
+
+
+class Front:
+    """Input processor, engine, media feeder and output processor, working as one.
+
+    Args:
+        wake: set by whoever has news for this thread (the media pool, callers on other threads).
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        inputs: InputProcessor,
+        outputs: OutputProcessor,
+        feeder: MediaFeeder,
+        media: MediaConfig,
+        wake: threading.Event,
+    ) -> None:
+        self.core = core
+        self.inputs = inputs
+        self.wake = wake
+        self._outputs = outputs
+        self._feeder = feeder
+        self._media = media
+        self._num_idle_steps = 0
+
+    # ----------------------------------------------------------------------------------- prompts
+
+    def read_prompt(self, prompt: Any, mm_processor_kwargs: Mapping[str, Any] | None = None) -> Prompt:
+        """Read a ``PromptType`` and open its pictures; nothing is decoded.
+
+        Raises:
+            RequestError, MediaError: what is wrong with it.
+        """
+        return self._with_options(self.inputs.read(prompt), mm_processor_kwargs)
+
+    def read_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Render a conversation, fetch what its URLs name, and open its pictures.
+
+        Args:
+            chat_template: jinja text, or the path of a file of it, instead of the model's own.
+
+        Raises:
+            RequestError, MediaError: what is wrong with it.
+        """
+        chat = self.inputs.render_chat(
+            messages,
+            chat_template=None if chat_template is None else read_template(chat_template),
+            chat_template_content_format=chat_template_content_format,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        fetched = self._fetch(chat.media)
+        media = [self.inputs.open_reference(ref, data) for ref, data in zip(chat.media, fetched, strict=True)]
+        return self._with_options(self.inputs.chat_prompt(chat, media), mm_processor_kwargs)
+
+    # ---------------------------------------------------------------------------------- requests
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | PoolingParams,
+        *,
+        kind: OutputKind = "final",
+        priority: int = 0,
+    ) -> ProcessedRequest:
+        """Start a request. Its outputs come from ``step``, under ``request_id``.
+
+        Raises:
+            RequestError: it cannot run here; nothing of it is left behind.
+            EngineDeadError: the engine has stopped.
+        """
+        processed = self.inputs.process(request_id, prompt, params, priority=priority)
+        pictures = [source for source in processed.sources if not isinstance(source, GivenFeatures)]
+        children = self._outputs.add(processed, kind, thumbnails=Thumbnails(pictures) if pictures else None)
+        try:
+            for child in children:
+                self._add(child, processed)
+        except Exception:
+            self.abort(request_id)
+            raise
+        return processed
+
+    def abort(self, request_id: str) -> RequestOutput | PoolingRequestOutput | None:
+        """End a request now, and return its last output, finished with reason "abort".
+
+        None for a request that is not running.
+        """
+        ids, output = self._outputs.abort(request_id)
+        for child_id in ids:
+            self.core.abort(child_id)
+        return output
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that the engine runs at once."""
+        return self.core.max_num_seqs
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._outputs.num_unfinished
+
+    @property
+    def num_pictures_decoded(self) -> int:
+        return self._feeder.num_decoded
+
+    # ------------------------------------------------------------------------------------- steps
+
+    def step(self) -> OutputBatch:
+        """One step of the engine; waits a moment if pictures are being decoded and nothing else can be done.
+
+        Raises:
+            EngineDeadError: the engine failed; no request will be answered any more.
+        """
+        batch = self._outputs.update(self._advance())
+        for child_id in batch.aborts:
+            self.core.abort(child_id)
+        return batch
+
+    def run(self, requests: Sequence[tuple[EngineRequest, ProcessedRequest]]) -> dict[str, RequestUpdate]:
+        """Run engine requests of at most one token each to their end, for algorithms built on top of single steps.
+
+        Args:
+            requests: each with the processed request whose pictures it shows.
+
+        Returns:
+            The update that ended each request, by id.
+
+        Raises:
+            RequestError: one of them failed.
+        """
+        pending = {request.request_id for request, _ in requests}
+        answers: dict[str, RequestUpdate] = {}
+        try:
+            for request, processed in requests:
+                self._add(request, processed)
+            while pending:
+                for update in self._advance():
+                    if update.error is not None:
+                        raise RequestError(update.error, code=update.error_code)
+                    if update.finish_reason is not None:
+                        answers[update.request_id] = update
+                        pending.discard(update.request_id)
+        finally:
+            for request_id in pending:
+                self.core.abort(request_id)
+        return answers
+
+    def close(self) -> None:
+        self._feeder.close()
+        self.core.shutdown()
+
+    # ------------------------------------------------------------------------------------ inside
+
+    def _add(self, request: EngineRequest, processed: ProcessedRequest) -> None:
+        self._feeder.hold(request, processed.sources)
+        try:
+            self.core.add(request)
+        except Exception:
+            self._feeder.release(request.request_id)
+            raise
+
+    def _advance(self) -> list[RequestUpdate]:
+        self.wake.clear()  # before looking, so that news in between is not slept through
+        self._feeder.pump(self.core)
+        updates = self.core.step()
+        if not self.core.is_stalled or updates or not self.core.has_work:
+            self._num_idle_steps = 0
+        elif self._feeder.is_waiting:
+            self._num_idle_steps = 0
+            self.wake.wait(_STALL_WAIT_S)
+        else:  # a need may have come up in this very step; but the same again would go on for ever
+            self._num_idle_steps += 1
+            if self._num_idle_steps > _MAX_IDLE_STEPS:
+                raise EngineDeadError("Requests are unfinished, but nothing can run and nothing is waited for.")
+        return updates
+
+    def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
+        """The bytes behind each reference that is a URL, several at a time."""
+        urls = {ref.value for ref in references if isinstance(ref.value, str) and not ref.is_embedding}
+        if not urls:
+            return [None] * len(references)
+        with ThreadPoolExecutor(min(_FETCH_THREADS, len(urls)), thread_name_prefix="opsin-fetch") as threads:
+            jobs = {url: threads.submit(fetch, url, self._media) for url in urls}
+            fetched: list[bytes | None] = []
+            for ref in references:
+                job = jobs.get(ref.value) if isinstance(ref.value, str) else None
+                try:
+                    fetched.append(job.result() if job is not None else None)
+                except RequestError as error:
+                    error.param = error.param or ref.param
+                    raise
+        return fetched
+
+    def _with_options(self, prompt: Prompt, options: Mapping[str, Any] | None) -> Prompt:
+        """Processor settings: the engine's, then the call's, then the prompt's own."""
+        merged = {**self._media.mm_processor_kwargs, **(options or {}), **prompt.processor_options}
+        return replace(prompt, processor_options=merged)
