@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import os
+import shutil
 import socket
 import socketserver
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -34,7 +37,10 @@ def redirect(location: str, status: int = 302) -> bytes:
 
 
 class Handler(socketserver.StreamRequestHandler):
-    server: Server
+    @property
+    def _server(self) -> Server:
+        assert isinstance(self.server, Server)
+        return self.server
 
     def handle(self) -> None:
         request = self.rfile.readline().decode("latin-1")
@@ -43,11 +49,11 @@ class Handler(socketserver.StreamRequestHandler):
             name, _, value = line.decode("latin-1").partition(": ")
             host = value if name == "Host" else host
         path = request.split(" ")[1]
-        self.server.seen.append((path, host))
+        self._server.seen.append((path, host))
         try:
             self.answer(path)
         except (BrokenPipeError, ConnectionResetError):
-            self.server.hung_up.set()
+            pass  # the client had enough
 
     def answer(self, path: str) -> None:
         write = self.wfile.write
@@ -79,7 +85,7 @@ class Handler(socketserver.StreamRequestHandler):
             case ["drip-header"]:
                 self.drip(b"HTTP/1.1 200 OK\r\nX: ")
             case ["silent"]:
-                self.server.done.wait(5)
+                self._server.done.wait(5)
             case ["garbage"]:
                 write(b"\0\1\2\3 what?\r\n\r\n")
             case _:
@@ -87,7 +93,7 @@ class Handler(socketserver.StreamRequestHandler):
 
     def drip(self, start: bytes) -> None:
         self.wfile.write(start)
-        while not self.server.done.wait(0.02):
+        while not self._server.done.wait(0.02):
             self.wfile.write(b"x")
 
 
@@ -99,7 +105,6 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.seen: list[tuple[str, str]] = []
         self.done = threading.Event()
-        self.hung_up = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -342,6 +347,30 @@ def test_redirect_to_a_private_host_is_refused(server: Server, monkeypatch: pyte
 
 def test_tls_to_a_server_without_it_fails_with_code(server: Server) -> None:
     assert code_of(server.url.replace("http", "https") + "/ok") == "failed_to_download_image"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+def test_tls_asks_for_and_verifies_the_name_though_a_number_is_dialled(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x"
+    names = ["-addext", "subjectAltName=DNS:pictures.example", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    asked: list[str] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    context.sni_callback = lambda connection, name, _: asked.append(name)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    monkeypatch.setattr(fetch_module, "_resolve", lambda target, deadline: ["127.0.0.1"])
+    port = server.server_address[1]
+
+    assert code_of(f"https://pictures.example:{port}/ok") == "failed_to_download_image", "an unknown signer"
+    trusting = ssl.create_default_context(cafile=certificate)
+    monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
+    assert fetch(f"https://pictures.example:{port}/ok", LOOPBACK) == BODY
+    assert code_of(f"https://other.example:{port}/ok") == "failed_to_download_image"
+    assert asked == ["pictures.example", "pictures.example", "other.example"]
 
 
 def test_download_leaves_no_descriptor(server: Server) -> None:

@@ -117,6 +117,31 @@ def test_tiles_are_writable_and_survive_the_pool() -> None:
     assert pixels.shape == (32 * 32 * 3,)
 
 
+def test_results_that_are_kept_hold_no_descriptors(shared_pool: MediaPool) -> None:
+    run(shared_pool, sources())
+    before = len(os.listdir("/proc/self/fd"))
+    source = open_picture(photo(8, 8), MediaConfig())
+    kept = run(shared_pool, {str(i): source for i in range(40)})
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(kept) == 40
+
+
+def test_large_result_is_mapped_and_freed_with_its_array(shared_pool: MediaPool) -> None:
+    source = open_picture(photo(8, 8), MediaConfig())
+
+    def mapped() -> int:
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count("opsin-media")
+
+    before = mapped()
+    done = run(shared_pool, {"large": source}, edge=1300)
+    assert done["large"].pixels is not None
+    assert done["large"].pixels.reshape(1300, 1300, 3).any()
+    assert mapped() == before + 1
+    del done
+    assert mapped() == before
+
+
 def test_worker_past_its_deadline_is_killed_and_replaced() -> None:
     source = open_picture(photo(8, 8), MediaConfig())
     with MediaPool(MediaConfig(media_workers=1, media_decode_timeout_s=0.3)) as pool:

@@ -19,7 +19,7 @@ from opsin.types import Crop, Pad, PixelOp, PixelPlan, Resize
 MAX_INTERMEDIATE_PIXELS = 2**26
 """A 1 x 100,000 picture, resized until its short edge is 336, would pass through 11 thousand million pixels."""
 
-Pixels = npt.NDArray[np.uint8]
+PixelArray = npt.NDArray[np.uint8]
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -51,7 +51,7 @@ def output_size(ops: Sequence[PixelOp], width: int, height: int) -> tuple[int, i
     return width, height
 
 
-def make_tiles(picture: Image.Image, plan: PixelPlan, out: Pixels) -> None:
+def make_tiles(picture: Image.Image, plan: PixelPlan, out: PixelArray) -> None:
     """Fill ``out``, flat uint8 of ``plan.num_bytes``, with the tiles of every view of one picture.
 
     Raises:

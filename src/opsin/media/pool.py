@@ -26,7 +26,7 @@ import numpy as np
 
 from opsin.config import MediaConfig
 from opsin.errors import MediaError, OpsinError, RequestFailedError
-from opsin.media.ops import Pixels
+from opsin.media.ops import PixelArray
 from opsin.media.source import EncodedPicture, PictureSource
 from opsin.media.wire import Job, Reply, allocate, carry_out, receive, send
 from opsin.types import PixelPlan
@@ -37,6 +37,7 @@ INLINE_PIXELS = 8_000_000
 """Waiting source pixels, some 0.1 s of decoding, that are left to the background thread before processes start."""
 
 MAX_PENDING = 1024
+_COPY_BELOW_BYTES = 2**22
 _START_TIMEOUT_S = 60.0
 _MAX_FAILED_STARTS = 3
 
@@ -48,10 +49,10 @@ _BOOTSTRAP = (
 
 
 class Finished(NamedTuple):
-    """A job's tiles, or why there are none. The tiles' memory is freed with the array."""
+    """A job's tiles, or why there are none. The tiles' memory is freed with the array, shared or not."""
 
     job_id: Hashable
-    pixels: Pixels | None
+    pixels: PixelArray | None
     error: OpsinError | None
 
 
@@ -69,7 +70,7 @@ class _Worker:
     deadline: float
     ready: bool = False
     task: _Task | None = None
-    pixels: Pixels | None = None
+    pixels: PixelArray | None = None
 
     @property
     def idle(self) -> bool:
@@ -238,7 +239,7 @@ class MediaPool:
 
     # ------------------------------------------------------------------------------------- on either thread
 
-    def _finish(self, task: _Task, pixels: Pixels | None, error: OpsinError | None) -> None:
+    def _finish(self, task: _Task, pixels: PixelArray | None, error: OpsinError | None) -> None:
         with self._changed:
             if self._tasks.get(task.job_id) is not task:  # cancelled, or closed
                 return
@@ -248,7 +249,7 @@ class MediaPool:
         if self._on_finished is not None:
             self._on_finished()
 
-    def _conclude(self, task: _Task, pixels: Pixels | None, reply: Reply) -> None:
+    def _conclude(self, task: _Task, pixels: PixelArray | None, reply: Reply) -> None:
         if reply.error is None:
             self._finish(task, pixels, None)
         else:
@@ -378,6 +379,8 @@ class MediaPool:
         elif worker.task is not None:
             task, pixels = worker.task, worker.pixels
             worker.task = worker.pixels = None
+            if pixels is not None and pixels.nbytes < _COPY_BELOW_BYTES and sys.version_info < (3, 13):
+                pixels = pixels.copy()  # see map_memory(): a thousand waiting pictures would hold as many descriptors
             self._conclude(task, pixels, reply)
 
     def _seconds_left(self) -> float | None:

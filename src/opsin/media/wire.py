@@ -19,7 +19,7 @@ from PIL import Image
 
 from opsin.errors import MediaError
 from opsin.media.decode import AlphaMode
-from opsin.media.ops import Pixels, make_tiles
+from opsin.media.ops import PixelArray, make_tiles
 from opsin.media.sniff import ImageHeader
 from opsin.types import PixelPlan
 
@@ -49,7 +49,7 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     code: str | None = None
 
 
-def carry_out(decode: Callable[[], Image.Image], plan: PixelPlan, out: Pixels) -> Reply:
+def carry_out(decode: Callable[[], Image.Image], plan: PixelPlan, out: PixelArray) -> Reply:
     """Decode and cut one picture; whatever is wrong with it comes back as text, so that no traceback holds pixels."""
     try:
         make_tiles(decode(), plan, out)
