@@ -4,6 +4,9 @@ Pictures are not opened here: a URL stays a URL. Whoever calls fetches what need
 hands the prompt and the opened pictures to ``opsin.processing.processor``.
 """
 
+# What is read here comes from callers, so it is Any until it was looked at.
+# pyright: standard
+
 from __future__ import annotations
 
 import json

@@ -59,6 +59,9 @@ class Detokenizer:
     def _slide(self) -> None:
         """Let the newest piece be the context of the next, if it has text of its own."""
         piece = self._window[self._settled :]
+        if piece[-1] in self._tokenizer.byte_ids:
+            # Bytes in a row are decoded as one: what follows must not spoil these, so another token stands in.
+            piece = [self._tokenizer.letter_id]
         text = self._decode(piece)
         if text:
             self._window = piece

@@ -3,6 +3,9 @@
 torch tensors are recognised by what they can do, so torch is never imported here.
 """
 
+# What is read here comes from callers, so it is Any until it was looked at.
+# pyright: standard
+
 from __future__ import annotations
 
 import hashlib

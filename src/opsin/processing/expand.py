@@ -36,21 +36,20 @@ def tokenize(
     prompt: Rendered, placeholders: Placeholders, tokenizer: Tokenizer, *, add_special_tokens: bool
 ) -> Slotted:
     """Tokenise a text prompt and find its placeholders; those listed in ``prompt.plain`` are text."""
-    in_text = {m: p for m, p in placeholders.items() if p.token_id is None}
+    in_text: Placeholders = {m: p for m, p in placeholders.items() if p.token_id is None}
     if not in_text:
         ids = tokenizer.encode_rendered(prompt, add_special_tokens=add_special_tokens)
         return cut(ids, placeholders)
     plain = set(prompt.plain)
-    found = [
-        (*match.span(), modality)
-        for modality, placeholder in in_text.items()
-        for match in re.finditer(placeholder.pattern, prompt.text)
-        if match.span() not in plain
-    ]
+    found: list[tuple[int, int, Modality | None]] = []
+    for m, placeholder in in_text.items():
+        hits = (match.span() for match in re.finditer(placeholder.pattern, prompt.text))
+        found.extend((start, end, m) for start, end in hits if (start, end) not in plain)
     pieces: list[list[int]] = [[]]
     slots: list[Modality] = []
     done, plain_at = 0, 0
-    for start, end, modality in [*sorted(found), (len(prompt.text), len(prompt.text), None)]:
+    found.sort(key=lambda hit: hit[:2])
+    for start, end, modality in [*found, (len(prompt.text), len(prompt.text), None)]:
         here: list[Span] = []
         while plain_at < len(prompt.plain) and prompt.plain[plain_at][1] <= start:
             first, last = prompt.plain[plain_at]
@@ -71,7 +70,9 @@ def tokenize(
 
 def cut(ids: Sequence[int], placeholders: Placeholders) -> Slotted:
     """Cut a prompt in ids at its placeholder ids."""
-    modality_of = {p.token_id: modality for modality, p in placeholders.items() if p.token_id is not None}
+    modality_of: dict[int | None, Modality] = {
+        p.token_id: modality for modality, p in placeholders.items() if p.token_id is not None
+    }
     at = [i for i, token in enumerate(ids) if token in modality_of]
     edges = [-1, *at, len(ids)]
     pieces = [list(ids[start + 1 : end]) for start, end in itertools.pairwise(edges)]
@@ -81,7 +82,7 @@ def cut(ids: Sequence[int], placeholders: Placeholders) -> Slotted:
 def check_counts(slots: Sequence[Modality], media: Sequence[MediaItem], placeholders: Placeholders) -> None:
     """Refuse a prompt whose placeholders and items differ in number."""
     wanted, given = Counter(slots), Counter(item.modality for item in media)
-    for modality in {*wanted, *given}:
+    for modality in placeholders:
         if wanted[modality] != given[modality]:
             sign = placeholders[modality].text.replace("{index}", "1")
             raise RequestError(

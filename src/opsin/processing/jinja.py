@@ -3,6 +3,9 @@
 Templates come with checkpoints, from strangers, so they run in jinja's sandbox and see plain data only.
 """
 
+# jinja2 types what templates see as Unknown.
+# pyright: standard
+
 from __future__ import annotations
 
 import json
@@ -25,8 +28,8 @@ from opsin.processing.neutral import CLOSE, OPEN
 ContentFormat = Literal["string", "openai"]
 _CONTINUE_HERE = "\ufdd2"  # a noncharacter, as the marks of opsin.processing.neutral are
 RESERVED_NAMES = frozenset(
-    ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
-    + ("conversation", "return_dict", "return_tensors", "padding", "truncation", "max_length")
+    "messages tools documents add_generation_prompt continue_final_message tokenize chat_template conversation "
+    "return_dict return_tensors padding truncation max_length".split()
 )
 
 
@@ -249,7 +252,8 @@ def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
             return _is_content(first, names) or _is_content(second, names)
         case nodes.Name(name=name):
             return name in names
-    return False
+        case _:
+            return False
 
 
 # ------------------------------------------------------------------------------------- continue_final_message

@@ -10,6 +10,9 @@ template's own ``replace`` uncovers it. So marks are also left where a text coul
 string that touches a mark counts as the user's. All of it is one pass over the text.
 """
 
+# Conversations are nested JSON of any shape.
+# pyright: standard
+
 from __future__ import annotations
 
 import re
@@ -58,8 +61,9 @@ class ControlStrings:
                 if start < end:
                     continue
                 for length in self._lengths:
-                    if text[start : start + length] in self._literals:
-                        end = start + length
+                    literal = text[start : start + length]  # shorter at the text's end
+                    if literal in self._literals:
+                        end = start + len(literal)
                         spans.append((start, end))
                         break
         for pattern in self._patterns:

@@ -25,6 +25,7 @@ from opsin.processing.processor import ProcessedRequest, fan_out
 from opsin.processing.tokenizer import Tokenizer
 from opsin.types import EngineRequest, FinishReason, PositionLogprobs, RequestUpdate
 
+AnyOutput = RequestOutput | PoolingRequestOutput
 OutputKind = Literal["final", "cumulative", "delta"]
 
 
@@ -38,9 +39,11 @@ class OutputBatch:
         failures: requests that ended in an error, by the id that the caller gave.
     """
 
-    outputs: list[RequestOutput | PoolingRequestOutput] = field(default_factory=list)
-    aborts: list[str] = field(default_factory=list)
-    failures: dict[str, OpsinError] = field(default_factory=dict)
+    outputs: list[RequestOutput | PoolingRequestOutput] = field(
+        default_factory=list[RequestOutput | PoolingRequestOutput]
+    )
+    aborts: list[str] = field(default_factory=list[str])
+    failures: dict[str, OpsinError] = field(default_factory=dict[str, OpsinError])
 
 
 class OutputProcessor:

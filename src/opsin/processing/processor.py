@@ -356,10 +356,17 @@ def fan_out(request: EngineRequest, n: int) -> list[EngineRequest]:
     if n == 1:
         return [request]
     assert isinstance(request.params, SamplingParams)
-    params = msgspec.structs.replace(request.params, n=1)
-    first = msgspec.structs.replace(request, request_id=f"{request.request_id}-0", params=params)
+    first = msgspec.structs.replace(
+        request,
+        request_id=f"{request.request_id}-0",
+        params=msgspec.structs.replace(request.params, n=1),
+        cache_namespace=request.request_id,
+    )
+    params = msgspec.structs.replace(request.params, n=1, prompt_logprobs=None)  # the first child reports them
     others = [
-        msgspec.structs.replace(first, request_id=f"{request.request_id}-{i}", seed=derive_seed(request.seed, str(i)))
+        msgspec.structs.replace(
+            first, request_id=f"{request.request_id}-{i}", params=params, seed=derive_seed(request.seed, str(i))
+        )
         for i in range(1, n)
     ]
     return [first, *others]

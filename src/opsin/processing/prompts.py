@@ -1,5 +1,8 @@
 """A caller's prompt in any of its forms to one: text or ids, opened media, options. Nothing is decoded."""
 
+# What is read here comes from callers, so it is Any until it was looked at.
+# pyright: standard
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,12 @@ Wraps the fast tokenizer that transformers' ``AutoTokenizer`` builds for a folde
 transformers (and with it torch) is imported only when a folder is opened.
 """
 
+# transformers does not type what it loads.
+# pyright: standard
+
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,19 @@ class Tokenizer:
     Args:
         hf: a fast transformers tokenizer.
         generation_config: the checkpoint's generation_config.json, for its end tokens.
+
+    Attributes:
+        special_ids: tokens that ``decode`` leaves out by default.
+        byte_ids: tokens that stand for one byte each, in vocabularies that fall back to bytes.
+        letter_id: a token that ends in plain text, to stand before another token.
+        eos_token_ids: tokens that end an answer.
     """
 
     def __init__(self, hf: Any, generation_config: Mapping[str, Any] | None = None) -> None:
         backend = getattr(hf, "backend_tokenizer", None)
         if backend is None:
             raise UnsupportedModelError(
-                f"{type(hf).__name__} has no fast (Rust) tokenizer. opsin needs one: put a tokenizer.json into the folder."
+                f"{type(hf).__name__} has no fast (Rust) half, which opsin needs. Put a tokenizer.json into the folder."
             )
         backend.no_padding()
         backend.no_truncation()
@@ -49,6 +59,10 @@ class Tokenizer:
         self._newline_ids = self._pipeline("\n")
         self._text_starts_differ = self._starts_differ()
         self._piece_text: dict[int, str] = {}
+        byte_ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        falls_back = getattr(backend.model, "byte_fallback", False)
+        self.byte_ids: frozenset[int] = frozenset(i for i in byte_ids if i is not None and falls_back)
+        self.letter_id: int = self.encode("a", add_special_tokens=False)[-1]
 
     @classmethod
     def from_folder(cls, folder: str | Path, generation_config: Mapping[str, Any] | None = None) -> Tokenizer:
@@ -89,7 +103,7 @@ class Tokenizer:
         trusted = _without(self._added_strings.find(text), prompt.plain)
         edges = [(0, 0), *trusted, (len(text), len(text))]
         done, plain_at = 0, 0
-        for before, after in zip(edges, edges[1:], strict=False):
+        for before, after in itertools.pairwise(edges):
             start, end = before[1], after[0]
             while plain_at < len(prompt.plain) and prompt.plain[plain_at][1] <= start:
                 plain_at += 1

@@ -1,0 +1,162 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from opsin.errors import ConfigError, RequestError
+from opsin.processing.jinja import ChatTemplate, find_template, read_template
+from tests.factory import CHAT_TEMPLATE
+
+CHATML = (
+    "{%- if tools %}{{- '<|im_start|>system\n' }}{%- for tool in tools %}{{- tool | tojson }}{{- '\n' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- endif %}"
+    "{%- for message in messages %}\n"
+    "    {%- if loop.first and message.role != 'system' %}\n"
+    "        {{- '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}\n"
+    "    {%- endif %}\n"
+    "    {{- '<|im_start|>' + message.role + '\n' }}\n"
+    "    {%- if message.content is string %}{{- message.content }}\n"
+    "    {%- else %}{%- for part in message.content %}\n"
+    "        {%- if part.type == 'image' or 'image' in part %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}\n"
+    "        {%- elif 'text' in part %}{{- part.text }}{%- endif %}\n"
+    "    {%- endfor %}{%- endif %}\n"
+    "    {{- '<|im_end|>\n' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if enable_thinking is false %}{{- '<think>' }}"
+    "{%- endif %}{%- endif %}\n"
+)
+TRIMMED = (
+    "{{ bos_token }}{% set ns = namespace(system='') %}"
+    "{% for m in messages if m['role'] == 'system' %}{% set ns.system = m['content'] %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}{% continue %}{% endif %}"
+    "[{{ m['role'] }}] {{ ns.system }} {% generation %}{{ m['content'] | trim }}{% endgeneration %}{{ eos_token }}\n"
+    "{% endfor %}{{ {'a': ['<b>', 'é']} | tojson(indent=1) }}{% if add_generation_prompt %}[answer]{% endif %}"
+)
+LLAVA = find_template(None, None, "llava")
+assert LLAVA is not None
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+TEXT_TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "  Hello <b> & 'you'\n"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "Why? "},
+]
+PART_TURNS = [
+    {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "image"}, {"type": "text", "text": " b"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "yes "}]},
+]
+
+
+def huggingface(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    rendered, _ = render_jinja_template([messages], chat_template=source, **TOKENS, **options)
+    return rendered[0]
+
+
+@pytest.mark.parametrize("generation", [True, False])
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [
+        pytest.param(CHATML, TEXT_TURNS, id="chatml-text"),
+        pytest.param(CHATML, PART_TURNS, id="chatml-parts"),
+        pytest.param(TRIMMED, TEXT_TURNS, id="trimmed"),
+        pytest.param(LLAVA, TEXT_TURNS, id="llava"),
+        pytest.param(CHAT_TEMPLATE, PART_TURNS, id="factory"),
+    ],
+)
+def test_rendering_equals_transformers(source: str, messages: list[dict[str, Any]], generation: bool) -> None:
+    ours = ChatTemplate(source, TOKENS).render(messages, add_generation_prompt=generation)
+    assert ours == huggingface(source, messages, add_generation_prompt=generation)
+    assert len(ours) > 20
+
+
+def test_tools_and_kwargs_reach_the_template_as_in_transformers() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "description": "<é>"}}]
+    ours = ChatTemplate(CHATML, TOKENS).render(TEXT_TURNS, tools=tools, kwargs={"enable_thinking": False})
+    theirs = huggingface(CHATML, TEXT_TURNS, tools=tools, enable_thinking=False, add_generation_prompt=True)
+    assert ours == theirs
+    assert "<é>" in ours
+    assert ours.endswith("<think>")
+
+
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [
+        pytest.param(CHATML, [*TEXT_TURNS[:2], {"role": "assistant", "content": "So I "}], id="kept"),
+        pytest.param(TRIMMED, [*TEXT_TURNS[:2], {"role": "assistant", "content": "So I "}], id="trimmed"),
+        pytest.param(CHAT_TEMPLATE, PART_TURNS, id="parts"),
+    ],
+)
+def test_continued_final_message_equals_transformers(source: str, messages: list[dict[str, Any]]) -> None:
+    ours = ChatTemplate(source, TOKENS).render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert ours == huggingface(source, messages, continue_final_message=True)
+    assert ours.rstrip().endswith(("So I", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("source", "form"),
+    [
+        (CHATML, "openai"),
+        (CHAT_TEMPLATE, "openai"),
+        (LLAVA, "string"),
+        (TRIMMED, "string"),
+        ("{% macro show(c) %}{% for p in c %}{{ p }}{% endfor %}{% endmacro %}"
+         "{% for m in messages %}{{ show(m.content) }}{% endfor %}", "openai"),
+        ("{% for m in messages %}{% set c = m['content'] %}{% for p in c | list %}x{% endfor %}{% endfor %}", "openai"),
+        ("{% for m in messages %}{% for line in m.content.split('\n') %}{{ line }}{% endfor %}{% endfor %}", "string"),
+    ],
+)  # fmt: skip
+def test_content_format_is_read_off_the_template(source: str, form: str) -> None:
+    assert ChatTemplate(source, TOKENS).content_format == form
+
+
+def test_llava_template_refuses_turns_out_of_order() -> None:
+    with pytest.raises(RequestError, match=r"The chat template refused the conversation: Roles must alternate"):
+        ChatTemplate(LLAVA or "", TOKENS).render([TEXT_TURNS[1], TEXT_TURNS[3]])
+
+
+@pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt", "chat_template", "bos_token"])
+def test_kwargs_that_the_engine_owns_are_refused(name: str) -> None:
+    with pytest.raises(RequestError, match=f"chat_template_kwargs may not set {name}") as caught:
+        ChatTemplate(CHATML, TOKENS).render(TEXT_TURNS, kwargs={name: True})
+    assert caught.value.param == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ messages.__class__.__mro__ }}", "does something unsafe"),
+        ("{{ messages.append(1) }}", "does something unsafe"),
+        ("{% set n = namespace() %}{% set n._x = 1 %}", "does something unsafe"),
+        ("{% for m in messages %}", "not valid jinja"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ nothing.at.all }}", "refused"),
+    ],
+)
+def test_template_that_misbehaves_fails_its_request(source: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        ChatTemplate(source, TOKENS).render(TEXT_TURNS)
+
+
+def test_continuing_and_starting_a_message_at_once_is_refused() -> None:
+    with pytest.raises(RequestError, match="Set one to false"):
+        ChatTemplate(CHATML, TOKENS).render(TEXT_TURNS, continue_final_message=True)
+
+
+def test_template_is_found_in_the_processor_before_the_tokenizer(tmp_path: Path) -> None:
+    assert find_template(tmp_path, "of tokenizer", "llava") == "of tokenizer"
+    assert find_template(tmp_path, {"default": "d", "tool_use": "t"}, "", tools=True) == "t"
+    assert find_template(tmp_path, {"default": "d", "tool_use": "t"}, "") == "d"
+    (tmp_path / "processor_config.json").write_text('{"chat_template": "of processor"}')
+    assert find_template(tmp_path, "of tokenizer", "llava") == "of processor"
+    (tmp_path / "chat_template.jinja").write_text("of file")
+    assert find_template(tmp_path, "of tokenizer", "llava") == "of file"
+    assert find_template(None, None, "unheard-of") is None
+
+
+def test_template_is_given_as_text_or_path(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ 1 }}")
+    assert read_template(str(path)) == read_template("{{ 1 }}") == "{{ 1 }}"
+    with pytest.raises(ConfigError, match="neither jinja text"):
+        read_template(str(tmp_path / "missing.jinja"))
