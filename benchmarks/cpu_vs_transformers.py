@@ -53,7 +53,7 @@ QUESTIONS = (
     "How many objects are there?",
     "Which colours do you see, and which of them is the most common one?",
 )
-SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # vision, text
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # vision, text
     "toy": (
         {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
         {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
