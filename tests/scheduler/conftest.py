@@ -186,8 +186,8 @@ class Device:
         assert sum(stored) <= limits.feature_bytes
         assert plan.num_tokens <= limits.max_num_batched_tokens
         assert len({row.slot for row in plan.rows}) == len(plan.rows) <= limits.max_num_seqs
-        decodes = [row.num_tokens == 1 for row in plan.rows]
-        assert decodes == sorted(decodes, reverse=True), "one-token rows come first"
+        decodes = [row.num_tokens == 1 and not row.features for row in plan.rows]
+        assert decodes == sorted(decodes, reverse=True), "decoding rows come first"
         written: set[tuple[int, int]] = set()
         for row in plan.rows:
             self._write(row, written)

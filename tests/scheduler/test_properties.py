@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from opsin.params import PoolingParams, SamplingParams
 
 PROFILE = settings(
-    max_examples=120,
+    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
@@ -191,7 +191,7 @@ def random_traffic(rig_class: Any, rng: random.Random) -> Any:
     return rig
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**32))
 def test_scheduler_crowded_pools_same_tokens_as_alone_and_no_leak(rig_class: Any, seed: int) -> None:
     random_traffic(rig_class, random.Random(seed))

@@ -70,13 +70,14 @@ class BlockPool:
             self._by_hash[digest] = block
             self._hashes[block] = digest
 
-    def forget(self, block: int) -> None:
-        """Hide a held block from ``find``: its content is not to be trusted."""
-        assert self._refs[block] > 0
-        digest = self._hashes[block]
-        if digest is not None:
-            del self._by_hash[digest]
+    def forget(self, digest: bytes) -> None:
+        """Hide what is registered under ``digest``, if anything: its content is not to be trusted."""
+        block = self._by_hash.pop(digest, None)
+        if block is not None:
             self._hashes[block] = None
+            if self._refs[block] == 0:
+                del self._idle[block]
+                self._blank.append(block)
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)

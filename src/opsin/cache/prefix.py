@@ -26,12 +26,12 @@ class BlockHasher:
         root: requests share prefixes only under equal roots.
     """
 
-    def __init__(self, request: EngineRequest, tokens: list[int], block_size: int, root: str) -> None:
+    def __init__(self, request: EngineRequest, tokens: list[int], block_size: int, root: tuple[str, ...]) -> None:
         self._request = request
         self._num_prompt = len(request.prompt_token_ids)
         self._tokens = tokens
         self._block_size = block_size
-        self._parent = blake2b(root.encode(), digest_size=DIGEST_BYTES).digest()
+        self._parent = blake2b(repr(root).encode(), digest_size=DIGEST_BYTES).digest()
         self._chain: list[bytes] = []
         self._next_span = 0
         self._next_range = 0
@@ -41,6 +41,11 @@ class BlockHasher:
         while len(self._chain) <= block:
             self._extend()
         return self._chain[block]
+
+    @property
+    def known(self) -> list[bytes]:
+        """The digests computed so far."""
+        return self._chain
 
     def _extend(self) -> None:
         start = len(self._chain) * self._block_size

@@ -25,10 +25,11 @@ from collections import deque
 from collections.abc import Callable
 
 from opsin.cache.blocks import BlockPool
-from opsin.cache.features import FeatureCache, Lease, Order
+from opsin.cache.features import FeatureCache, Order
 from opsin.cache.prefix import BlockHasher
-from opsin.errors import ContextLengthError, RequestError
+from opsin.errors import RequestError
 from opsin.params import SamplingParams
+from opsin.scheduler.admission import check_fits
 from opsin.scheduler.limits import SchedulerLimits
 from opsin.scheduler.sequence import Sequence
 from opsin.types import (
@@ -95,13 +96,14 @@ class Scheduler:
             RequestError: it could never run within this engine's limits, or its id is in use.
         """
         priority = request.priority if self.limits.policy == "priority" else 0
-        seq = Sequence(request, (priority, self._num_added), self.limits.context_len)
-        self._check(seq)
+        seq = Sequence(request, (priority, self._num_added), self.limits)
+        if request.request_id in self._by_id:
+            raise RequestError(f"Request id {request.request_id!r} is in use; ids of unfinished requests must differ.")
+        check_fits(seq, self.limits)
         self._num_added += 1
         if request.share_prefix and (self.limits.enable_prefix_caching or request.cache_namespace):
             scope = "" if self.limits.enable_prefix_caching else request.cache_namespace
-            root = f"{scope}\0{request.cache_salt}"
-            seq.hasher = BlockHasher(request, seq.tokens, self.limits.block_size, root)
+            seq.hasher = BlockHasher(request, seq.tokens, self.limits.block_size, (scope, request.cache_salt))
         self._alive[seq.order] = self._by_id[request.request_id] = seq
         heapq.heappush(self._line, seq.order)
         self._extend_hits(seq)
@@ -176,9 +178,7 @@ class Scheduler:
 
     def _start_head(self, step: _Step, head: Sequence) -> None:
         """Give the oldest request a slot, someone else's if need be."""
-        if self._next_waiting() is not head or head.in_flight:
-            return
-        if self._park_if_blocked(head):
+        if self._next_waiting() is not head or head.in_flight or self._park_if_blocked(head):
             return
         if not self._free_slots:
             self._preempt(step, self._running[-1])
@@ -200,41 +200,26 @@ class Scheduler:
                 num_tokens = 1
             else:
                 self._extend_hits(seq)
-                num_tokens = self._chunk(seq, budget if seq is head else budget - num_reserved)
+                num_tokens = seq.chunk(self._features, budget if seq is head else budget - num_reserved)
             if 0 < num_tokens <= budget:
-                num_blocks = self._blocks_needed(seq, seq.num_computed + num_tokens)
+                num_blocks = seq.blocks_needed(seq.num_computed + num_tokens)
                 if num_blocks <= 0 or self._reserve(step, seq, num_blocks):
                     self._add_row(step, seq, num_tokens, num_blocks)
 
     def _plan_waiting(self, step: _Step) -> None:
         while step.num_tokens_left > 0 and self._free_slots and not step.has_preempted:
             seq = self._next_waiting()
-            if seq is None or seq.in_flight:
+            if seq is None or seq.in_flight:  # a preempted request waits for its last token
                 return
             self._extend_hits(seq)
             if self._park_if_blocked(seq):
                 continue
-            num_tokens = self._chunk(seq, step.num_tokens_left)
+            num_tokens = seq.chunk(self._features, step.num_tokens_left)
             # Room for all its tokens, not for this chunk alone: else it would soon be preempted again.
-            if num_tokens <= 0 or not self._reserve(step, seq, self._blocks_needed(seq, seq.num_tokens)):
+            if num_tokens <= 0 or not self._reserve(step, seq, seq.blocks_needed(seq.num_tokens)):
                 return
             self._open(step, seq)
-            self._add_row(step, seq, num_tokens, self._blocks_needed(seq, seq.num_computed + num_tokens))
-
-    def _chunk(self, seq: Sequence, budget: int) -> int:
-        """How many positions to compute: within budget, before missing features, splitting no range; may be <= 0."""
-        start = seq.num_computed
-        end = min(seq.num_tokens, start + budget)
-        missing = self._missing_span(seq, end)
-        if missing is not None:
-            end = seq.request.spans[missing].start
-        end = seq.cut(end)
-        if end < seq.num_tokens:
-            # Stop at a block's end where that is possible: equal prompts can then go on from each other's blocks.
-            aligned = end - end % self.limits.block_size
-            if aligned > start and seq.cut(aligned) == aligned:
-                end = aligned
-        return end - start
+            self._add_row(step, seq, num_tokens, seq.blocks_needed(seq.num_computed + num_tokens))
 
     def _add_row(self, step: _Step, seq: Sequence, num_tokens: int, num_blocks: int) -> None:
         assert seq.slot is not None
@@ -250,15 +235,15 @@ class Scheduler:
             seq.num_computed += num_tokens
             row = RowPlan(seq.slot, start, num_tokens, new_blocks, emits)
         else:
-            uses = seq.feature_uses(num_tokens, self._features.feature_id)
+            uses = seq.feature_uses(num_tokens, self._features)
             row = RowPlan(seq.slot, start, num_tokens, new_blocks, emits, uses)
-            self._advance(seq, start + num_tokens)
+            seq.advance(self._features, start + num_tokens)
             self._register(seq)
         if emits:
             seq.num_tokens += 1
         seq.in_flight += 1
         step.num_tokens_left -= num_tokens
-        (step.decodes if num_tokens == 1 else step.prefills).append((seq, row))
+        (step.decodes if num_tokens == 1 and not row.features else step.prefills).append((seq, row))
 
     # -------------------------------------------------------------------------------------- commit
 
@@ -269,11 +254,12 @@ class Scheduler:
         updates: list[RequestUpdate] = []
         for seq, row, row_result in zip(seqs, plan.rows, result.rows, strict=True):
             seq.in_flight -= 1
+            if row_result.error is not None and seq.hasher is not None:
+                for digest in seq.hasher.known:  # they may hold bad values, also those it got from others
+                    self._pool.forget(digest)
             if seq.finished:  # a zombie: it ended while this step was in flight
                 continue
             if row_result.error is not None:
-                for block in seq.blocks:
-                    self._pool.forget(block)
                 updates.append(self._finish(seq, "error", row_result.error))
                 continue
             if seq.prompt_logprobs is not None and row_result.prompt_logprobs is not None:
@@ -390,18 +376,18 @@ class Scheduler:
     def _hold_without_slot(self, seq: Sequence) -> None:
         """To waiting: in line for a slot, with leases on the media still to be read."""
         heapq.heappush(self._waiting, seq.order)
-        self._lease_items(seq)
+        seq.lease_items(self._features)
 
     def _park_if_blocked(self, seq: Sequence) -> bool:
         """Waiting to parked, when its first features are missing: a slot would be wasted on the text before them."""
-        missing = self._missing_span(seq, seq.num_tokens)
+        missing = seq.missing_span(self._features, seq.num_tokens)
         if missing is None:
             return False
-        if missing > seq.next_span and self._chunk(seq, self.limits.max_num_batched_tokens) > 0:
+        if missing > seq.next_span and seq.chunk(self._features, self.limits.max_num_batched_tokens) > 0:
             return False
         order = heapq.heappop(self._waiting)
         assert order == seq.order
-        seq.parked_on = seq.request.media[seq.request.spans[missing].item].key
+        seq.parked_on = seq.item_of(missing).key
         self._parked.setdefault(seq.parked_on, {})[order] = seq
         return True
 
@@ -438,10 +424,12 @@ class Scheduler:
             num_cached_tokens=seq.num_cached_tokens,
         )
 
-    # -------------------------------------------------------------------------------------- blocks
+    def _urgent_item(self) -> bytes | None:
+        """The item that the head of the line misses first."""
+        head = self._head()
+        return head.missing_item(self._features) if head is not None else None
 
-    def _blocks_needed(self, seq: Sequence, num_positions: int) -> int:
-        return -(-num_positions // self.limits.block_size) - len(seq.blocks)
+    # -------------------------------------------------------------------------------------- blocks
 
     def _reserve(self, step: _Step, seq: Sequence, num_blocks: int) -> bool:
         """Make ``num_blocks`` allocatable for ``seq``, at the cost of those behind it.
@@ -471,7 +459,7 @@ class Scheduler:
     def _give_lease_back(self, seq: Sequence) -> None:
         self._pool.release(seq.blocks)
         seq.reset()
-        self._lease_items(seq)
+        seq.lease_items(self._features)
         self._unpark(seq)  # it may now lack an earlier item than the one it is parked on
 
     def _extend_hits(self, seq: Sequence) -> None:
@@ -498,7 +486,7 @@ class Scheduler:
         seq.num_registered = end
         if seq.num_tokens == seq.num_prompt:  # hits of a restart after preemption are no saving
             seq.num_cached_tokens += (end - held) * block_size
-        self._advance(seq, end * block_size)
+        seq.advance(self._features, end * block_size)
         if seq.slot is None:
             heapq.heappush(self._block_leases, (-seq.order[0], -seq.order[1]))
             self._unpark(seq)  # the item it is parked on may be behind it now
@@ -511,77 +499,3 @@ class Scheduler:
         while seq.num_registered < num_full:
             self._pool.register(seq.blocks[seq.num_registered], seq.hasher.digest(seq.num_registered))
             seq.num_registered += 1
-
-    # ------------------------------------------------------------------------------- media of a request
-
-    def _lease_items(self, seq: Sequence) -> None:
-        """Lease every item that has features after ``num_computed``."""
-        request = seq.request
-        for key, extent in seq.items.items():
-            if extent.end > seq.num_computed and key not in seq.leased:
-                seq.leased.add(key)
-                lease = Lease(extent.start, request.request_id, extent.item)
-                self._features.lease(request.media[extent.item], seq.order, lease)
-
-    def _advance(self, seq: Sequence, num_computed: int) -> None:
-        """Move on, and release the items whose last features are behind."""
-        seq.num_computed = num_computed
-        spans, media = seq.request.spans, seq.request.media
-        while seq.next_span < len(spans):
-            span = spans[seq.next_span]
-            if span.start + span.length > num_computed:
-                break
-            seq.next_span += 1
-            key = media[span.item].key
-            if seq.items[key].end <= num_computed and key in seq.leased:
-                seq.leased.remove(key)
-                self._features.release(key, seq.order)
-
-    def _missing_span(self, seq: Sequence, end: int) -> int | None:
-        """The first span still to be read, among those that start before ``end``, whose features are not stored."""
-        spans, media = seq.request.spans, seq.request.media
-        for i in range(seq.next_span, len(spans)):
-            if spans[i].start >= end:
-                break
-            if self._features.feature_id(media[spans[i].item].key) is None:
-                return i
-        return None
-
-    def _urgent_item(self) -> bytes | None:
-        """The item that the head of the line misses first."""
-        head = self._head()
-        missing = self._missing_span(head, head.num_prompt) if head is not None else None
-        if head is None or missing is None:
-            return None
-        return head.request.media[head.request.spans[missing].item].key
-
-    # ---------------------------------------------------------------------------------------- checks
-
-    def _check(self, seq: Sequence) -> None:
-        request, limits = seq.request, self.limits
-        if request.request_id in self._by_id:
-            raise RequestError(f"Request id {request.request_id!r} is in use; ids of unfinished requests must differ.")
-        if seq.num_prompt == 0:
-            raise RequestError("The prompt is empty; it must have at least one token.", param="prompt")
-        room = 0 if seq.pools else 1
-        if seq.num_prompt + room > limits.context_len:
-            pool_is_short = limits.context_len < limits.max_model_len
-            cause = "all KV blocks together hold" if pool_is_short else "the context (max_model_len) holds"
-            answer = "" if seq.pools else " and an answer of at least one"
-            raise ContextLengthError(
-                f"The prompt has {seq.num_prompt} tokens; {cause} {limits.context_len}, prompt{answer}. "
-                "Shorten the prompt or use fewer or smaller pictures.",
-                param="prompt",
-            )
-        longest = max((end - start for start, end in request.bidirectional), default=0)
-        if longest > limits.max_num_batched_tokens:
-            raise RequestError(
-                f"The prompt has a picture of {longest} tokens that must run in one step; a step has "
-                f"max_num_batched_tokens={limits.max_num_batched_tokens}. Raise it or use a smaller picture."
-            )
-        needed = seq.peak_features() * limits.feature_row_bytes
-        if needed > limits.feature_bytes:
-            raise RequestError(
-                f"The prompt needs {needed} bytes of vision features at once; the cache has {limits.feature_bytes}. "
-                "Raise vision_cache_gb or use smaller pictures."
-            )

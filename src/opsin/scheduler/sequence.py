@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
-from opsin.cache.features import Order
+from opsin.cache.features import FeatureCache, Lease, Order
 from opsin.cache.prefix import BlockHasher
 from opsin.params import PoolingParams
-from opsin.types import EngineRequest, FeatureUse, PositionLogprobs
+from opsin.scheduler.limits import SchedulerLimits
+from opsin.types import EngineRequest, FeatureUse, MediaItem, PositionLogprobs
 
 
 class Extent(NamedTuple):
@@ -41,32 +41,9 @@ class Sequence:
         prompt_logprobs: collected until the first token is reported; None when not asked for, or reported.
     """
 
-    __slots__ = (
-        "blocks",
-        "finished",
-        "hasher",
-        "in_flight",
-        "items",
-        "leased",
-        "limit",
-        "next_span",
-        "num_cached_tokens",
-        "num_computed",
-        "num_prompt",
-        "num_registered",
-        "num_sent_blocks",
-        "num_tokens",
-        "order",
-        "parked_on",
-        "pools",
-        "prompt_logprobs",
-        "request",
-        "slot",
-        "tokens",
-    )
-
-    def __init__(self, request: EngineRequest, order: Order, context_len: int) -> None:
+    def __init__(self, request: EngineRequest, order: Order, limits: SchedulerLimits) -> None:
         self.request = request
+        self.block_size = limits.block_size
         self.order = order
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = self.num_tokens = len(self.tokens)
@@ -76,7 +53,7 @@ class Sequence:
         if isinstance(params, PoolingParams):
             self.limit = self.num_prompt + 1
         else:
-            self.limit = min(self.num_prompt + (params.max_tokens or context_len), context_len)
+            self.limit = min(self.num_prompt + (params.max_tokens or limits.context_len), limits.context_len)
             if params.prompt_logprobs is not None:
                 self.prompt_logprobs = [None for _ in self.tokens]
         self.num_computed = 0
@@ -120,7 +97,68 @@ class Sequence:
         across = self.range_across(position)
         return position if across is None else across[0]
 
-    def feature_uses(self, num_tokens: int, feature_id_of: Callable[[bytes], int | None]) -> tuple[FeatureUse, ...]:
+    def blocks_needed(self, num_positions: int) -> int:
+        """Blocks to add so that ``num_positions`` fit."""
+        return -(-num_positions // self.block_size) - len(self.blocks)
+
+    def chunk(self, features: FeatureCache, budget: int) -> int:
+        """How many positions to compute: within budget, before missing features, splitting no range; may be <= 0."""
+        start = self.num_computed
+        end = min(self.num_tokens, start + budget)
+        missing = self.missing_span(features, end)
+        if missing is not None:
+            end = self.request.spans[missing].start
+        end = self.cut(end)
+        if end < self.num_tokens:
+            # Stop at a block's end where that is possible: equal prompts can then go on from each other's blocks.
+            aligned = end - end % self.block_size
+            if aligned > start and self.cut(aligned) == aligned:
+                end = aligned
+        return end - start
+
+    def advance(self, features: FeatureCache, num_computed: int) -> None:
+        """Move on, and release the items whose last features are behind."""
+        self.num_computed = num_computed
+        spans = self.request.spans
+        while self.next_span < len(spans):
+            span = spans[self.next_span]
+            if span.start + span.length > num_computed:
+                break
+            key = self.item_of(self.next_span).key
+            self.next_span += 1
+            if self.items[key].end <= num_computed and key in self.leased:
+                self.leased.remove(key)
+                features.release(key, self.order)
+
+    # --------------------------------------------------------------------------------------- media
+
+    def item_of(self, span: int) -> MediaItem:
+        return self.request.media[self.request.spans[span].item]
+
+    def lease_items(self, features: FeatureCache) -> None:
+        """Lease every item that has features after ``num_computed``."""
+        for key, extent in self.items.items():
+            if extent.end > self.num_computed and key not in self.leased:
+                self.leased.add(key)
+                lease = Lease(extent.start, self.request.request_id, extent.item)
+                features.lease(self.request.media[extent.item], self.order, lease)
+
+    def missing_span(self, features: FeatureCache, end: int) -> int | None:
+        """The first span still to be read, among those that start before ``end``, whose features are not stored."""
+        spans = self.request.spans
+        for i in range(self.next_span, len(spans)):
+            if spans[i].start >= end:
+                break
+            if features.feature_id(self.item_of(i).key) is None:
+                return i
+        return None
+
+    def missing_item(self, features: FeatureCache) -> bytes | None:
+        """Key of the first item still to be read that is not stored."""
+        span = self.missing_span(features, self.num_prompt)
+        return self.item_of(span).key if span is not None else None
+
+    def feature_uses(self, num_tokens: int, features: FeatureCache) -> tuple[FeatureUse, ...]:
         """Feature rows read by the next ``num_tokens`` positions."""
         begin, end = self.num_computed, self.num_computed + num_tokens
         uses: list[FeatureUse] = []
@@ -129,7 +167,7 @@ class Sequence:
             if span.start >= end:
                 break
             first = max(span.start, begin)
-            feature_id = feature_id_of(self.request.media[span.item].key)
+            feature_id = features.feature_id(self.item_of(i).key)
             assert feature_id is not None, "a chunk ends before features that are not stored"
             length = min(span.start + span.length, end) - first
             uses.append(FeatureUse(feature_id, span.feature_start + first - span.start, first - begin, length))
