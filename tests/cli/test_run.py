@@ -28,6 +28,15 @@ def test_run_prints_the_answer_alone_on_stdout(fake_llm: type[FakeLLM], opsin_co
     assert fake_llm.last.is_shut_down
 
 
+def test_run_on_a_terminal_prints_no_control_characters(
+    fake_llm: type[FakeLLM], opsin_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_llm, "words", ("one\n\ttwo", "\x1b[2J", "\x9b1m\r."))
+    assert opsin_command("run", "-q", "What?")[1] == "one\n\ttwo\x1b[2J\x9b1m\r.\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert opsin_command("run", "-q", "What?")[1] == "one\n\ttwo\ufffd[2J\ufffd1m\ufffd.\n"
+
+
 def test_run_quiet_prints_nothing_on_stderr(fake_llm: type[FakeLLM], opsin_command: Command, picture: Path) -> None:
     assert opsin_command("run", "-q", picture, "What?") == (0, "A red circle.\n", "")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsin.cli import pictures
 from opsin.cli.flags import add_engine_flags, engine_settings
-from opsin.cli.session import Session, add_sampling_flags, sampling_params
+from opsin.cli.session import Session, add_sampling_flags, print_piece, sampling_params
 from opsin.errors import MediaError, RequestError, RequestFailedError
 from opsin.params import SamplingParams
 
@@ -127,7 +127,7 @@ class Conversation:
 
         def show(piece: str) -> None:
             pieces.append(piece)
-            print(piece, end="", flush=True)
+            print_piece(piece)
 
         try:
             answer = self._session.ask(messages, self._params, show)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from opsin.cli import pictures
 from opsin.cli.flags import add_engine_flags, engine_settings
-from opsin.cli.session import Session, add_sampling_flags, sampling_params
+from opsin.cli.session import Session, add_sampling_flags, print_piece, sampling_params
 
 if TYPE_CHECKING:
     from opsin.cli.flags import Commands
@@ -47,7 +47,7 @@ def execute(args: argparse.Namespace) -> int:
     messages.append(pictures.user_message(sources, question))
 
     with Session(engine_settings(args)) as session:
-        answer = session.ask(messages, params, _ignore if args.json else _print_piece)
+        answer = session.ask(messages, params, _ignore if args.json else print_piece)
         memory = session.llm.memory_plan
     if args.json:
         report = {
@@ -71,10 +71,6 @@ def execute(args: argparse.Namespace) -> int:
         if not args.quiet:
             print(answer.summary(), file=sys.stderr)
     return 0
-
-
-def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def _ignore(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import sys
 import time
 import typing
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -15,6 +16,9 @@ from opsin.cli.flags import add_option
 from opsin.params import SamplingParams
 
 T = TypeVar("T")
+
+# What a picture says can end up in the answer; it must not steer the reader's terminal.
+_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 _SAMPLING_HELP = {
     "max_tokens": "Longest answer, in tokens.",
@@ -128,6 +132,11 @@ class Session:
             ttft_s=(first or finished) - started,
             total_s=finished - started,
         )
+
+
+def print_piece(text: str) -> None:
+    """Print a part of an answer at once; on a terminal, without control characters."""
+    print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 async def _start(settings: Mapping[str, Any]) -> opsin.AsyncLLM:
