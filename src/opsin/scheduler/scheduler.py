@@ -187,10 +187,7 @@ class Scheduler:
     def _plan_running(self, step: _Step, head: Sequence | None) -> None:
         # One token per decoding request is set aside, so that prefills do not stall answers. The head is exempt: a
         # bidirectional range may need the whole budget, which it would otherwise wait for without bound.
-        num_reserved = 0
-        for seq in self._running:
-            if seq.is_runnable and seq.num_computed >= seq.num_prompt:
-                num_reserved += 1
+        num_reserved = sum([seq.is_runnable and seq.num_computed >= seq.num_prompt for seq in self._running])
         for seq in tuple(self._running):
             if seq.slot is None or not seq.is_runnable:  # preempted in this step, or its last token is in flight
                 continue
@@ -278,6 +275,7 @@ class Scheduler:
         token = result.token_id
         assert token is not None, "a row that emits brings a token"
         seq.tokens.append(token)
+        self._register(seq)
         params = seq.request.params
         assert isinstance(params, SamplingParams)
         if token in seq.request.stop_token_ids and len(seq.tokens) - seq.num_prompt > params.min_tokens:
@@ -286,7 +284,6 @@ class Scheduler:
         elif len(seq.tokens) >= seq.limit:
             update = self._finish(seq, "length")
         else:
-            self._register(seq)
             update = RequestUpdate(request_id=seq.request.request_id, num_cached_tokens=seq.num_cached_tokens)
         update.token_ids = [token]
         if result.logprobs is not None:
