@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import BmpImagePlugin, Image, ImageOps
 
 from opsin.config import MediaConfig
 from opsin.errors import MediaError
 from opsin.media.source import EncodedPicture, open_picture
+from opsin.media.wire import carry_out
+from opsin.types import PixelPlan
 
 from .pictures import encode, photo, png_chunk
 
@@ -226,6 +228,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     answer, kib = done.stdout.decode().splitlines()
     assert answer == expected
     assert int(kib) < 20 * 1024
+
+
+def test_lack_of_memory_is_not_blamed_on_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: Image.Image) -> None:
+        raise MemoryError
+
+    source = open_picture(encode(photo(8, 8), "BMP"), CONFIG)
+    monkeypatch.setattr(BmpImagePlugin.BmpImageFile, "load", load)
+    plan = PixelPlan(width=8, height=8, views=())
+    assert carry_out(source.decode, plan, np.empty(0, np.uint8)).code == "image_too_large"
 
 
 def test_mutated_pictures_decode_or_fail_with_a_code() -> None:

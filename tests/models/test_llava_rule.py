@@ -184,7 +184,7 @@ def test_from_hf_of_what_is_not_implemented_is_refused(
     ("options", "reason"),
     [
         ({"num_crops": 4}, "num_crops"),
-        ({"image_mean": [0, 0, 0]}, "when the engine starts"),
+        ({"image_mean": [0, 0, 0]}, "cannot change image_mean"),
         ({"size": "large"}, "size is 'large'"),
         ({"crop_size": 42}, "takes 56 x 56"),
         ({"crop_size": {"shortest_edge": 56}}, "crop_size"),

@@ -31,6 +31,8 @@ def decode_rgb(data: bytes | IO[bytes], header: ImageHeader, alpha: AlphaMode) -
     with open_lazily(data, header.format) as image:
         try:
             image.load()
+        except MemoryError:  # says nothing of the picture
+            raise
         except Exception:  # decoders meet hostile bytes here, and raise anything at all; no text of theirs is kept
             raise MediaError(
                 f"The {header.format} picture is corrupt or cut short: its pixels cannot be decoded.",

@@ -154,7 +154,7 @@ def _orientation(image: ImageFile.ImageFile, data: bytes, format: ImageFormat) -
             value = None
     if value is None:
         xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
-        match = _XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp) if xmp else None
+        match = _XMP_ORIENTATION.search(xmp.encode(errors="ignore") if isinstance(xmp, str) else xmp) if xmp else None
         value = int(match[1]) if match else 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

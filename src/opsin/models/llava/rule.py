@@ -105,7 +105,7 @@ class LlavaRule:
         Args:
             config: config.json.
             processor: preprocessor_config.json, or processor_config.json with its "image_processor" section merged
-                in; settings given at start-up (``mm_processor_kwargs``) may be laid over it.
+                in.
             tokenizer: asked for the placeholder's id alone.
 
         Raises:
@@ -271,7 +271,7 @@ def _check_options(options: Mapping[str, Any], settings: Mapping[str, Any]) -> N
     fixed = sorted(key for key in _NORM_KEYS & set(options) if options[key] not in (None, settings[key]))
     if fixed:
         raise RequestError(
-            f"mm_processor_kwargs cannot change {', '.join(fixed)} for one request; set it when the engine starts.",
+            f"mm_processor_kwargs cannot change {', '.join(fixed)}; the model keeps its checkpoint's processor config.",
             param="mm_processor_kwargs",
         )
 
