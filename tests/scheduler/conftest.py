@@ -396,6 +396,7 @@ class Rig:
         assert update.num_cached_tokens % self.limits.block_size == 0
         if update.finish_reason is not None:
             self.ends[update.request_id] = update
+            self.needs = [need for need in self.needs if need.request_id != update.request_id]  # they are void
 
 
 @pytest.fixture(scope="session")

@@ -186,12 +186,33 @@ def test_chunked_prefill_leaves_a_token_for_every_decoding_request(rig_class: An
     rig.drain()
 
 
+def test_prefill_leaves_a_token_for_decoding_requests_behind_it(rig_class: Any, make: Any, picture: Any) -> None:
+    rig = rig_class(max_num_batched_tokens=4)
+    for name, pieces in (("head", [0]), ("pictured", [picture, *[1] * 20]), ("young", [2])):
+        rig.add(make(name, pieces, LONG))
+    assert rows(rig.step()) == [(0, 1), (0, 1)]
+    rig.commit()
+    rig.ask()
+    rig.answer_need()
+    assert rows(rig.step()) == [(1, 1), (1, 1), (0, 2)]
+    rig.commit()
+    rig.step()
+    rig.commit()
+    assert rows(rig.step()) == [(3, 1), (3, 1), (4, 2)]
+    rig.commit()
+    rig.drain()
+
+
 def test_range_as_large_as_a_step_runs_when_its_request_is_the_oldest(rig_class: Any, make: Any, picture: Any) -> None:
-    rig = rig_class(max_num_batched_tokens=6, max_num_seqs=8, max_model_len=64)
-    rig.add(make("old", [0], SamplingParams(max_tokens=3)))
-    rig.add(make("young", [0, 1], LONG))
+    rig = rig_class(max_num_batched_tokens=6)
     rig.add(make("ranged", [picture], bidirectional=True))
-    rig.add(make("younger", [0, 1, 1], LONG))
+    rig.add(make("young", [0], LONG))
+    rig.step()
+    rig.commit()
+    rig.ask()
+    rig.answer_need()
+    assert rows(rig.step()) == [(0, 6)]  # "young" waits for once
+    rig.commit()
     rig.drain()
 
 
@@ -390,3 +411,13 @@ def test_preempted_request_asks_again_for_features_that_are_gone(rig_class: Any,
     rig.run(*(make(f"{i}", [picture], SamplingParams(max_tokens=18)) for i, picture in enumerate(pictures)))
     assert dict(rig.scheduler.stats())["num_preemptions_total"] > 0
     assert rig.device.num_encoded > 3
+
+
+def test_new_hits_of_the_oldest_free_the_features_that_keep_its_next_picture_out(rig_class: Any, make: Any) -> None:
+    rig = rig_class(block_size=2, feature_bytes=120, max_num_seqs=1)
+    one, two = rig_class.make_item("one", 5, 1, 1), rig_class.make_item("two", 8, 1, 1)
+    rig.run(
+        make("a", [1, 1, 1, one], SamplingParams(max_tokens=1)),
+        make("b", [1, 1, 1, one, two], SamplingParams(max_tokens=1)),
+    )
+    assert rig.ends["b"].num_cached_tokens == 8
