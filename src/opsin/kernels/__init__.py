@@ -7,133 +7,15 @@ operations only. Owns no state and knows no model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 
 from opsin.errors import ConfigError
-from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels import packed, reference
+from opsin.kernels.ops import Kernels
+
+__all__ = ["BACKENDS", "Kernels", "select"]
 
 BACKENDS = ("auto", "reference", "packed")
-
-
-class PackLinear(Protocol):
-    def __call__(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        """Bring a finished weight into the form that ``linear`` reads fastest; may return it unchanged."""
-        ...
-
-
-class Linear(Protocol):
-    def __call__(self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-        """x @ weight.T + bias; ``weight_OI`` as ``pack_linear`` returned it."""
-        ...
-
-
-class RmsNorm(Protocol):
-    def __call__(
-        self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add ``residual_TD`` to ``x_TD`` where given; return (normalised sum, the sum)."""
-        ...
-
-
-class LayerNorm(Protocol):
-    def __call__(
-        self, x_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float
-    ) -> torch.Tensor: ...
-
-
-class Activation(Protocol):
-    def __call__(self, x_TF: torch.Tensor, name: str) -> torch.Tensor:
-        """``name`` is one of Hugging Face's activation names; see ``reference.ACTIVATIONS``."""
-        ...
-
-
-class GatedActivation(Protocol):
-    def __call__(self, gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
-        """activation(first half) * second half: (T, F)."""
-        ...
-
-
-class ApplyRope(Protocol):
-    def __call__(
-        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate the first 2R values of each head; R pairs (i, i + R)."""
-        ...
-
-
-class WriteKV(Protocol):
-    def __call__(
-        self, k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_mapping_T: torch.Tensor
-    ) -> None:
-        """Store this step's keys and values at their slots, in place."""
-        ...
-
-
-class PagedAttention(Protocol):
-    def __call__(
-        self,
-        q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
-        cache: LayerCache,
-        inputs: AttentionInputs,
-        scale: float,
-        window: int | None = None,
-    ) -> torch.Tensor:
-        """Attention of each row's tokens over its context: (T, N, H).
-
-        Token t sees positions in (position - window, visible_end), its own included. ``k_TKH`` and ``v_TKH`` are this
-        step's, already written to ``cache``, for rows that need nothing older.
-        """
-        ...
-
-
-class VarlenAttention(Protocol):
-    def __call__(
-        self,
-        q_PNH: torch.Tensor,
-        k_PNH: torch.Tensor,
-        v_PNH: torch.Tensor,
-        cu_seqlens_B1: torch.Tensor,
-        seq_lens: tuple[int, ...],
-        scale: float,
-    ) -> torch.Tensor:
-        """Every token sees all of its own sequence and nothing else. ``seq_lens`` is the host's copy of the lengths."""
-        ...
-
-
-class Patchify(Protocol):
-    def __call__(
-        self, tiles_BYX3: torch.Tensor, patch_size: int, table_3: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """uint8 tiles to (B * patches, 3 * patch_size**2), normalised.
-
-        Patches go row by row; values within one are ordered channel, y, x, as a convolution's kernel is.
-
-        Args:
-            table_3: float32 (256, 3), the normalised value of every byte per channel (``PixelNorm.table``).
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """One implementation of every operation."""
-
-    pack_linear: PackLinear
-    linear: Linear
-    rms_norm: RmsNorm
-    layer_norm: LayerNorm
-    activation: Activation
-    gated_activation: GatedActivation
-    apply_rope: ApplyRope
-    write_kv: WriteKV
-    paged_attention: PagedAttention
-    varlen_attention: VarlenAttention
-    patchify: Patchify
 
 
 def select(device: torch.device, name: str = "auto") -> Kernels:
@@ -146,8 +28,6 @@ def select(device: torch.device, name: str = "auto") -> Kernels:
     Raises:
         ConfigError: an unknown name, or a set that this device cannot run.
     """
-    from opsin.kernels import packed, reference  # here, since both import the protocols above
-
     if name not in BACKENDS:
         raise ConfigError(f"kernels is {name!r}; it must be one of {', '.join(BACKENDS)}.")
     can_pack = device.type == "cpu" and torch.backends.mkldnn.is_available()

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from opsin.kernels import Kernels
 from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels.ops import Kernels
 
 
 def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
