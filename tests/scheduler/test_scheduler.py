@@ -54,6 +54,12 @@ def test_add_items_that_only_together_exceed_the_feature_cache_run_one_by_one(ri
     assert rig.device.num_encoded == 4
 
 
+def test_add_items_of_one_range_larger_than_the_feature_cache_are_refused(rig_class: Any, make: Any) -> None:
+    items = [rig_class.make_item(f"{i}", 6, 1, 1) for i in range(2)]
+    with pytest.raises(RequestError, match="needs 120 bytes of vision features at once"):
+        rig_class(feature_bytes=100).add(make("a", items, bidirectional=True, joined=True))
+
+
 def test_add_range_larger_than_a_step_is_refused(rig_class: Any, make: Any, picture: Any) -> None:
     with pytest.raises(RequestError, match=r"6 tokens that must run in one step.*max_num_batched_tokens=5"):
         rig_class(max_num_batched_tokens=5).add(make("a", [picture], bidirectional=True))

@@ -179,6 +179,6 @@ class Sequence:
         for item, start, end in self.items.values():
             rows = self.request.media[item].layout.num_features
             across = self.range_across(end)
-            changes.append((self.cut(start), rows))
+            changes.append((start, rows))
             changes.append((end if across is None else across[1], -rows))
         return max(accumulate(rows for _, rows in sorted(changes)), default=0)
