@@ -141,8 +141,8 @@ def test_sample_min_tokens_masks_stop_ids_until_reached():
     x = logits()
     x[0, STOP] = 50.0
     tokens = (1, 2, 3, 4)
-    early = row(tokens, 3, stop={STOP}, temperature=0, min_tokens=2)
-    due = row(tokens, 2, stop={STOP}, temperature=0, min_tokens=2)
+    early = row(tokens, 3, stop=frozenset({STOP}), temperature=0, min_tokens=2)
+    due = row(tokens, 2, stop=frozenset({STOP}), temperature=0, min_tokens=2)
     assert sample(x.clone(), [early], table(tokens)).ids_B.item() != STOP
     assert sample(x.clone(), [due], table(tokens)).ids_B.item() == STOP
 
