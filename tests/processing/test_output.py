@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from opsin.errors import RequestError, RequestFailedError
+from opsin.errors import MediaError, RequestError, RequestFailedError
 from opsin.outputs import CompletionOutput, Logprob, PoolingRequestOutput, RequestOutput, Thumbnails
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing.output import OutputBatch, OutputKind, OutputProcessor
@@ -136,7 +136,7 @@ def test_streamed_answers_end_once(processor: InputProcessor) -> None:
 
 
 def test_failure_of_one_answer_fails_the_request_and_stops_its_siblings(processor: InputProcessor) -> None:
-    for code, kind in ((None, RequestFailedError), ("image_parse_error", RequestError)):
+    for code, kind in ((None, RequestFailedError), ("image_parse_error", MediaError)):
         stream = Stream(processor, "final", n=3)
         stream.feed(stream.ids[:1], "r-2", finish_reason="length")
         batch = stream.feed([], "r-0", finish_reason="error", error="It broke.", error_code=code)

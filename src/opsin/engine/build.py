@@ -73,8 +73,9 @@ def build_front(config: EngineConfig, wake: threading.Event) -> Front:
         overrides=config.model.hf_overrides,
         weights=not dummy,
     )
+    family = resolve(files.config.get("architectures"))  # first: what is not supported should be said at once
     tokenizer = Tokenizer.from_folder(_tokenizer_folder(config.model, files), files.generation_config)
-    rule = resolve(files.config.get("architectures")).load_rule().from_hf(files.config, files.processor, tokenizer)
+    rule = family.load_rule().from_hf(files.config, files.processor, tokenizer)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.model, files, device)
     model = load_model(

@@ -15,14 +15,14 @@ from typing import Any, Literal
 from opsin.config import MediaConfig
 from opsin.engine.core import EngineCore
 from opsin.engine.feeder import MediaFeeder
-from opsin.errors import EngineDeadError, RequestError
+from opsin.errors import ConfigError, EngineDeadError, RequestError
 from opsin.media.fetch import fetch
 from opsin.outputs import PoolingRequestOutput, RequestOutput, Thumbnails
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing.chat import MediaReference
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.jinja import ContentFormat, read_template
-from opsin.processing.output import OutputBatch, OutputKind, OutputProcessor
+from opsin.processing.output import OutputBatch, OutputKind, OutputProcessor, failure_of
 from opsin.processing.processor import InputProcessor, ProcessedRequest
 from opsin.processing.prompts import Prompt
 from opsin.types import EngineRequest, RequestUpdate
@@ -86,9 +86,13 @@ class Front:
         Raises:
             RequestError, MediaError: what is wrong with it.
         """
+        try:
+            template = None if chat_template is None else read_template(chat_template)
+        except ConfigError as error:
+            raise RequestError(str(error), param="chat_template") from error
         chat = self.inputs.render_chat(
             messages,
-            chat_template=None if chat_template is None else read_template(chat_template),
+            chat_template=template,
             chat_template_content_format=chat_template_content_format,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -173,7 +177,7 @@ class Front:
             The update that ended each request, by id.
 
         Raises:
-            RequestError: one of them failed.
+            MediaError, RequestFailedError: one of them failed.
         """
         pending = {request.request_id for request, _ in requests}
         answers: dict[str, RequestUpdate] = {}
@@ -183,7 +187,7 @@ class Front:
             while pending:
                 for update in self._advance():
                     if update.error is not None:
-                        raise RequestError(update.error, code=update.error_code)
+                        raise failure_of(update)
                     if update.finish_reason is not None:
                         answers[update.request_id] = update
                         pending.discard(update.request_id)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from opsin.errors import OpsinError, RequestError, RequestFailedError
+from opsin.errors import MediaError, OpsinError, RequestError, RequestFailedError
 from opsin.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -102,7 +102,7 @@ class OutputProcessor:
                 continue
             request, index = found
             if update.error is not None:
-                batch.failures[request.request_id] = _error(update)
+                batch.failures[request.request_id] = failure_of(update)
                 changed.pop(request.request_id, None)
                 batch.aborts += [i for i in self._forget(request) if i != update.request_id]
                 continue
@@ -335,7 +335,7 @@ def _named(position: PositionLogprobs, tokenizer: Tokenizer) -> dict[int, Logpro
     }
 
 
-def _error(update: RequestUpdate) -> OpsinError:
-    """A code says that the request was at fault."""
+def failure_of(update: RequestUpdate) -> OpsinError:
+    """The error that ended a request. Codes come with pictures that could not be decoded; nothing else that fails late is the request's fault."""
     message = update.error or "The request failed."
-    return RequestError(message, code=update.error_code) if update.error_code else RequestFailedError(message)
+    return MediaError(message, code=update.error_code) if update.error_code else RequestFailedError(message)

@@ -1,0 +1,72 @@
+"""One tiny LLaVA for the whole room, and pictures for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from opsin import LLM
+    from tests.factory import LlavaShape
+
+
+@pytest.fixture(scope="session")
+def folder(tiny_llava: Callable[[LlavaShape], Path]) -> Path:
+    from tests.factory import LlavaShape
+
+    return tiny_llava(LlavaShape(num_kv_heads=2))
+
+
+@pytest.fixture(scope="session")
+def make_llm(folder: Path) -> Iterator[Callable[..., LLM]]:
+    """``make_llm(**settings)``: an engine over the tiny checkpoint, one for each set of settings."""
+    from opsin import LLM
+
+    made: dict[str, LLM] = {}
+
+    def make(**settings: Any) -> LLM:
+        key = repr(sorted(settings.items()))
+        if key not in made:
+            made[key] = LLM(str(folder), media_workers=0, **settings)
+        return made[key]
+
+    yield make
+    for llm in made.values():
+        llm.shutdown()
+
+
+@pytest.fixture
+def llm(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
+    """The engine with default settings; whatever a test did with it, its pools must be full afterwards."""
+    engine = make_llm()
+    yield engine
+    assert_idle(engine)
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing runs, waits or is held: every block and every leased byte has come back."""
+    stats = llm.stats()
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "num_steps_in_flight",
+        "kv_blocks_used",
+        "feature_bytes_leased",
+        "payload_bytes_pending",
+    ):
+        assert stats[name] == 0, f"{name} is {stats[name]}"
+
+
+def picture(seed: int, width: int = 50, height: int = 40) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def asked(*seeds: int, text: str = "What is this?") -> dict[str, Any]:
+    """A prompt about one picture per seed."""
+    signs = "<image>" * len(seeds)
+    return {"prompt": f"USER: {signs}\n{text} ASSISTANT:", "multi_modal_data": {"image": [picture(s) for s in seeds]}}

@@ -1,0 +1,85 @@
+"""Settings, and what starting an engine refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opsin import LLM, ConfigError, UnsupportedModelError
+from opsin.config import EngineConfig, EngineSettings
+
+
+def test_engine_settings_name_every_field_of_the_config():
+    fields: dict[str, Any] = {}
+    for group in dataclasses.fields(EngineConfig):
+        owner = typing.get_type_hints(EngineConfig)[group.name]
+        fields |= typing.get_type_hints(owner)
+    del fields["model"]
+    assert typing.get_type_hints(EngineSettings) == fields
+
+
+def test_unknown_setting_is_refused_by_name(folder: Path):
+    with pytest.raises(ConfigError, match="Unknown setting: gpu_memory"):
+        LLM(str(folder), gpu_memory=0.5)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tensor_parallel_size": 2}, "only 1 is implemented"),
+        ({"max_model_len": 10**6}, "positions end at 512"),
+        ({"kv_cache_memory_bytes": 1000}, "Lower max_model_len"),
+        ({"device": "nonsense"}, "cannot be used here"),
+        ({"limit_mm_per_prompt": {"sound": 1}}, "keyed by 'image' or 'video'"),
+        ({"block_size": 0}, "at least 1"),
+        ({"mm_processor_kwargs": {"nonsense": 1}}, "nonsense"),
+    ],
+)
+def test_impossible_setting_says_what_to_do(folder: Path, settings: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        LLM(str(folder), **settings)
+
+
+def test_model_that_does_not_exist_says_so():
+    with pytest.raises(ConfigError, match="not a folder"):
+        LLM("./no-such-model")
+
+
+def test_model_folder_of_another_kind_lists_what_is_supported(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(UnsupportedModelError, match=r"BertModel.*LlavaForConditionalGeneration"):
+        LLM(str(tmp_path))
+
+
+def test_memory_plan_accounts_for_weights_and_cache(make_llm: Callable[..., LLM], folder: Path):
+    llm = make_llm()
+    plan = llm.memory_plan
+    saved = (folder / "model.safetensors").stat().st_size
+    assert plan.weight_bytes == pytest.approx(saved, rel=0.2)
+    block_bytes = llm.model_spec.kv_bytes_per_token(4) * plan.block_size
+    assert plan.kv_bytes == plan.num_blocks * block_bytes
+    assert plan.peak_step_bytes > 0
+    # Room for every sequence at full length, and the scratch block.
+    assert plan.num_blocks == 32 * 512 // 16 + 1
+
+
+def test_dummy_weights_need_no_weight_file(folder: Path, tmp_path: Path):
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with LLM(str(tmp_path), load_format="dummy", media_workers=0) as llm:
+        (output,) = llm.generate("Hello", use_tqdm=False)
+    assert output.finished
+
+
+def test_limit_mm_per_prompt_refuses_more(make_llm: Callable[..., LLM]):
+    from tests.engine.conftest import asked
+
+    llm = make_llm(limit_mm_per_prompt={"image": 1})
+    with pytest.raises(ValueError, match=r"At most 1 image\(s\) may be provided in one prompt"):
+        llm.generate(asked(1, 2), use_tqdm=False)

@@ -1,0 +1,324 @@
+"""``LLM`` end to end on a tiny checkpoint: transformers is the oracle, and the invariants of ARCHITECTURE.md hold."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opsin import (
+    LLM,
+    BeamSearchParams,
+    ContextLengthError,
+    MediaError,
+    PoolingParams,
+    RequestError,
+    SamplingParams,
+)
+from tests.engine.conftest import asked, assert_idle, picture
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = [
+    asked(1),
+    asked(2, 3),
+    "Only text here.",
+    asked(4, text="Describe the colours of everything that you can see, at length, please."),
+    asked(1, 1, 5),
+    asked(6),
+]
+
+
+def ids(outputs: list[Any]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[list[int]]:
+    """Greedy ids of transformers for ``PROMPTS``."""
+    from transformers import AutoModelForImageTextToText, LlavaProcessor
+
+    processor = LlavaProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    answers: list[list[int]] = []
+    for prompt in PROMPTS:
+        text = prompt if isinstance(prompt, str) else prompt["prompt"]
+        images = None if isinstance(prompt, str) else prompt["multi_modal_data"]["image"]
+        inputs = processor(images=images, text=text, return_tensors="pt")
+        generated = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        answers.append(generated[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+# ------------------------------------------------------------------------------- the same tokens, always
+
+
+def test_generate_greedy_equals_transformers(llm: LLM, expected: list[list[int]]):
+    assert ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_generate_alone_equals_batched(llm: LLM, expected: list[list[int]]):
+    assert [ids(llm.generate(prompt, GREEDY, use_tqdm=False))[0] for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_num_batched_tokens": 7},
+        {"max_num_batched_tokens": 7, "pipeline_depth": 2},
+        {"enable_prefix_caching": False},
+        {"num_gpu_blocks_override": 26, "block_size": 4},
+        {"num_gpu_blocks_override": 26, "block_size": 4, "pipeline_depth": 2},
+        {"pipeline_depth": 2},
+        {"block_size": 4, "max_num_seqs": 2},
+        {"max_num_batched_patches": 1, "vision_cache_gb": 2e-5, "pixel_buffer_gb": 1e-6},
+    ],
+    ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()),
+)
+def test_generate_under_any_budget_gives_the_same_tokens(
+    make_llm: Callable[..., LLM], expected: list[list[int]], settings: dict[str, Any]
+):
+    llm = make_llm(**settings)
+    for _ in range(2):  # the second time with whatever the first has cached
+        assert ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+    assert_idle(llm)
+    if "num_gpu_blocks_override" in settings:
+        assert llm.stats()["num_preemptions_total"] > 0
+
+
+def test_generate_repeated_prompt_hits_the_prefix_cache_and_decodes_nothing(llm: LLM):
+    prompt = asked(77, 78)
+    first = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
+    decoded = llm._front.num_pictures_decoded
+    second = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
+    assert second.outputs[0].token_ids == first.outputs[0].token_ids
+    assert second.num_cached_tokens > 0
+    assert llm._front.num_pictures_decoded == decoded
+
+
+def test_generate_other_cache_salt_shares_nothing(llm: LLM):
+    prompt = asked(79)
+    llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert llm.generate({**prompt, "cache_salt": "mine"}, GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
+    assert llm.generate({**prompt, "cache_salt": "mine"}, GREEDY, use_tqdm=False)[0].num_cached_tokens > 0
+
+
+def test_generate_swapped_pictures_change_the_answer(llm: LLM):
+    one, two = asked(81, 82), asked(82, 81)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=1)
+    a, b = llm.generate([one, two], params, use_tqdm=False)
+    assert a.outputs[0].cumulative_logprob != pytest.approx(b.outputs[0].cumulative_logprob, abs=1e-3)
+
+
+def test_generate_embeddings_equal_the_picture(llm: LLM, expected: list[list[int]]):
+    model = llm._front.core.executor._runner.model  # type: ignore[attr-defined]
+    request = llm._front.inputs.process("probe", llm._front.read_prompt(PROMPTS[1]), GREEDY)
+    from opsin.media.ops import make_tiles
+
+    layouts = [item.layout for item in request.request.media]
+    tiles = []
+    for source, layout in zip(request.sources, layouts, strict=True):
+        pixels = np.empty(layout.plan.num_bytes, np.uint8)
+        make_tiles(source.decode(), layout.plan, pixels)  # type: ignore[union-attr]
+        tiles.append([torch.from_numpy(pixels).view(*layout.plan.tile_sizes[0], 3)])
+    with torch.inference_mode():
+        features = model.encode(tiles, layouts).view(2, -1, model.spec.hidden_size)
+    for given in (features, list(features), {"image_embeds": features}):
+        prompt = {**PROMPTS[1], "multi_modal_data": {"image": given}}  # type: ignore[dict-item]
+        assert ids(llm.generate(prompt, GREEDY, use_tqdm=False))[0] == expected[1]
+
+
+def test_generate_seeded_sample_does_not_depend_on_the_batch(llm: LLM):
+    params = [SamplingParams(temperature=1.2, top_p=0.95, seed=i, max_tokens=10, ignore_eos=True) for i in range(6)]
+    together = ids(llm.generate(PROMPTS, params, use_tqdm=False))
+    alone = [ids(llm.generate(p, q, use_tqdm=False))[0] for p, q in zip(PROMPTS, params, strict=True)]
+    assert together == alone
+    assert together != ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+
+
+def test_chat_equals_the_rendered_prompt(llm: LLM):
+    content = [{"type": "image_pil", "image_pil": picture(1)}, {"type": "text", "text": "What is this?"}]
+    spoken = llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False)[0]
+    written = llm.generate(
+        {"prompt": "USER: <image>\nWhat is this? ASSISTANT:", "multi_modal_data": {"image": picture(1)}},
+        GREEDY,
+        use_tqdm=False,
+    )[0]
+    assert spoken.prompt_token_ids == written.prompt_token_ids
+    assert spoken.outputs[0].token_ids == written.outputs[0].token_ids
+
+
+# --------------------------------------------------------------------------------- parameters and results
+
+
+def test_generate_n_gives_distinct_answers_sharing_the_prompt(llm: LLM):
+    params = SamplingParams(n=4, temperature=1.0, seed=3, max_tokens=6, ignore_eos=True)
+    (output,) = llm.generate(asked(90, text="A prompt of several blocks, so that there is something to share."), params)
+    assert [answer.index for answer in output.outputs] == [0, 1, 2, 3]
+    assert len({tuple(answer.token_ids) for answer in output.outputs}) > 1
+    assert output.num_cached_tokens > 0
+
+
+def test_generate_logprobs_equal_transformers(llm: LLM, folder: Path):
+    from transformers import AutoModelForImageTextToText
+
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    (output,) = llm.generate(asked(8), params, use_tqdm=False)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    from transformers import LlavaProcessor
+
+    pixels = LlavaProcessor.from_pretrained(folder).image_processor(picture(8), return_tensors="pt")["pixel_values"]
+    answer = output.outputs[0]
+    whole = torch.tensor([output.prompt_token_ids + answer.token_ids])
+    with torch.inference_mode():
+        truth = model(input_ids=whole, pixel_values=pixels).logits[0].log_softmax(-1)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    length = len(output.prompt_token_ids)
+    assert len(output.prompt_logprobs) == length
+    for position in range(1, length):
+        entry = output.prompt_logprobs[position]
+        assert entry is not None
+        for token, logprob in entry.items():
+            assert logprob.logprob == pytest.approx(truth[position - 1, token].item(), abs=1e-4)
+    assert answer.logprobs is not None
+    for step, entry in enumerate(answer.logprobs):
+        assert set(truth[length - 1 + step].topk(3).indices.tolist()) <= set(entry)
+        for token, logprob in entry.items():
+            assert logprob.logprob == pytest.approx(truth[length - 1 + step, token].item(), abs=1e-4)
+
+
+def test_generate_stop_string_ends_the_text_before_it(llm: LLM):
+    (free,) = llm.generate("Only text here.", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    text = free.outputs[0].text
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=[stop])
+    (stopped,) = llm.generate("Only text here.", params, use_tqdm=False)
+    assert stopped.outputs[0].text == text[: text.index(stop)]
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert stopped.outputs[0].stop_reason == stop
+
+
+def test_generate_stop_token_ends_the_answer(llm: LLM, expected: list[list[int]]):
+    params = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[expected[0][3]], ignore_eos=True)
+    (output,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+    assert output.outputs[0].token_ids == expected[0][: expected[0].index(expected[0][3]) + 1]
+    assert output.outputs[0].stop_reason == expected[0][3]
+
+
+def test_beam_search_equals_transformers(llm: LLM, folder: Path):
+    from transformers import AutoModelForImageTextToText, LlavaProcessor
+
+    (found,) = llm.beam_search(asked(9), BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True))
+    inputs = LlavaProcessor.from_pretrained(folder)(images=picture(9), text=asked(9)["prompt"], return_tensors="pt")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    truth = model.generate(
+        **inputs, num_beams=3, num_return_sequences=3, max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    assert [sequence.tokens for sequence in found.sequences] == truth.tolist()
+
+
+def test_embed_is_the_last_hidden_state_normalised(llm: LLM, folder: Path):
+    from transformers import AutoModelForImageTextToText
+
+    (output,) = llm.embed("Only text here.", use_tqdm=False)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        hidden = model(input_ids=torch.tensor([output.prompt_token_ids]), output_hidden_states=True).hidden_states[-1]
+    truth = torch.nn.functional.normalize(hidden[0, -1], dim=-1)
+    assert np.allclose(output.outputs.embedding, truth.numpy(), atol=1e-5)
+    (short,) = llm.embed("Only text here.", PoolingParams(dimensions=8), use_tqdm=False)
+    assert np.allclose(short.outputs.embedding, torch.nn.functional.normalize(hidden[0, -1, :8], dim=-1), atol=1e-5)
+
+
+def test_notebook_view_shows_the_picture_and_escapes_text(llm: LLM):
+    (output,) = llm.generate(asked(11, text="<script>"), GREEDY, use_tqdm=False)
+    shown = output._repr_html_()
+    assert "data:image/jpeg;base64," in shown
+    assert "<script>" not in shown
+
+
+# ------------------------------------------------------------------------------------------- what goes wrong
+
+
+def truncated_jpeg() -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    picture(5, 200, 200).save(buffer, "JPEG")
+    return buffer.getvalue()[:-2000]
+
+
+BAD_PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "unknown key": ({"prompt": "x", "image": 1}, RequestError, "Unknown key"),
+    "too few pictures": ({**asked(1), "prompt": "<image><image>"}, RequestError, "2"),
+    "too many pictures": ({**asked(1, 2), "prompt": "<image>"}, RequestError, "1"),
+    "truncated picture": (
+        {"prompt": "<image>", "multi_modal_data": {"image": truncated_jpeg()}},
+        MediaError,
+        "picture",
+    ),
+    "not a picture": ({"prompt": "<image>", "multi_modal_data": {"image": b"hello"}}, MediaError, "format"),
+    "empty picture": ({"prompt": "<image>", "multi_modal_data": {"image": b""}}, MediaError, "empty"),
+    "empty prompt": ({"prompt_token_ids": []}, RequestError, "empty"),
+    "too long": ({"prompt_token_ids": [5] * 600}, ContextLengthError, "512"),
+    "unknown token": ({"prompt_token_ids": [10**6]}, RequestError, "1000000"),
+    "embedding of wrong width": (
+        {"prompt": "<image>", "multi_modal_data": {"image": torch.zeros(1, 16, 3)}},
+        MediaError,
+        "3 values per row",
+    ),
+    "embedding not finite": (
+        {"prompt": "<image>", "multi_modal_data": {"image": torch.full((1, 16, 64), float("nan"))}},
+        MediaError,
+        "finite",
+    ),
+    "wrong type": (3.5, RequestError, "float"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_generate_bad_prompt_raises_and_the_engine_goes_on(llm: LLM, expected: list[list[int]], name: str):
+    prompt, error, words = BAD_PROMPTS[name]
+    with pytest.raises(error, match=words):
+        llm.generate([PROMPTS[0], prompt, PROMPTS[1]], GREEDY, use_tqdm=False)
+    assert_idle(llm)
+    assert ids(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == expected[:2]
+
+
+def test_generate_return_exceptions_fails_bad_prompts_alone(llm: LLM, expected: list[list[int]]):
+    bad = [prompt for prompt, _, _ in BAD_PROMPTS.values()]
+    results = llm.generate([*bad, *PROMPTS], GREEDY, use_tqdm=False, return_exceptions=True)
+    assert [type(r) for r in results[: len(bad)]] == [error for _, error, _ in BAD_PROMPTS.values()]
+    assert ids(results[len(bad) :]) == expected
+
+
+def test_generate_mismatched_params_are_refused(llm: LLM):
+    with pytest.raises(RequestError, match="2 sets of parameters for 1 prompts"):
+        llm.generate("x", [GREEDY, GREEDY])
+
+
+def test_generate_interrupted_aborts_and_leaves_the_engine_usable(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    step, count = llm._front.step, 0
+
+    def interrupted_step() -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    monkeypatch.setattr(llm._front, "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert count == 4
+    monkeypatch.undo()
+    assert_idle(llm)
+    assert ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
