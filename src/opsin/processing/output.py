@@ -336,6 +336,6 @@ def _named(position: PositionLogprobs, tokenizer: Tokenizer) -> dict[int, Logpro
 
 
 def failure_of(update: RequestUpdate) -> OpsinError:
-    """The error that ended a request. Codes come with pictures that could not be decoded; nothing else that fails late is the request's fault."""
+    """The error that ended a request. Only pictures that could not be decoded come with a code: they are its fault."""
     message = update.error or "The request failed."
     return MediaError(message, code=update.error_code) if update.error_code else RequestFailedError(message)
