@@ -66,7 +66,7 @@ def test_bench_throughput_reports_every_request(
     assert report["requests"] == 3
     assert report["output_tokens"] == 9
     assert report["environment"]["packages"]["torch"]
-    assert report["command"].startswith("opsin ")
+    assert report["command"].startswith("opsin bench throughput --num-prompts 3 ")
     assert fake_llm.last.settings == {"load_format": "dummy"}
     sent = [messages[0]["content"][0]["image_url"]["url"] for messages, _ in fake_llm.last.asked]
     assert len(set(sent)) == 4  # three and the warm-up: no two share a picture

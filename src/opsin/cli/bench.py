@@ -11,7 +11,6 @@ import base64
 import json
 import re
 import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -118,7 +117,7 @@ def _measure(args: argparse.Namespace, *, batch_size: int, num_batches: int) -> 
         timelines = [line for batch in batches for line in session.call(_send(session.llm, batch, params))]
         elapsed = time.perf_counter() - started
     report = {
-        "command": shlex.join(["opsin", *sys.argv[1:]]),
+        "command": shlex.join(["opsin", *args.argv]),
         "model": getattr(args, "model", "demo"),
         "images_per_prompt": args.images_per_prompt,
         "image_size": "x".join(map(str, args.image_size)),

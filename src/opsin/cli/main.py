@@ -36,7 +36,9 @@ def build_parser() -> flags.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        args = flags.parse(build_parser(), sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        args = flags.parse(build_parser(), argv)
+        args.argv = argv  # measurements report it
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("opsin").setLevel(logging.WARNING if getattr(args, "quiet", False) else logging.INFO)
         return args.function(args) or 0
