@@ -66,7 +66,22 @@ def picture(seed: int, width: int = 50, height: int = 40) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def asked(*seeds: int, text: str = "What is this?") -> dict[str, Any]:
-    """A prompt about one picture per seed."""
+def asked(*seeds: int, text: str = "What is this?") -> Any:
+    """A prompt about one picture per seed. Any, since tests also take it apart and bend it."""
     signs = "<image>" * len(seeds)
     return {"prompt": f"USER: {signs}\n{text} ASSISTANT:", "multi_modal_data": {"image": [picture(s) for s in seeds]}}
+
+
+def hf_model(folder: Path) -> Any:
+    """transformers' model of a checkpoint, float32. Any: its stubs refuse its own methods."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+def hf_processor(folder: Path) -> Any:
+    """transformers' processor of a checkpoint."""
+    from transformers import LlavaProcessor
+
+    return LlavaProcessor.from_pretrained(folder)

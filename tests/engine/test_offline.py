@@ -21,10 +21,12 @@ from opsin import (
     RequestError,
     SamplingParams,
 )
-from tests.engine.conftest import asked, assert_idle, picture
+from opsin.media.ops import make_tiles
+from opsin.processing.embeddings import GivenFeatures
+from tests.engine.conftest import asked, assert_idle, hf_model, hf_processor, picture
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-PROMPTS = [
+PROMPTS: list[Any] = [
     asked(1),
     asked(2, 3),
     "Only text here.",
@@ -41,10 +43,8 @@ def ids(outputs: list[Any]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[list[int]]:
     """Greedy ids of transformers for ``PROMPTS``."""
-    from transformers import AutoModelForImageTextToText, LlavaProcessor
-
-    processor = LlavaProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = hf_processor(folder)
+    model = hf_model(folder)
     answers: list[list[int]] = []
     for prompt in PROMPTS:
         text = prompt if isinstance(prompt, str) else prompt["prompt"]
@@ -116,20 +116,20 @@ def test_generate_swapped_pictures_change_the_answer(llm: LLM):
 
 
 def test_generate_embeddings_equal_the_picture(llm: LLM, expected: list[list[int]]):
-    model = llm._front.core.executor._runner.model  # type: ignore[attr-defined]
+    executor: Any = llm._front.core.executor
+    model = executor._runner.model
     request = llm._front.inputs.process("probe", llm._front.read_prompt(PROMPTS[1]), GREEDY)
-    from opsin.media.ops import make_tiles
-
     layouts = [item.layout for item in request.request.media]
     tiles = []
     for source, layout in zip(request.sources, layouts, strict=True):
         pixels = np.empty(layout.plan.num_bytes, np.uint8)
-        make_tiles(source.decode(), layout.plan, pixels)  # type: ignore[union-attr]
+        assert not isinstance(source, GivenFeatures)
+        make_tiles(source.decode(), layout.plan, pixels)
         tiles.append([torch.from_numpy(pixels).view(*layout.plan.tile_sizes[0], 3)])
     with torch.inference_mode():
         features = model.encode(tiles, layouts).view(2, -1, model.spec.hidden_size)
     for given in (features, list(features), {"image_embeds": features}):
-        prompt = {**PROMPTS[1], "multi_modal_data": {"image": given}}  # type: ignore[dict-item]
+        prompt: Any = {**PROMPTS[1], "multi_modal_data": {"image": given}}
         assert ids(llm.generate(prompt, GREEDY, use_tqdm=False))[0] == expected[1]
 
 
@@ -165,14 +165,10 @@ def test_generate_n_gives_distinct_answers_sharing_the_prompt(llm: LLM):
 
 
 def test_generate_logprobs_equal_transformers(llm: LLM, folder: Path):
-    from transformers import AutoModelForImageTextToText
-
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2)
     (output,) = llm.generate(asked(8), params, use_tqdm=False)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    from transformers import LlavaProcessor
-
-    pixels = LlavaProcessor.from_pretrained(folder).image_processor(picture(8), return_tensors="pt")["pixel_values"]
+    model = hf_model(folder)
+    pixels = hf_processor(folder).image_processor(picture(8), return_tensors="pt")["pixel_values"]
     answer = output.outputs[0]
     whole = torch.tensor([output.prompt_token_ids + answer.token_ids])
     with torch.inference_mode():
@@ -212,11 +208,9 @@ def test_generate_stop_token_ends_the_answer(llm: LLM, expected: list[list[int]]
 
 
 def test_beam_search_equals_transformers(llm: LLM, folder: Path):
-    from transformers import AutoModelForImageTextToText, LlavaProcessor
-
     (found,) = llm.beam_search(asked(9), BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True))
-    inputs = LlavaProcessor.from_pretrained(folder)(images=picture(9), text=asked(9)["prompt"], return_tensors="pt")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    inputs = hf_processor(folder)(images=picture(9), text=asked(9)["prompt"], return_tensors="pt")
+    model = hf_model(folder)
     truth = model.generate(
         **inputs, num_beams=3, num_return_sequences=3, max_new_tokens=6, do_sample=False, eos_token_id=None
     )
@@ -224,10 +218,8 @@ def test_beam_search_equals_transformers(llm: LLM, folder: Path):
 
 
 def test_embed_is_the_last_hidden_state_normalised(llm: LLM, folder: Path):
-    from transformers import AutoModelForImageTextToText
-
     (output,) = llm.embed("Only text here.", use_tqdm=False)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = hf_model(folder)
     with torch.inference_mode():
         hidden = model(input_ids=torch.tensor([output.prompt_token_ids]), output_hidden_states=True).hidden_states[-1]
     truth = torch.nn.functional.normalize(hidden[0, -1], dim=-1)
