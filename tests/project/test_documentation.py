@@ -46,11 +46,14 @@ def test_python_in_document_runs(document: Path, monkeypatch: pytest.MonkeyPatch
             exec(code, namespace)
 
 
-def test_quickstart_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_example_answers_truly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     script = ROOT / "examples" / "quickstart.py"
     exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out.strip()
+    count, color, relation = capsys.readouterr().out.lower().splitlines()
+    assert "2" in count.partition("?")[2]
+    assert "red" in color.partition("?")[2]
+    assert "blue" in relation.partition("?")[2]
 
 
 def test_command_reference_is_current() -> None:
