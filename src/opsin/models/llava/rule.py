@@ -12,12 +12,9 @@ from typing import Any, Literal, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
+from opsin.models.pictures import images_only, per_channel, read_norm, read_resample, read_settings, with_options
 from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
 from opsin.types import Crop, MediaItem, MediaLayout, Modality, Pad, PixelOp, PixelPlan, Resize, View
-
-Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-
-_RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 _CLIP_DEFAULTS: dict[str, Any] = {
     "do_resize": True,
@@ -47,28 +44,6 @@ _PROCESSORS = {
     "LlavaImageProcessor": _CLIP_DEFAULTS,
     "SiglipImageProcessor": _SIGLIP_DEFAULTS,
 }
-_NORM_KEYS = frozenset({"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"})
-_PIXEL_KEYS = frozenset(_CLIP_DEFAULTS) - _NORM_KEYS
-_INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's own config says
-    {
-        "_valid_processor_keys",
-        "chat_template",
-        "data_format",
-        "device",
-        "disable_grouping",
-        "feature_extractor_type",
-        "image_processor_type",
-        "image_seq_length",
-        "image_token",
-        "input_data_format",
-        "num_additional_image_tokens",
-        "pad_size",
-        "patch_size",
-        "processor_class",
-        "return_tensors",
-        "vision_feature_select_strategy",
-    }
-)
 _TOWERS = {  # model_type: default image_size, default patch_size, extra rows before the patches (CLS)
     "clip_vision_model": (224, 32, 1),
     "siglip_vision_model": (224, 16, 0),
@@ -118,9 +93,10 @@ class LlavaRule:
                 f"vision_feature_select_strategy is {strategy!r}; 'default' and 'full' are implemented."
             )
 
-        name, settings = _read_processor(processor)
+        # Without a class name Hugging Face goes by the model type.
+        name, settings = read_settings(processor, _PROCESSORS, default="LlavaImageProcessor", family="LLaVA")
         try:
-            norm = _read_norm(settings)
+            norm = read_norm(settings)
         except ValueError as error:
             raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
 
@@ -151,7 +127,7 @@ class LlavaRule:
         return rule
 
     def placeholder(self, modality: Modality) -> Placeholder:
-        _images_only(modality)
+        images_only(modality)
         token_id = self.image_token_id if self.token_is_whole else None
         return Placeholder(self.image_token, token_id, re.escape(self.image_token))
 
@@ -161,11 +137,8 @@ class LlavaRule:
     def layout(
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
-        _images_only(modality)
-        settings = self.settings
-        if options:
-            _check_options(options, settings)
-            settings = {**settings, **{key: value for key, value in options.items() if value is not None}}
+        images_only(modality)
+        settings = with_options(self.settings, options)
         try:
             ops = _plan_ops(settings, width, height, self.pads_to_square)
         except ValueError as error:
@@ -185,7 +158,7 @@ class LlavaRule:
         )
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
-        _images_only(modality)
+        images_only(modality)
         if extras:
             raise RequestError(
                 f"LLaVA's image embeddings come alone; got {', '.join(sorted(extras))} beside them.",
@@ -194,7 +167,7 @@ class LlavaRule:
         return MediaLayout(plan=PixelPlan(width=0, height=0, views=()), num_features=num_features, num_patches=0)
 
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
-        _images_only(modality)
+        images_only(modality)
         return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
 
     def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
@@ -202,11 +175,6 @@ class LlavaRule:
 
     def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
         return None
-
-
-def _images_only(modality: Modality) -> None:
-    if modality != "image":
-        raise RequestError(f"This model takes images only, not {modality}.", param="multi_modal_data")
 
 
 def _read_tower(vision: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -226,56 +194,6 @@ def _read_tower(vision: Mapping[str, Any]) -> tuple[int, int, int]:
     return image_size, patch_size, (image_size // patch_size) ** 2 + extra_rows
 
 
-def _read_processor(processor: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(class name without its backend's suffix, complete settings)."""
-    # Without a class name Hugging Face goes by the model type.
-    given = processor.get("image_processor_type") or processor.get("feature_extractor_type") or "LlavaImageProcessor"
-    name = str(given).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
-    if name not in _PROCESSORS:
-        raise UnsupportedModelError(
-            f"image_processor_type is {given!r}; implemented for LLaVA are {', '.join(sorted(_PROCESSORS))}."
-        )
-    known = _PIXEL_KEYS | _NORM_KEYS
-    unknown = sorted(key for key in processor if key not in known | _INERT_KEYS)
-    if unknown:
-        raise UnsupportedModelError(
-            f"The {name} config has unknown keys: {', '.join(unknown)}; implemented are {', '.join(sorted(known))}."
-        )
-    given_settings = {key: processor[key] for key in known if processor.get(key) is not None}
-    return name, {**_PROCESSORS[name], **given_settings}
-
-
-def _read_norm(settings: Mapping[str, Any]) -> PixelNorm:
-    scale = settings["rescale_factor"] if settings["do_rescale"] else 1.0
-    if not settings["do_normalize"]:
-        return PixelNorm(scale, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return PixelNorm(scale, _per_channel("image_mean", settings), _per_channel("image_std", settings))
-
-
-def _per_channel(key: str, settings: Mapping[str, Any]) -> tuple[float, float, float]:
-    value = settings[key]
-    values = (value,) * 3 if isinstance(value, int | float) else tuple(value)
-    if len(values) != 3:
-        raise ValueError(f"{key} is {value!r}; it must be one number or three.")
-    return cast(tuple[float, float, float], tuple(float(v) for v in values))
-
-
-def _check_options(options: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    unknown = sorted(set(options) - _PIXEL_KEYS - _NORM_KEYS)
-    if unknown:
-        raise RequestError(
-            f"mm_processor_kwargs has unknown keys: {', '.join(unknown)}; this model's processor takes "
-            f"{', '.join(sorted(_PIXEL_KEYS))}.",
-            param="mm_processor_kwargs",
-        )
-    fixed = sorted(key for key in _NORM_KEYS & set(options) if options[key] not in (None, settings[key]))
-    if fixed:
-        raise RequestError(
-            f"mm_processor_kwargs cannot change {', '.join(fixed)}; the model keeps its checkpoint's processor config.",
-            param="mm_processor_kwargs",
-        )
-
-
 def _plan_ops(settings: Mapping[str, Any], width: int, height: int, pads_to_square: bool) -> tuple[PixelOp, ...]:
     """The operations for one picture; ``ValueError`` says which setting is wrong."""
     ops: list[PixelOp] = []
@@ -284,15 +202,12 @@ def _plan_ops(settings: Mapping[str, Any], width: int, height: int, pads_to_squa
             raise ValueError("do_pad is implemented for LlavaImageProcessor alone.")
         edge = max(width, height)
         left, top = (edge - width) // 2, (edge - height) // 2
-        red, green, blue = (int(mean * 255) for mean in _per_channel("image_mean", settings))
+        red, green, blue = (int(mean * 255) for mean in per_channel("image_mean", settings))
         ops.append(Pad(left, top, edge - width - left, edge - height - top, (red, green, blue)))
         width = height = edge
     if settings["do_resize"]:
-        resample = settings["resample"]
-        if resample not in _RESAMPLE:
-            raise ValueError(f"resample is {resample!r}; implemented are {_RESAMPLE}.")
         width, height = _resized(_size(settings, "size"), width, height)
-        ops.append(Resize(width, height, _RESAMPLE[resample]))
+        ops.append(Resize(width, height, read_resample(settings)))
     if settings["do_center_crop"]:
         crop = _size(settings, "crop_size")
         if "shortest_edge" in crop:

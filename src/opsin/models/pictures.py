@@ -1,0 +1,132 @@
+"""What the rules of picture-taking families share: reading Hugging Face picture-processor settings, strictly. No torch.
+
+A family brings its processors' defaults, whose keys are the settings it implements; any other key is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from opsin.errors import RequestError, UnsupportedModelError
+from opsin.models.rule import PixelNorm
+from opsin.types import Modality
+
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+_RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_NORM_KEYS = frozenset({"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"})
+_INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's own config says
+    {
+        "_valid_processor_keys",
+        "chat_template",
+        "data_format",
+        "device",
+        "disable_grouping",
+        "feature_extractor_type",
+        "image_processor_type",
+        "image_seq_length",
+        "image_token",
+        "input_data_format",
+        "num_additional_image_tokens",
+        "pad_size",
+        "patch_size",
+        "processor_class",
+        "return_tensors",
+        "vision_feature_select_strategy",
+    }
+)
+
+
+def images_only(modality: Modality) -> None:
+    """Refuse what is not a picture.
+
+    Raises:
+        RequestError: it is a video.
+    """
+    if modality != "image":
+        raise RequestError(f"This model takes images only, not {modality}.", param="multi_modal_data")
+
+
+def read_settings(
+    processor: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], *, default: str, family: str
+) -> tuple[str, dict[str, Any]]:
+    """The processor's class name without its backend's suffix, and its settings, complete.
+
+    Args:
+        processor: as ``ModelFiles.processor``.
+        known: class name to the defaults of every setting that is implemented.
+        default: the class where the config names none.
+
+    Raises:
+        UnsupportedModelError: another class, or a key that is neither implemented nor without effect.
+    """
+    given = processor.get("image_processor_type") or processor.get("feature_extractor_type") or default
+    name = str(given).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    if name not in known:
+        raise UnsupportedModelError(
+            f"image_processor_type is {given!r}; implemented for {family} are {', '.join(sorted(known))}."
+        )
+    defaults = known[name]
+    unknown = sorted(key for key in processor if key not in defaults and key not in _INERT_KEYS)
+    if unknown:
+        raise UnsupportedModelError(
+            f"The {name} config has unknown keys: {', '.join(unknown)}; implemented are {', '.join(sorted(defaults))}."
+        )
+    return name, {**defaults, **{key: processor[key] for key in defaults if processor.get(key) is not None}}
+
+
+def with_options(
+    settings: Mapping[str, Any], options: Mapping[str, Any], *, fixed: frozenset[str] = frozenset()
+) -> Mapping[str, Any]:
+    """``settings`` with a request's ``mm_processor_kwargs`` laid over them.
+
+    Args:
+        fixed: settings that the model itself is built for, beside those of the normalisation.
+
+    Raises:
+        RequestError: an unknown key, or one that cannot change per request.
+    """
+    if not options:
+        return settings
+    fixed = fixed | _NORM_KEYS
+    unknown = sorted(set(options) - set(settings))
+    if unknown:
+        raise RequestError(
+            f"mm_processor_kwargs has unknown keys: {', '.join(unknown)}; this model's processor takes "
+            f"{', '.join(sorted(set(settings) - fixed))}.",
+            param="mm_processor_kwargs",
+        )
+    changed = sorted(key for key in fixed & set(options) if options[key] not in (None, settings[key]))
+    if changed:
+        raise RequestError(
+            f"mm_processor_kwargs cannot change {', '.join(changed)}; the model keeps its checkpoint's processor "
+            "config.",
+            param="mm_processor_kwargs",
+        )
+    return {**settings, **{key: value for key, value in options.items() if value is not None}}
+
+
+def read_norm(settings: Mapping[str, Any]) -> PixelNorm:
+    """What the settings ask of the device. ``ValueError`` says which one is wrong."""
+    scale = settings["rescale_factor"] if settings["do_rescale"] else 1.0
+    if not settings["do_normalize"]:
+        return PixelNorm(scale, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return PixelNorm(scale, per_channel("image_mean", settings), per_channel("image_std", settings))
+
+
+def per_channel(key: str, settings: Mapping[str, Any]) -> tuple[float, float, float]:
+    """A setting given as one number or three. ``ValueError`` where it is neither."""
+    value = settings[key]
+    values = (value,) * 3 if isinstance(value, int | float) else tuple(value)
+    if len(values) != 3:
+        raise ValueError(f"{key} is {value!r}; it must be one number or three.")
+    return cast(tuple[float, float, float], tuple(float(v) for v in values))
+
+
+def read_resample(settings: Mapping[str, Any]) -> Resample:
+    """The filter that Pillow's number names. ``ValueError`` where it is not implemented."""
+    resample = settings["resample"]
+    if resample not in _RESAMPLE:
+        raise ValueError(f"resample is {resample!r}; implemented are {_RESAMPLE}.")
+    return _RESAMPLE[resample]
