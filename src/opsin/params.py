@@ -8,8 +8,9 @@ Names, defaults and meanings are vLLM's (and OpenAI's where vLLM follows it). Un
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import msgspec
 
@@ -21,7 +22,7 @@ MAX_STOP_STRINGS = 16
 MAX_TOKEN_LIST = 4096
 
 
-class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="sampling"):
     """How to turn logits into an answer.
 
     Attributes:
@@ -65,8 +66,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # OpenAI allows a bare string
             self.stop = [self.stop]
-        elif self.stop is None:
-            self.stop = []
+        for name in ("stop", "stop_token_ids", "bad_words"):  # vLLM's callers write None for "none of these"
+            if getattr(self, name) is None:
+                setattr(self, name, [])
         self._whole("n", 1, MAX_N)
         self._finite("temperature", 0.0, 100.0)
         self._finite("top_p", 0.0, 1.0)
@@ -87,7 +89,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         self._whole("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
         self._token_ids("stop_token_ids")
         if self.logit_bias is not None:
-            self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
+            try:  # JSON has only strings for keys
+                self.logit_bias = {int(token): float(bias) for token, bias in dict(self.logit_bias).items()}
+            except (TypeError, ValueError):
+                self._require(False, "logit_bias", "a dict of token ids and numbers")
             self._require(
                 len(self.logit_bias) <= MAX_TOKEN_LIST
                 and all(token >= 0 for token in self.logit_bias)
@@ -99,11 +104,22 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
             self._token_ids("allowed_token_ids", max_count=None)
             self._require(len(self.allowed_token_ids) > 0, "allowed_token_ids", "None or a non-empty list")
         self._strings("bad_words", MAX_TOKEN_LIST)
+        words = self.bad_words_token_ids
+        self._require(
+            words is None
+            or (isinstance(words, list) and len(words) <= MAX_TOKEN_LIST and all(_is_id_list(w) and w for w in words)),
+            "bad_words_token_ids",
+            f"None or at most {MAX_TOKEN_LIST} non-empty lists of token ids",
+        )
         self._whole("truncate_prompt_tokens", 1, optional=True)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    def clone(self) -> Self:
+        """A copy that can be changed without changing this one."""
+        return copy.deepcopy(self)
 
     def _whole(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -117,26 +133,27 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         self._require(is_number and low <= value <= high, name, f"a number between {low:g} and {high:g}")
 
     def _strings(self, name: str, max_count: int) -> None:
-        items = self._list(name)
-        ok = items is not None and len(items) <= max_count and all(isinstance(s, str) and s for s in items)
+        items = cast("list[str]", getattr(self, name))
+        ok = isinstance(items, list) and len(items) <= max_count and all(isinstance(s, str) and s for s in items)
+        if ok and any("\ud800" <= char <= "\udfff" for item in items for char in item):
+            self._require(False, name, "valid Unicode, without halves of surrogate pairs")
         self._require(ok, name, f"at most {max_count} non-empty strings")
 
     def _token_ids(self, name: str, max_count: int | None = MAX_TOKEN_LIST) -> None:
-        items = self._list(name)
-        ok = items is not None and all(isinstance(token, int) and token >= 0 for token in items)
-        ok = ok and (max_count is None or len(items or ()) <= max_count)
+        items = getattr(self, name)
+        ok = _is_id_list(items) and (max_count is None or len(items) <= max_count)
         self._require(ok, name, "a list of token ids")
-
-    def _list(self, name: str) -> list[object] | None:
-        value = getattr(self, name)
-        return cast("list[object]", value) if isinstance(value, list) else None
 
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise RequestError(f"{name} is {getattr(self, name)!r}; it must be {expected}.", param=name)
 
 
-class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+def _is_id_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(i, int) and i >= 0 for i in cast("list[object]", value))
+
+
+class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="pooling"):
     """How to turn hidden states into an embedding.
 
     Attributes:
@@ -149,8 +166,10 @@ class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     normalize: bool = True
 
     def __post_init__(self) -> None:
-        if self.dimensions is not None and self.dimensions < 1:
-            raise RequestError(f"dimensions is {self.dimensions}; it must be at least 1.", param="dimensions")
+        if self.dimensions is not None and not (isinstance(self.dimensions, int) and self.dimensions >= 1):
+            raise RequestError(
+                f"dimensions is {self.dimensions!r}; it must be a whole number at least 1, or None.", param="dimensions"
+            )
 
 
 class BeamSearchParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -166,9 +185,13 @@ class BeamSearchParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     def __post_init__(self) -> None:
         # Each step looks at the 2 * beam_width likeliest tokens of every beam.
         widest = MAX_LOGPROBS // 2
-        if not 1 <= self.beam_width <= widest:
+        if not (isinstance(self.beam_width, int) and 1 <= self.beam_width <= widest):
             raise RequestError(
-                f"beam_width is {self.beam_width}; it must be between 1 and {widest}.", param="beam_width"
+                f"beam_width is {self.beam_width!r}; it must be between 1 and {widest}.", param="beam_width"
             )
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens}; it must be at least 1.", param="max_tokens")
+        if not (isinstance(self.max_tokens, int) and self.max_tokens >= 1):
+            raise RequestError(f"max_tokens is {self.max_tokens!r}; it must be at least 1.", param="max_tokens")
+        if not (isinstance(self.length_penalty, int | float) and math.isfinite(self.length_penalty)):
+            raise RequestError(
+                f"length_penalty is {self.length_penalty!r}; it must be a finite number.", param="length_penalty"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,8 +21,8 @@ def engine(folder: Path) -> Iterator[AsyncLLM]:
         yield engine
 
 
-async def collect(engine: AsyncLLM, prompt, kind="cumulative", params=GREEDY, request_id=None):
-    stream = engine.generate(prompt, params, request_id, output_kind=kind)
+async def collect(engine: AsyncLLM, prompt: Any, kind: Any = "cumulative", request_id: str | None = None):
+    stream = engine.generate(prompt, GREEDY, request_id, output_kind=kind)
     return [output.outputs[0] async for output in stream]
 
 

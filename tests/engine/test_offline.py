@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,6 +26,7 @@ from opsin import (
 )
 from opsin.media.ops import make_tiles
 from opsin.processing.embeddings import GivenFeatures
+from opsin.types import StepPlan, StepResult
 from tests.engine.conftest import asked, assert_idle, hf_model, hf_processor, picture
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -91,6 +95,51 @@ def test_generate_under_any_budget_gives_the_same_tokens(
         assert llm.stats()["num_preemptions_total"] > 0
 
 
+def test_generate_with_plans_and_results_sent_as_bytes_gives_the_same_tokens(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    executor: Any = llm._front.core.executor
+    launch, sent = executor.launch, 0
+
+    class Reply:
+        def __init__(self, pending: Any) -> None:
+            self._pending = pending
+
+        def result(self) -> StepResult:
+            return msgspec.msgpack.decode(msgspec.msgpack.encode(self._pending.result()), type=StepResult)
+
+    def launch_from_bytes(plan: StepPlan) -> Reply:
+        nonlocal sent
+        packed = msgspec.msgpack.encode(plan)
+        sent += len(packed)
+        return Reply(launch(msgspec.msgpack.decode(packed, type=StepPlan)))
+
+    monkeypatch.setattr(executor, "launch", launch_from_bytes)
+    assert ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+    assert len(llm.embed("Only text here.", use_tqdm=False)[0].outputs.embedding) == llm.model_spec.hidden_size
+    assert sent > 0
+
+
+def test_generate_with_worker_processes_gives_the_same_tokens(folder: Path, expected: list[list[int]]):
+    with LLM(str(folder), media_workers=1) as llm:
+        assert ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+        assert_idle(llm)
+
+
+def test_chat_fetches_data_urls_and_allowed_files(folder: Path, tmp_path: Path, expected: list[list[int]]):
+    picture(1).save(tmp_path / "one.png")
+    encoded = base64.b64encode((tmp_path / "one.png").read_bytes()).decode()
+    with LLM(str(folder), media_workers=0, allowed_local_media_path=str(tmp_path)) as llm:
+        for url in (f"data:image/jpeg;base64,{encoded}", (tmp_path / "one.png").as_uri()):
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+            output = llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False)
+            assert ids(output) == expected[:1]
+        content = [{"type": "image_url", "image_url": {"url": Path("/etc/passwd").as_uri()}}]
+        with pytest.raises(RequestError) as refused:
+            llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False)
+        assert refused.value.param == "messages.0.content.0.image_url"
+
+
 def test_generate_repeated_prompt_hits_the_prefix_cache_and_decodes_nothing(llm: LLM):
     prompt = asked(77, 78)
     first = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
@@ -104,8 +153,9 @@ def test_generate_repeated_prompt_hits_the_prefix_cache_and_decodes_nothing(llm:
 def test_generate_other_cache_salt_shares_nothing(llm: LLM):
     prompt = asked(79)
     llm.generate(prompt, GREEDY, use_tqdm=False)
-    assert llm.generate({**prompt, "cache_salt": "mine"}, GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
-    assert llm.generate({**prompt, "cache_salt": "mine"}, GREEDY, use_tqdm=False)[0].num_cached_tokens > 0
+    salted: Any = {**prompt, "cache_salt": "mine"}
+    assert llm.generate(salted, GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
+    assert llm.generate(salted, GREEDY, use_tqdm=False)[0].num_cached_tokens > 0
 
 
 def test_generate_swapped_pictures_change_the_answer(llm: LLM):
@@ -158,10 +208,13 @@ def test_chat_equals_the_rendered_prompt(llm: LLM):
 
 def test_generate_n_gives_distinct_answers_sharing_the_prompt(llm: LLM):
     params = SamplingParams(n=4, temperature=1.0, seed=3, max_tokens=6, ignore_eos=True)
-    (output,) = llm.generate(asked(90, text="A prompt of several blocks, so that there is something to share."), params)
+    hits = llm.stats()["prefix_cache_hit_tokens_total"]
+    prompt = asked(90, text="A prompt of several blocks, so that there is something to share.")
+    (output,) = llm.generate(prompt, params, use_tqdm=False)
     assert [answer.index for answer in output.outputs] == [0, 1, 2, 3]
     assert len({tuple(answer.token_ids) for answer in output.outputs}) > 1
-    assert output.num_cached_tokens > 0
+    shared = len(output.prompt_token_ids) // 16 * 16
+    assert llm.stats()["prefix_cache_hit_tokens_total"] == hits + 3 * shared
 
 
 def test_generate_logprobs_equal_transformers(llm: LLM, folder: Path):
@@ -239,8 +292,6 @@ def test_notebook_view_shows_the_picture_and_escapes_text(llm: LLM):
 
 
 def truncated_jpeg() -> bytes:
-    import io
-
     buffer = io.BytesIO()
     picture(5, 200, 200).save(buffer, "JPEG")
     return buffer.getvalue()[:-2000]

@@ -191,7 +191,7 @@ def _part(part: Any, path: str) -> _Part:
     value = _media_value(part, kind, typeless, path)
     if value is None and uuid is None:
         raise RequestError(f"A part of type {kind!r} must have a value under {kind!r}.", param=path)
-    return MediaReference(modality, value, path, uuid, is_embedding=kind == "image_embeds")
+    return MediaReference(modality, value, f"{path}.{kind}", uuid, is_embedding=kind == "image_embeds")
 
 
 def _media_value(part: Mapping[str, Any], kind: str, typeless: bool, path: str) -> Any:

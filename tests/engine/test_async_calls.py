@@ -1,0 +1,75 @@
+"""``AsyncLLM`` under calls that nobody foresaw: odd arguments, ids used again, requests that come as it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opsin import AsyncLLM, EngineDeadError, SamplingParams
+from opsin.outputs import CompletionOutput
+from tests.engine.conftest import asked
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[AsyncLLM]:
+    with AsyncLLM(str(folder), media_workers=0) as engine:
+        yield engine
+
+
+async def collect(engine: AsyncLLM, prompt: Any, request_id: str | None = None) -> list[CompletionOutput]:
+    return [output.outputs[0] async for output in engine.generate(prompt, GREEDY, request_id)]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [{**asked(1), "mm_processor_kwargs": {"resample": object()}}, "half a pair: \ud83d"],
+    ids=["options", "text"],
+)
+def test_arguments_that_nobody_foresaw_fail_their_caller_alone(engine: AsyncLLM, prompt: Any):
+    async def run():
+        return await asyncio.gather(collect(engine, prompt), collect(engine, asked(6)), return_exceptions=True)
+
+    bad, good = asyncio.run(run())
+    assert isinstance(bad, Exception)
+    assert not isinstance(bad, EngineDeadError)
+    assert not isinstance(good, BaseException)
+    assert len(good[-1].token_ids) == 24
+
+
+def test_request_id_of_an_aborted_request_can_be_used_at_once(engine: AsyncLLM):
+    async def run():
+        for _ in range(3):
+            stream = engine.generate(asked(10), GREEDY, "again")
+            async for output in stream:
+                if len(output.outputs[0].token_ids) >= 2:
+                    break
+            await stream.aclose()
+        return await collect(engine, asked(10), request_id="again")
+
+    answer = asyncio.run(run())[-1]
+    assert answer.finish_reason == "length"
+    assert len(answer.token_ids) == 24
+
+
+def test_request_posted_behind_the_shutdown_is_told(folder: Path):
+    engine = AsyncLLM(str(folder), media_workers=0)
+    asked_to_stop = threading.Event()
+
+    async def run():
+        engine._post(lambda: asked_to_stop.wait(10) and None)
+        engine._post(None)
+        late = asyncio.create_task(collect(engine, asked(12)))
+        await asyncio.sleep(0)  # it is posted, and then waits
+        asked_to_stop.set()
+        return await asyncio.gather(asyncio.wait_for(late, 10), return_exceptions=True)
+
+    (error,) = asyncio.run(run())
+    assert isinstance(error, EngineDeadError)
+    engine.shutdown()

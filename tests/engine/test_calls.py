@@ -1,0 +1,108 @@
+"""How ``LLM`` is called: parameters of the wrong kind, the end of the context, Ctrl-C while prompts are read."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from opsin import LLM, BeamSearchParams, PoolingParams, RequestError, SamplingParams
+from opsin.engine.feeder import MediaFeeder
+from opsin.types import MediaNeed
+from tests.engine.conftest import asked, assert_idle
+
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    "params", [PoolingParams(), {"temperature": 0}, [5], 7], ids=["pooling", "dict", "number-in-list", "number"]
+)
+def test_generate_params_of_another_kind_are_refused(llm: LLM, params: Any):
+    with pytest.raises(RequestError, match="must be SamplingParams"):
+        llm.generate("Hello", params, use_tqdm=False)
+
+
+def test_embed_sampling_params_are_refused(llm: LLM):
+    with pytest.raises(RequestError, match="must be PoolingParams"):
+        llm.embed("Hello", SamplingParams(), use_tqdm=False)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("prompts", [b"Hello", 3.5], ids=["bytes", "number"])
+def test_generate_prompts_that_are_no_list_are_refused(llm: LLM, prompts: Any):
+    with pytest.raises(RequestError, match="prompts must be a prompt or a list of prompts"):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize("messages", [5, "Hello", None], ids=["number", "text", "none"])
+def test_chat_messages_that_are_no_list_are_refused(llm: LLM, messages: Any):
+    with pytest.raises(RequestError, match="messages must be a list"):
+        llm.chat(messages, GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize("options", [5, {1: 2}], ids=["number", "number-as-key"])
+def test_generate_processor_options_of_another_kind_are_refused(llm: LLM, options: Any):
+    with pytest.raises(RequestError, match="mm_processor_kwargs must be"):
+        llm.generate(asked(1), GREEDY, use_tqdm=False, mm_processor_kwargs=options)
+
+
+def test_beam_search_ends_at_the_end_of_the_context(llm: LLM):
+    prompt = {"prompt_token_ids": [1] + [20] * 507}  # the context holds 512
+    (found,) = llm.beam_search(prompt, BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True))
+    assert [len(sequence.tokens) for sequence in found.sequences] == [512, 512]
+    assert_idle(llm)
+
+
+def test_generate_interrupted_while_prompts_are_read_starts_no_more_of_them(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    read_prompt = llm._front.read_prompt
+    num_read = 0
+
+    def read(*args: Any) -> Any:
+        nonlocal num_read
+        num_read += 1
+        if num_read == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return read_prompt(*args)
+
+    monkeypatch.setattr(llm._front, "read_prompt", read)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["Hello"] * 20, GREEDY, use_tqdm=False)
+    assert num_read == 2
+    monkeypatch.undo()
+    assert len(llm.generate("Hello", GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 4
+
+
+def test_need_of_an_earlier_request_of_the_same_id_takes_no_other_picture(llm: LLM):
+    """Needs wait their turn, and a caller may use an id again as soon as its request has ended."""
+    pool = _Pool()
+    feeder = MediaFeeder(pool)  # pyright: ignore[reportArgumentType]
+    front = llm._front
+    processed = front.inputs.process("mine", front.read_prompt(asked(21)), GREEDY)
+    feeder.hold(processed.request, processed.sources)
+    core = _Core([MediaNeed(b"of another picture", "mine", 0), MediaNeed(b"of a second one", "mine", 1)])
+    feeder.pump(core)  # pyright: ignore[reportArgumentType]
+    assert pool.submitted == []
+    core.needs = [MediaNeed(processed.request.media[0].key, "mine", 0)]
+    feeder.pump(core)  # pyright: ignore[reportArgumentType]
+    assert pool.submitted == [processed.request.media[0].key]
+
+
+class _Pool:
+    def __init__(self) -> None:
+        self.submitted: list[Any] = []
+
+    def poll(self) -> list[Any]:
+        return []
+
+    def submit(self, job_id: Any, source: Any, plan: Any) -> None:
+        self.submitted.append(job_id)
+
+
+class _Core:
+    def __init__(self, needs: list[MediaNeed]) -> None:
+        self.needs = needs
+
+    def take_needs(self) -> list[MediaNeed]:
+        needs, self.needs = self.needs, []
+        return needs
