@@ -189,16 +189,22 @@ def build_pictograms(cache: Path) -> None:
 
 
 def subset_font(data: bytes) -> bytes:
-    """Reduce a font to printable ASCII, without hinting and without layout features but kerning."""
+    """Reduce a font to printable ASCII, without hinting and without layout features but kerning.
+
+    The copyright and licence records stay; the family name goes, because a reduced font is a modified one and the Open
+    Font License lets some families reserve their names.
+    """
     from fontTools import subset
     from fontTools.ttLib import TTFont
 
     font = TTFont(io.BytesIO(data))
-    options = subset.Options(hinting=False, layout_features=["kern"], name_IDs=[0, 1, 2, 13, 14], notdef_outline=True)
+    options = subset.Options(hinting=False, layout_features=["kern"], name_IDs=[0, 13, 14], notdef_outline=True)
     worker = subset.Subsetter(options)
     worker.populate(unicodes=range(0x20, 0x7F))
     worker.subset(font)
     font.flavor = None
+    for number, text in ((1, "opsin demo face"), (2, "Regular"), (4, "opsin demo face"), (6, "opsin-demo-face")):
+        font["name"].setName(text, number, 3, 1, 0x409)
     out = io.BytesIO()
     font.save(out)
     return out.getvalue()

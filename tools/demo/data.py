@@ -1,8 +1,8 @@
 """Training data: processes that draw scenes and pack them, and a ring on the device that the trainer samples from.
 
-A worker fills slots of shared memory with chunks of packed sequences. The ring keeps the latest hundreds of thousands on
-the device and serves random batches, so the device never waits: where drawing is slower than training, a sequence is
-seen more than once.
+A worker fills slots of shared memory with chunks of packed sequences. The ring keeps the latest hundreds of thousands
+on the device and serves random batches, so the device never waits: where drawing is slower than training, a sequence
+is seen more than once.
 """
 
 from __future__ import annotations
@@ -319,7 +319,9 @@ class Source:
         context = mp.get_context("spawn")
         self.free, self.ready = context.Queue(), context.Queue()
         size = max(layout.nbytes() for layout in LAYOUTS.values())
-        self.memory = {m.name: m for m in (shared_memory.SharedMemory(create=True, size=size) for _ in range(2 * workers))}
+        self.memory = {
+            m.name: m for m in (shared_memory.SharedMemory(create=True, size=size) for _ in range(2 * workers))
+        }
         for name in self.memory:
             self.free.put(name)
         self.processes = [

@@ -43,7 +43,9 @@ class Muon:
         self.groups: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in parameters:
             self.groups.setdefault(parameter.shape, []).append(parameter)
-        self.buffers = {shape: torch.zeros((len(group), *shape), device=group[0].device) for shape, group in self.groups.items()}
+        self.buffers = {
+            shape: torch.zeros((len(group), *shape), device=group[0].device) for shape, group in self.groups.items()
+        }
         self.momentum, self.weight_decay = momentum, weight_decay
 
     @torch.no_grad()
@@ -210,7 +212,9 @@ def main() -> None:
 
     write_folder(MODEL)
     state_path = state_folder / "state.pt"
-    state = torch.load(state_path, map_location=device, weights_only=True) if args.resume and state_path.exists() else None
+    state = (
+        torch.load(state_path, map_location=device, weights_only=True) if args.resume and state_path.exists() else None
+    )
     step = int(state["step"]) if state else 0
     before = 60 * args.elapsed if args.elapsed is not None else float(state["elapsed"]) if state else 0.0
     easy_path = args.easy_vqa if args.easy_vqa.exists() else None
@@ -273,7 +277,9 @@ def main() -> None:
         return table
 
     generator = torch.Generator(device).manual_seed(step + 1)
-    while any(ring.filled < count for ring, count in zip(source.rings.values(), (args.singles, args.pairs), strict=True)):
+    while any(
+        ring.filled < count for ring, count in zip(source.rings.values(), (args.singles, args.pairs), strict=True)
+    ):
         time.sleep(0.1)
     print(f"first data after {time.monotonic() - started:.0f} s", flush=True)
     first_step, mark, mark_step = step, time.monotonic(), step

@@ -80,9 +80,7 @@ def fonts(*, held_out: bool) -> dict[str, bytes]:
 @lru_cache(maxsize=4096)
 def font(name: str, size: int, *, held_out: bool) -> ImageFont.FreeTypeFont:
     """Return one font at ``size`` pixels."""
-    return ImageFont.truetype(
-        io.BytesIO(fonts(held_out=held_out)[name]), size, layout_engine=ImageFont.Layout.BASIC
-    )
+    return ImageFont.truetype(io.BytesIO(fonts(held_out=held_out)[name]), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def is_held_out_text(text: str) -> bool:

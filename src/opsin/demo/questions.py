@@ -72,7 +72,7 @@ def plain(answer: str) -> str:
     return answer.replace(SPELLED, "")
 
 
-# Wordings: for each intent, those that training uses and those that only the test uses. ---------------------------------
+# Wordings: for each intent, those that training uses and those that only the test uses. -------------------------------
 
 PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "what is this": (
@@ -90,7 +90,12 @@ PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Can you name this?",
             "Tell me what this is.",
         ),
-        ("What is shown in the {pic}?", "What's shown here?", "Which thing do you see?", "Can you tell me what this is?"),
+        (
+            "What is shown in the {pic}?",
+            "What's shown here?",
+            "Which thing do you see?",
+            "Can you tell me what this is?",
+        ),
     ),
     "list": (
         (
@@ -359,7 +364,11 @@ PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Are there more {a} than {b} in the {pic}?",
             "Are more {a} than {b} there?",
         ),
-        ("Can you see more {a} than {b}?", "Does the {pic} have more {a} than {b}?", "Tell me if there are more {a} than {b}."),
+        (
+            "Can you see more {a} than {b}?",
+            "Does the {pic} have more {a} than {b}?",
+            "Tell me if there are more {a} than {b}.",
+        ),
     ),
     "fewer": (
         (
@@ -389,7 +398,11 @@ PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Is it true that {a} is larger than {b}?",
             "Tell me if {a} is bigger than {b}.",
         ),
-        ("Is {a} bigger than {b} in the {pic}?", "Does {a} look larger than {b}?", "Is it true that {a} is bigger than {b}?"),
+        (
+            "Is {a} bigger than {b} in the {pic}?",
+            "Does {a} look larger than {b}?",
+            "Is it true that {a} is bigger than {b}?",
+        ),
     ),
     "smaller": (
         (
@@ -408,7 +421,11 @@ PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Which is larger, {a} or {b}?",
             "Is {a} or {b} bigger?",
         ),
-        ("Which one is bigger, {a} or {b}?", "Tell me which is larger, {a} or {b}.", "Which thing is bigger, {a} or {b}?"),
+        (
+            "Which one is bigger, {a} or {b}?",
+            "Tell me which is larger, {a} or {b}.",
+            "Which thing is bigger, {a} or {b}?",
+        ),
     ),
     "which smaller": (
         (
@@ -429,7 +446,11 @@ PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What is biggest in the {pic}?",
             "Which is the largest thing?",
         ),
-        ("What is the biggest thing in the {pic}?", "Which thing is the biggest?", "Name the largest thing in the {pic}."),
+        (
+            "What is the biggest thing in the {pic}?",
+            "Which thing is the biggest?",
+            "Name the largest thing in the {pic}.",
+        ),
     ),
     "smallest": (
         (
@@ -544,7 +565,12 @@ PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What does the number say?",
             "Tell me the number.",
         ),
-        ("What number do you see?", "Which number is this?", "Read the number in the {pic}.", "Which number is written here?"),
+        (
+            "What number do you see?",
+            "Which number is this?",
+            "Read the number in the {pic}.",
+            "Which number is written here?",
+        ),
     ),
     "read letters": (
         (
@@ -595,7 +621,11 @@ PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Which {pic} contains {a}?",
             "Where is {a}, in the first or in the second {pic}?",
         ),
-        ("Which of the two {pic}s shows {a}?", "In which {pic} can you see {a}?", "Which of these {pic}s contains {a}?"),
+        (
+            "Which of the two {pic}s shows {a}?",
+            "In which {pic} can you see {a}?",
+            "Which of these {pic}s contains {a}?",
+        ),
     ),
     "pair both": (
         (
@@ -668,7 +698,7 @@ def decorate(rng: random.Random, text: str, *, brief: bool = True) -> str:
     return text
 
 
-# Words for things ----------------------------------------------------------------------------------------------------
+# Words for things -----------------------------------------------------------------------------------------------------
 
 COUNT_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _IRREGULAR = {
@@ -831,7 +861,7 @@ def recall(truth: str, answer: str) -> float:
     return sum(fact in given for fact in wanted) / len(wanted)
 
 
-# Intents: each asks one question about a scene, or returns None where the scene cannot bear it. ------------------------
+# Intents: each asks one question about a scene, or returns None where the scene cannot bear it. -----------------------
 
 Intent = Callable[[Scene, random.Random, Split], Question | None]
 
@@ -1110,7 +1140,9 @@ def ask_relation(scene: Scene, rng: random.Random, split: Split) -> Question | N
     if draw < 0.5:
         answer = first_words if offset > 0 else second_words
         further = rng.choice(_FURTHER[side])
-        return Question("relation", phrase(rng, split, "which side", further=further, a=first_words, b=second_words), answer)
+        return Question(
+            "relation", phrase(rng, split, "which side", further=further, a=first_words, b=second_words), answer
+        )
     answer = "yes" if offset > 0 else "no"
     return Question("relation", phrase(rng, split, "relation", rel=words, a=first_words, b=second_words), answer)
 
@@ -1172,7 +1204,9 @@ def ask_comparison(scene: Scene, rng: random.Random, split: Split) -> Question |
     if draw < 0.82:
         return Question("comparison", phrase(rng, split, "smaller", **slots), "no" if bigger else "yes")
     if draw < 0.92:
-        return Question("comparison", phrase(rng, split, "which bigger", **slots), first_words if bigger else second_words)
+        return Question(
+            "comparison", phrase(rng, split, "which bigger", **slots), first_words if bigger else second_words
+        )
     return Question("comparison", phrase(rng, split, "which smaller", **slots), second_words if bigger else first_words)
 
 
@@ -1311,7 +1345,7 @@ def questions_about(
     return list(asked.values())
 
 
-# Conversation without a picture's facts --------------------------------------------------------------------------------
+# Conversation without a picture's facts -------------------------------------------------------------------------------
 
 _OFF_TOPIC_ANSWER = "I can only answer questions about pictures."
 _CHAT: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
@@ -1362,7 +1396,7 @@ def ask_chat(rng: random.Random, split: Split) -> Question:
     return Question("chat", decorate(rng, text, brief=False) if split == "train" else text, answer)
 
 
-# Two pictures --------------------------------------------------------------------------------------------------------
+# Two pictures ---------------------------------------------------------------------------------------------------------
 
 
 def _changed(scene: Scene, rng: random.Random, split: Split) -> Scene | None:
@@ -1386,7 +1420,10 @@ def _changed(scene: Scene, rng: random.Random, split: Split) -> Scene | None:
                 color = sample_color(rng, other.background) or color
             else:
                 name = rng.choice(SHAPES)
-            if (name, color) == (thing.name, thing.color) or {name, thing.name} in ({"circle", "oval"}, {"square", "rectangle"}):
+            if (name, color) == (thing.name, thing.color) or {name, thing.name} in (
+                {"circle", "oval"},
+                {"square", "rectangle"},
+            ):
                 continue
             if split == "train" and is_held_out_combination(name, color):
                 continue

@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 from opsin.demo import pack
 
+RGB = tuple[int, int, int]
 Split = Literal["train", "test"]
 Kind = Literal["shape", "pictogram", "text"]
 Recipe = Literal["shapes", "count", "single", "pictograms", "name", "mixed", "text", "blank"]
@@ -67,6 +68,9 @@ CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 TRAINING_BACKGROUNDS = ("plain", "named", "gradient", "noise", "stripes", "grid", "blobs")
 HELD_OUT_BACKGROUNDS = ("dots", "checker", "radial")
 
+MAX_SIDE = 768
+"""Longest side in pixels that a scene may have."""
+
 GRID = 16
 """Patches per side that the model sees: the resolution of :func:`label_grid`."""
 
@@ -93,7 +97,7 @@ class Thing:
     y: float = 0.5
     w: float = 0.2
     h: float = 0.2
-    rgb: tuple[int, int, int] = (0, 0, 0)
+    rgb: RGB = (0, 0, 0)
     angle: float = 0.0
     """Degrees, counter-clockwise. An arrow's also holds its direction."""
     direction: str | None = None
@@ -121,7 +125,7 @@ class Background:
     """What lies behind the things; ``color`` is set when it has one plain nameable colour."""
 
     family: str
-    colors: tuple[tuple[int, int, int], ...]
+    colors: tuple[RGB, ...]
     color: str | None = None
     seed: int = 0
 
@@ -145,14 +149,14 @@ class Scene:
     """Text scenes: ``text_kind`` is word, number or letters."""
 
 
-def random_rgb(rng: random.Random, color: str) -> tuple[int, int, int]:
+def random_rgb(rng: random.Random, color: str) -> RGB:
     """Draw one shade of a named colour."""
     hue, saturation, value = (rng.uniform(*bounds) for bounds in COLORS[color])
     red, green, blue = colorsys.hsv_to_rgb((hue % 360) / 360, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def color_distance(first: tuple[int, int, int], second: tuple[int, int, int]) -> float:
+def color_distance(first: RGB, second: RGB) -> float:
     """Return how far two colours are apart; 0 to 765, weighted roughly as eyes weigh the channels."""
     weights = (0.8, 1.3, 0.9)
     return sum(weight * abs(a - b) for weight, a, b in zip(weights, first, second, strict=True))
@@ -172,9 +176,9 @@ def sample_background(rng: random.Random, split: Split, *, plain: bool = False) 
         return Background(family=family, colors=(random_rgb(rng, color),), color=color, seed=seed)
     if family == "plain" and rng.random() < 0.55:
         level = rng.choice((255, 255, 255, rng.randint(243, 255)))
-        return Background(family=family, colors=((level,) * 3,), color="white", seed=seed)
+        return Background(family=family, colors=((level, level, level),), color="white", seed=seed)
 
-    def shade() -> tuple[int, int, int]:
+    def shade() -> RGB:
         if tone < 0.75:
             saturation, value = rng.uniform(0.03, 0.3), rng.uniform(0.82, 1.0)
         elif tone < 0.9:
@@ -191,11 +195,16 @@ def sample_background(rng: random.Random, split: Split, *, plain: bool = False) 
     second = shade()
     if family != "gradient":
         # Patterns stay close in tone: what stands on them must stand out.
-        second = tuple(round(a + 0.5 * (b - a)) for a, b in zip(first, second, strict=True))  # type: ignore[assignment]
+        second = _halfway(first, second)
     return Background(family=family, colors=(first, second), seed=seed)
 
 
-def _visible(rgb: tuple[int, int, int], background: Background, least: float = 150.0) -> bool:
+def _halfway(first: RGB, second: RGB) -> RGB:
+    red, green, blue = (round(a + 0.5 * (b - a)) for a, b in zip(first, second, strict=True))
+    return red, green, blue
+
+
+def _visible(rgb: RGB, background: Background, least: float = 150.0) -> bool:
     return all(color_distance(rgb, other) >= least for other in background.colors)
 
 
@@ -208,12 +217,13 @@ def sample_color(rng: random.Random, background: Background, allowed: tuple[str,
     return None
 
 
-def shade_for(rng: random.Random, color: str, background: Background) -> tuple[int, int, int]:
+def shade_for(rng: random.Random, color: str, background: Background) -> RGB:
     """Draw a shade of ``color`` that stands out from the background."""
-    for _ in range(8):
-        rgb = random_rgb(rng, color)
+    rgb = random_rgb(rng, color)
+    for _ in range(7):
         if _visible(rgb, background, 130.0):
             break
+        rgb = random_rgb(rng, color)
     return rgb
 
 
@@ -239,7 +249,7 @@ def _place(rng: random.Random, things: list[Thing], *, gap: float = 0.02) -> lis
 
 
 def make_shape(rng: random.Random, name: str, color: str, size: float, aspect: float, background: Background) -> Thing:
-    """Make a shape whose larger side is about ``size`` of the picture's shorter side; ``aspect`` is width over height."""
+    """Make a shape whose larger side is about ``size`` of the picture's shorter; ``aspect`` is width over height."""
     angle, stretch, direction = rng.uniform(-10, 10), 1.0, None
     if name in ("rectangle", "oval"):
         # Elongated enough to stay so when the picture is stretched to a square, which divides the ratio by ``aspect``.
@@ -375,6 +385,7 @@ def sample_scene(
     *,
     styles: tuple[str, ...] | None = None,
     text_kind: str | None = None,
+    only: str | None = None,
     weights: tuple[float, ...] = RECIPE_WEIGHTS,
 ) -> Scene:
     """Draw a scene at random.
@@ -385,6 +396,7 @@ def sample_scene(
         recipe: the family of scene; None draws one.
         styles: icon sets to draw from; None takes the training ones.
         text_kind: word, number or letters for text scenes; None draws one.
+        only: for the recipe "name", the pictogram to show; None draws one.
         weights: how often each of ``RECIPES`` is drawn.
     """
     recipe = recipe or rng.choices(RECIPES, weights)[0]
@@ -467,7 +479,7 @@ def sample_scene(
         ]
         things = _place(rng, things)
     elif recipe == "name":
-        thing = rng.choice(pack.pictograms().things)
+        thing = rng.choice([thing for thing in pack.pictograms().things if only in (None, thing.name)])
         size = rng.uniform(0.4, 0.97) if rng.random() < 0.7 else rng.uniform(0.22, 0.45)
         things = _place(rng, [make_pictogram(rng, thing, size, aspect, styles)])
     elif recipe == "pictograms":
@@ -670,18 +682,19 @@ def _draw_text(canvas: Image.Image, thing: Thing) -> None:
 
 @cache
 def _noise_bank() -> np.ndarray:
-    """Unit Gaussian noise (640, 640, 3): cutting a window out of it is far cheaper than drawing afresh."""
-    return np.random.default_rng(7).standard_normal((640, 640, 3), dtype=np.float32)
+    """Unit Gaussian noise, laid out so that cutting a window out of it is far cheaper than drawing afresh."""
+    side = MAX_SIDE + 128
+    return np.random.default_rng(7).standard_normal((side, side, 3), dtype=np.float32)
 
 
 def _noise_window(rng: random.Random, height: int, width: int) -> np.ndarray:
     bank = _noise_bank()
-    top, left = rng.randint(0, 640 - height), rng.randint(0, 640 - width)
+    top, left = rng.randint(0, len(bank) - height), rng.randint(0, len(bank) - width)
     return bank[top : top + height, left : left + width]
 
 
 def draw_background(background: Background, width: int, height: int) -> Image.Image:
-    """Draw a background of this size, which must not exceed 640 pixels a side."""
+    """Draw a background of this size, at most ``MAX_SIDE`` pixels a side."""
     rng = random.Random(background.seed)
     first = background.colors[0]
     second = background.colors[-1]
