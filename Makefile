@@ -9,7 +9,7 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-IMAGE ?= $(firstword $(sort $(wildcard src/opsin/demo/pictures/*)))
+IMAGE ?= src/opsin/demo/pictures/animals.png
 QUESTION ?= What is in the picture?
 ARGS ?=
 
@@ -33,6 +33,7 @@ $(VENV)/.opsin-dev: pyproject.toml scripts/bootstrap.sh
 	@touch $@ $(VENV)/.opsin
 
 demo: $(VENV)/.opsin
+	@echo "$(IMAGE): $(QUESTION)"
 	@$(BIN)/opsin run "$(IMAGE)" "$(QUESTION)"
 
 test: lint types layers pytest

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 from opsin.errors import OpsinError
+from opsin.outputs import RequestMetrics
 from opsin.params import SamplingParams
 from opsin.runner.executor import MemoryPlan
 
@@ -34,6 +35,7 @@ class Output(NamedTuple):
     num_cached_tokens: int
     outputs: list[Completion]
     finished: bool
+    metrics: RequestMetrics
 
 
 class FakeLLM:
@@ -67,7 +69,7 @@ class FakeLLM:
             text = "".join(self.words[: index + 1])
             is_last = index == len(self.words) - 1
             completion = Completion(text, list(range(index + 1)), "stop" if is_last else None)
-            yield Output([7] * 20, 16, 4, [completion], is_last)
+            yield Output([7] * 20, 16, 4, [completion], is_last, RequestMetrics(0.0, 1.0, 1.5))
 
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)

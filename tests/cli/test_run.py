@@ -19,7 +19,7 @@ def test_run_prints_the_answer_alone_on_stdout(fake_llm: type[FakeLLM], opsin_co
     code, out, err = opsin_command("run", picture, "What is it?", "--temperature", "0.5", "--max-num-seqs", "2")
     assert (code, out) == (0, "A red circle.\n")
     assert "20 prompt tokens, 16 of them pictures, 4 cached" in err
-    assert "3 answer tokens" in err
+    assert "3 answer tokens, 4.0 tokens/s" in err
     messages, params = fake_llm.last.asked[0]
     assert [part["type"] for part in messages[0]["content"]] == ["image_url", "text"]
     assert params.temperature == 0.5

@@ -32,7 +32,10 @@ _SAMPLING_DEFAULTS = {"max_tokens": 256, "temperature": 0.0}
 
 
 class Answer(NamedTuple):
-    """What came back, and how fast. ``media_tokens`` of the prompt's tokens stand for pictures."""
+    """What came back, and how fast.
+
+    ``media_tokens`` of the prompt's tokens stand for pictures; ``decode_s`` is the engine's time from first to last token.
+    """
 
     text: str
     finish_reason: str
@@ -41,14 +44,15 @@ class Answer(NamedTuple):
     cached_tokens: int
     completion_tokens: int
     ttft_s: float
+    decode_s: float
     total_s: float
 
     @property
     def tokens_per_s(self) -> float | None:
         """Speed after the first token; None for answers of a single token."""
-        if self.completion_tokens < 2 or self.total_s <= self.ttft_s:
+        if self.completion_tokens < 2 or self.decode_s <= 0:
             return None
-        return (self.completion_tokens - 1) / (self.total_s - self.ttft_s)
+        return (self.completion_tokens - 1) / self.decode_s
 
     def summary(self) -> str:
         """One line for a person."""
@@ -121,7 +125,10 @@ class Session:
             raise
         assert output is not None, "a stream without a single output"
         finished = time.perf_counter()
-        completion = output.outputs[0]
+        completion, metrics = output.outputs[0], output.metrics
+        decode_s = 0.0
+        if metrics is not None and metrics.first_token_time is not None and metrics.last_token_time is not None:
+            decode_s = metrics.last_token_time - metrics.first_token_time
         return Answer(
             text=completion.text,
             finish_reason=completion.finish_reason or "",
@@ -130,6 +137,7 @@ class Session:
             cached_tokens=output.num_cached_tokens,
             completion_tokens=len(completion.token_ids),
             ttft_s=(first or finished) - started,
+            decode_s=decode_s,
             total_s=finished - started,
         )
 
