@@ -34,7 +34,7 @@ _SAMPLING_DEFAULTS = {"max_tokens": 256, "temperature": 0.0}
 class Answer(NamedTuple):
     """What came back, and how fast.
 
-    ``media_tokens`` of the prompt's tokens stand for pictures; ``decode_s`` is the engine's time from first to last token.
+    ``media_tokens`` of the prompt stand for pictures; ``decode_s`` is the engine's time from first to last token.
     """
 
     text: str
