@@ -20,7 +20,7 @@ A suite that wants each shape written once per session makes itself a fixture:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,18 +108,24 @@ def write_llava(folder: Path, shape: LlavaShape) -> Path:
     return folder
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of ``VOCAB_SIZE`` tokens that puts ``<s>`` first, as Llama's does; any text round-trips."""
+def train_bpe(special_tokens: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE of ``VOCAB_SIZE`` tokens, the special ones first; any text round-trips."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=["<unk>", "<s>", "</s>", "<pad>", "<image>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_SENTENCES * 2, trainer)
+    return tokenizer
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts ``<s>`` first, as Llama's does."""
+    tokenizer = train_bpe(["<unk>", "<s>", "</s>", "<pad>", "<image>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -145,14 +151,20 @@ def build_llava(shape: LlavaShape, tokenizer: PreTrainedTokenizerFast) -> LlavaF
         tie_word_embeddings=shape.tied,
     )
     model = LlavaForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(shape.seed)
+    redraw_weights(model, shape.seed)
+    return model.to(getattr(torch, shape.dtype))
+
+
+def redraw_weights(model: torch.nn.Module, seed: int) -> None:
+    """Draw every parameter anew, as this module's docstring says."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * WEIGHT_STD
-            if ".q_proj." in name or ".k_proj." in name:
+            if any(piece in name for piece in (".q_proj.", ".k_proj.", ".qkv.")):
                 noise *= 3
-            parameter.copy_(noise + 1.0 if "norm" in name and name.endswith("weight") else noise)
-    return model.to(getattr(torch, shape.dtype))
+            is_norm = "norm" in name or ".ln_q." in name
+            parameter.copy_(noise + 1.0 if is_norm and name.endswith("weight") else noise)
 
 
 def _text_config(shape: LlavaShape, tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -204,12 +216,12 @@ def _processor(shape: LlavaShape, tokenizer: PreTrainedTokenizerFast) -> Any:
     )
 
 
-def session_folder(base: Path) -> Callable[[LlavaShape], Path]:
-    """A function from shape to checkpoint folder under ``base``, writing each once."""
+def session_folder(base: Path, write: Callable[[Path, Any], Path] = write_llava) -> Callable[[Any], Path]:
+    """A function from shape to checkpoint folder under ``base``, writing each once with ``write``."""
 
-    def get(shape: LlavaShape) -> Path:
+    def get(shape: Any) -> Path:
         name = "-".join(str(value) for value in asdict(shape).values())
         folder = base / "".join(c if c.isalnum() or c == "-" else "_" for c in name)
-        return folder if folder.is_dir() else write_llava(folder, shape)
+        return folder if folder.is_dir() else write(folder, shape)
 
     return get

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.factories.qwen2_vl import Qwen2VLShape, write_qwen2_vl
 from tests.factory import LlavaShape, session_folder
 
 
@@ -14,3 +15,9 @@ from tests.factory import LlavaShape, session_folder
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[LlavaShape], Path]:
     """Shape to checkpoint folder, each written once."""
     return session_folder(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Qwen2VLShape], Path]:
+    """The same for Qwen2-VL and Qwen2.5-VL."""
+    return session_folder(tmp_path_factory.mktemp("qwen2_vl"), write_qwen2_vl)

@@ -14,18 +14,29 @@ from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.models import resolve
 from opsin.models.hub import find_model
 from opsin.models.load import load_model
+from opsin.models.rule import Positions
 
 BLOCK_SIZE = 4
 
 
 @dataclass
 class Row:
-    """One sequence: its tokens, the features of its placeholders in order, and the blocks it holds."""
+    """One sequence: its tokens, the features of its placeholders in order, and the blocks it holds.
+
+    ``positions`` are the prompt's, where they are not 0, 1, 2, ...
+    """
 
     ids: list[int]
     features: torch.Tensor | None = None
+    positions: Positions | None = None
     blocks: list[int] = field(default_factory=list)
     done: int = 0
+
+    def position(self, index: int, axis: int) -> int:
+        if self.positions is None:
+            return index
+        known = self.positions.axes[axis]
+        return known[index] if index < len(known) else index + self.positions.delta
 
 
 class Piece(NamedTuple):
@@ -71,7 +82,7 @@ class Driver:
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """One step; logits of every token, (T, V)."""
         ids: list[int] = []
-        positions: list[int] = []
+        positions: list[list[int]] = [[] for _ in range(self.model.spec.num_position_axes)]
         slots: list[int] = []
         tables: list[list[int]] = []
         features: list[torch.Tensor] = []
@@ -81,7 +92,8 @@ class Driver:
                 row.blocks.append(self._free.pop())
             indices = range(row.done, end)
             ids += [row.ids[i] for i in indices]
-            positions += indices
+            for axis, values in enumerate(positions):
+                values += [row.position(i, axis) for i in indices]
             slots += [row.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in indices]
             tables.append(row.blocks)
             before = row.ids[: row.done].count(self.image_token_id)
@@ -104,7 +116,7 @@ class Driver:
         hidden_TD = self.model.embed(ids_T)
         if features:
             hidden_TD[ids_T == self.image_token_id] = torch.cat(features)
-        positions_AT = torch.tensor([positions]) + self.position_shift
+        positions_AT = torch.tensor(positions) + self.position_shift
         logits_TV = self.model.logits(self.model.forward(hidden_TD, positions_AT, inputs, self.caches))
         for row, num_tokens in pieces:
             row.done += num_tokens

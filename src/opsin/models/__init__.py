@@ -34,8 +34,15 @@ def _load(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _family(architecture: str, folder: str, name: str) -> Family:
+    package = f"opsin.models.{folder}"
+    return Family(architecture, f"{package}.rule:{name}Rule", f"{package}.model:{name}Model")
+
+
 MODELS: tuple[Family, ...] = (
-    Family("LlavaForConditionalGeneration", "opsin.models.llava.rule:LlavaRule", "opsin.models.llava.model:LlavaModel"),
+    _family("LlavaForConditionalGeneration", "llava", "Llava"),
+    _family("Qwen2VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
+    _family("Qwen2_5_VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
 )
 
 

@@ -15,6 +15,17 @@ from opsin.types import Modality
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 _RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+CLIP_PIXELS: Mapping[str, Any] = {  # what most Hugging Face picture processors have inherited
+    "do_resize": True,
+    "resample": 3,
+    "default_to_square": False,
+    "do_convert_rgb": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 _NORM_KEYS = frozenset({"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"})
 _INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's own config says
     {

@@ -29,9 +29,10 @@ class Placeholder(NamedTuple):
     Attributes:
         text: what a chat template or a caller writes, for the ``index``-th item where it is numbered
             (``"<|image_{index}|>"`` counts from 1).
-        token_id: the single token that ``text`` becomes, where it is one; None where the tokenizer would split
-            ``text``, so that the text must be cut at ``pattern`` before it is tokenised.
-        pattern: regular expression that matches ``text``.
+        token_id: the single token that the item's tokens replace: ``text`` itself, or one inside it whose neighbours
+            stay. None where the tokenizer would split ``text``, so that it must be cut at ``pattern`` before it is
+            tokenised.
+        pattern: regular expression that matches what is replaced.
     """
 
     text: str

@@ -12,24 +12,24 @@ from typing import Any, Literal, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
-from opsin.models.pictures import images_only, per_channel, read_norm, read_resample, read_settings, with_options
+from opsin.models.pictures import (
+    CLIP_PIXELS,
+    images_only,
+    per_channel,
+    read_norm,
+    read_resample,
+    read_settings,
+    with_options,
+)
 from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
 from opsin.types import Crop, MediaItem, MediaLayout, Modality, Pad, PixelOp, PixelPlan, Resize, View
 
 _CLIP_DEFAULTS: dict[str, Any] = {
-    "do_resize": True,
+    **CLIP_PIXELS,
     "size": {"shortest_edge": 224},
-    "resample": 3,
-    "default_to_square": False,
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
     "do_pad": False,
-    "do_convert_rgb": True,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
 _SIGLIP_DEFAULTS: dict[str, Any] = _CLIP_DEFAULTS | {
     "size": {"height": 224, "width": 224},

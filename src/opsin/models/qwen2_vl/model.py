@@ -1,0 +1,155 @@
+"""Qwen2-VL, arXiv:2409.12191, and Qwen2.5-VL, arXiv:2502.13923 (HF ``Qwen2VLForConditionalGeneration`` and
+``Qwen2_5_VLForConditionalGeneration``): a tower that merges its own patches, and Qwen2 with M-RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from opsin.errors import UnsupportedModelError
+from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.layers import Placement
+from opsin.models.decoder import Decoder, DecoderConfig
+from opsin.models.rule import PixelNorm
+from opsin.models.strict import StrictConfig
+from opsin.models.towers.qwen_vit import QwenTower, QwenViTConfig
+from opsin.models.weights import WeightTable
+from opsin.types import LayerCacheSpec, MediaLayout, ModelSpec
+
+_ARCHITECTURES = {
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", QwenViTConfig.from_qwen2_vl),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", QwenViTConfig.from_qwen2_5_vl),
+}
+_TEXT_DEFAULTS = {  # Qwen2VLTextConfig's and Qwen2_5_VLTextConfig's
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 80,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+}
+_OUTER_KEYS = (  # of config.json; transformers 4.5x wrote the tokens into text_config too
+    "vision_config",
+    "text_config",
+    "image_token_id",
+    "video_token_id",
+    "vision_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+)
+# Hub checkpoints (``visual.``, ``model.``), and transformers 5's module names (``model.visual.``,
+# ``model.language_model.``).
+_RENAMES = (
+    (r"^(model\.)?visual\.", "tower."),
+    (r"^model\.(language_model\.)?", "decoder."),
+    (r"^lm_head\.", "decoder.lm_head."),
+    (r"^tower\.patch_embed\.proj\.", "tower.patch_embed."),
+    (r"^tower\.merger\.mlp\.0\.", "tower.merger.linear_1."),
+    (r"^tower\.merger\.mlp\.2\.", "tower.merger.linear_2."),
+)
+
+
+class Qwen2VLModel(nn.Module):
+    """Implements ``VisionLanguageModel``. One picture is one tile of its own size."""
+
+    def __init__(self, architecture: str, tower: QwenTower, decoder: Decoder) -> None:
+        super().__init__()
+        self.tower = tower
+        self.decoder = decoder
+        config = decoder.config
+        self.spec = ModelSpec(
+            architecture=architecture,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            feature_width=config.hidden_size,
+            max_position=config.max_position,
+            layers=tuple(LayerCacheSpec(spec.num_kv_heads, spec.head_dim) for spec in config.layers),
+            num_position_axes=3,
+        )
+
+    @classmethod
+    def from_hf(
+        cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
+    ) -> Qwen2VLModel:
+        """Build the model of a config.json, its weights not yet filled.
+
+        Args:
+            norm: what the family's rule read from the processor config.
+            max_model_len: the longest sequence to run; the config's own limit by default.
+
+        Raises:
+            UnsupportedModelError: an unknown key or a value that is not implemented.
+        """
+        model_type = config.get("model_type", "qwen2_vl")
+        if model_type not in _ARCHITECTURES:
+            raise UnsupportedModelError(f"model_type is {model_type!r}; implemented are {', '.join(_ARCHITECTURES)}.")
+        architecture, read_tower = _ARCHITECTURES[model_type]
+        decoder_config = DecoderConfig.from_hf(_text_config(config))
+        tower_config = read_tower(StrictConfig(config.get("vision_config") or {}, "vision_config"))
+        if tower_config.out_size != decoder_config.hidden_size:
+            raise UnsupportedModelError(
+                f"The vision tower's features have {tower_config.out_size} values; the decoder takes "
+                f"{decoder_config.hidden_size}."
+            )
+        decoder = Decoder(place, decoder_config, max_model_len or decoder_config.max_position)
+        return cls(architecture, QwenTower(place, tower_config, norm), decoder)
+
+    def weight_table(self) -> WeightTable:
+        """How these checkpoints name their tensors."""
+        unused = [rf"tower\.{pattern}" for pattern in self.tower.unused_weights]
+        unused.append(r"decoder\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+        if self.decoder.lm_head.is_tied:
+            unused.append(r"decoder\.lm_head\.weight")
+        return WeightTable(_RENAMES, tuple(unused))
+
+    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
+        """(sum of num_features, D), all pictures in one pass."""
+        return self.tower([tile for item in tiles for tile in item])
+
+    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, (T, D)."""
+        return self.decoder.embed_tokens(ids_T)
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        positions_AT: torch.Tensor,
+        attention: AttentionInputs,
+        caches: Sequence[LayerCache],
+    ) -> torch.Tensor:
+        """(T, D) after the final norm."""
+        return self.decoder(hidden_TD, positions_AT, attention, caches)
+
+    def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """(B, V) in float32."""
+        return self.decoder.logits(hidden_BD)
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's settings, as a Qwen2 config: those of text_config, or all of a flat config.json's.
+
+    Raises:
+        UnsupportedModelError: an unknown key beside a text_config.
+    """
+    nested = config.get("text_config")
+    text = {key: value for key, value in (nested or config).items() if key not in _OUTER_KEYS}
+    if nested:
+        outer = StrictConfig(config, "config.json")
+        outer.skip(*_OUTER_KEYS, "tie_word_embeddings", *(key for key in text if config.get(key) == text[key]))
+        outer.finish()
+    rope = {"mrope_section": [16, 24, 24], **(text.get("rope_parameters") or text.get("rope_scaling") or {})}
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    return {
+        **_TEXT_DEFAULTS,
+        **text,
+        "model_type": "qwen2",
+        "rope_parameters": rope,
+        "tie_word_embeddings": tied,
+    }

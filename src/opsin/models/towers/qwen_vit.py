@@ -1,0 +1,327 @@
+"""The vision towers of Qwen2-VL (arXiv:2409.12191) and Qwen2.5-VL (arXiv:2502.13923): pictures of any size, packed.
+
+Patches run in merge order: the ``merge_size`` x ``merge_size`` patches that become one feature are neighbours. So a
+picture is first cut into the blocks of pixels that become features, and each block into its patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from opsin.errors import UnsupportedModelError
+from opsin.kernels.reference import ACTIVATIONS
+from opsin.layers import Placement
+from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.mlp import MLP, GatedMLP
+from opsin.layers.norm import LayerNorm, RMSNorm
+from opsin.layers.rope import Rotary
+from opsin.models.rule import PixelNorm
+from opsin.models.strict import StrictConfig
+
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QwenViTConfig:
+    """Shape of the tower.
+
+    Attributes:
+        out_size: width of the features, which is the decoder's.
+        num_frames: equal frames that make one patch of a still picture.
+        is_gated: RMSNorm and a gated MLP (Qwen2.5-VL) in place of LayerNorm and a plain one.
+        window: edge of the attention windows in features; None where every layer sees the whole picture.
+        full_layers: with windows, the layers that see the whole picture all the same.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    out_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    merge_size: int
+    num_frames: int
+    hidden_act: str
+    rope_theta: float
+    is_gated: bool
+    window: int | None = None
+    full_layers: frozenset[int] = frozenset()
+
+    @classmethod
+    def from_qwen2_vl(cls, config: StrictConfig) -> QwenViTConfig:
+        """Read Qwen2-VL's vision_config.
+
+        Raises:
+            UnsupportedModelError: an unknown key or value.
+        """
+        width = config.take("embed_dim", 1280)
+        return cls._read(
+            config,
+            hidden_size=width,
+            intermediate_size=int(width * config.take("mlp_ratio", 4)),
+            out_size=config.take("hidden_size", 3584),
+            hidden_act=config.choose("hidden_act", tuple(ACTIVATIONS), "quick_gelu"),
+            is_gated=False,
+        )
+
+    @classmethod
+    def from_qwen2_5_vl(cls, config: StrictConfig) -> QwenViTConfig:
+        """Read Qwen2.5-VL's vision_config.
+
+        Raises:
+            UnsupportedModelError: an unknown key or value.
+        """
+        config.skip("tokens_per_second")  # for videos
+        unit = config.take("patch_size", 14) * config.take("spatial_merge_size", 2)
+        return cls._read(
+            config,
+            hidden_size=config.take("hidden_size", 3584),
+            intermediate_size=config.take("intermediate_size", 3420),
+            out_size=config.take("out_hidden_size", 3584),
+            hidden_act=config.choose("hidden_act", tuple(ACTIVATIONS), "silu"),
+            is_gated=True,
+            window=max(1, config.take("window_size", 112) // unit),
+            full_layers=frozenset(config.take("fullatt_block_indexes", (7, 15, 23, 31))),
+        )
+
+    @classmethod
+    def _read(
+        cls,
+        config: StrictConfig,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        out_size: int,
+        hidden_act: str,
+        is_gated: bool,
+        window: int | None = None,
+        full_layers: frozenset[int] = frozenset(),
+    ) -> QwenViTConfig:
+        """Add what both name alike, and refuse what is left."""
+        rope = config.take("rope_parameters", {})
+        if rope.get("rope_type", "axial") != "axial" or set(rope) - {"rope_type", "rope_theta"}:
+            raise UnsupportedModelError(f"vision_config.rope_parameters is {rope}; only plain 'axial' is implemented.")
+        patch_size = config.take("patch_size", 14)
+        for name in ("in_channels", "in_chans"):
+            config.choose(name, (3,), 3)
+        config.choose("spatial_patch_size", (patch_size,), patch_size)
+        num_layers, num_heads = config.take("depth", 32), config.take("num_heads", 16)
+        if hidden_size % (4 * num_heads):
+            raise UnsupportedModelError(
+                f"The vision tower has {num_heads} heads over {hidden_size} values; heads must be multiples of 4 wide."
+            )
+        result = cls(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            out_size=out_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            patch_size=patch_size,
+            merge_size=config.take("spatial_merge_size", 2),
+            num_frames=config.take("temporal_patch_size", 2),
+            hidden_act=hidden_act,
+            rope_theta=float(rope.get("rope_theta") or 10000.0),
+            is_gated=is_gated,
+            window=window,
+            full_layers=full_layers,
+        )
+        config.finish()
+        return result
+
+
+class Packing(NamedTuple):
+    """How the patches of several pictures lie in one sequence, on the host.
+
+    Attributes:
+        positions_P2: row and column of each patch in its own picture.
+        order_M: the features in the order of the sequence, as indices into the pictures' own order; None is the same.
+        full_lens: patches per picture.
+        window_lens: patches per window.
+    """
+
+    positions_P2: np.ndarray
+    order_M: np.ndarray | None
+    full_lens: tuple[int, ...]
+    window_lens: tuple[int, ...]
+
+
+def pack(grids: Sequence[tuple[int, int]], merge_size: int, window: int | None) -> Packing:
+    """Lay out pictures of ``grids`` (rows, columns) patches; with windows, window after window."""
+    positions: list[np.ndarray] = []
+    orders: list[np.ndarray] = []
+    window_lens: list[int] = []
+    start = 0
+    area = merge_size**2
+    for rows, cols in grids:
+        high, wide = rows // merge_size, cols // merge_size
+        blocks = np.indices((rows, cols)).reshape(2, high, merge_size, wide, merge_size)
+        positions_MA2 = blocks.transpose(1, 3, 2, 4, 0).reshape(high * wide, area, 2)
+        if window is not None:
+            units = np.arange(high * wide).reshape(high, wide)
+            windows = [
+                units[y : y + window, x : x + window].ravel()
+                for y in range(0, high, window)
+                for x in range(0, wide, window)
+            ]
+            order = np.concatenate(windows)
+            positions_MA2 = positions_MA2[order]
+            orders.append(order + start)
+            window_lens += [len(inside) * area for inside in windows]
+        positions.append(positions_MA2.reshape(-1, 2))
+        start += high * wide
+    return Packing(
+        positions_P2=np.concatenate(positions),
+        order_M=np.concatenate(orders) if orders else None,
+        full_lens=tuple(rows * cols for rows, cols in grids),
+        window_lens=tuple(window_lens),
+    )
+
+
+class Segments(NamedTuple):
+    """Which patches see one another."""
+
+    cu_seqlens_B1: torch.Tensor
+    seq_lens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lens: tuple[int, ...], device: torch.device) -> Segments:
+        ends = torch.tensor((0, *lens), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(ends.to(device, non_blocking=True), lens)
+
+
+class QwenTower(nn.Module):
+    """Pictures to features, merger included."""
+
+    unused_weights = (r"rotary_pos_emb\.inv_freq",)
+
+    def __init__(self, place: Placement, config: QwenViTConfig, norm: PixelNorm) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.dtype = place.dtype
+        self.config = config
+        self.norm_table_3 = torch.from_numpy(norm.table()).to(place.device)
+        size = config.hidden_size // config.num_heads // 2  # of each head, for rows; as much for columns
+        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+        self.inverse_frequencies = (1.0 / config.rope_theta**exponents).to(place.device)
+        self.patch_embed = PatchEmbedding(place, config)
+        self.blocks = nn.ModuleList(QwenViTBlock(place, config) for _ in range(config.num_layers))
+        self.merger = PatchMerger(place, config)
+
+    def forward(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        """uint8 (height, width, 3) pictures, sides in whole features, to (M, out_size), one after the other."""
+        config = self.config
+        patch, edge = config.patch_size, config.patch_size * config.merge_size
+        grids = [(picture.shape[0] // patch, picture.shape[1] // patch) for picture in pictures]
+        packing = pack(grids, config.merge_size, config.window)
+        device = pictures[0].device
+        order_M = None if packing.order_M is None else _upload(packing.order_M, device)
+
+        blocks_MYX3 = torch.cat([_cut(picture, edge) for picture in pictures])
+        if order_M is not None:
+            blocks_MYX3 = blocks_MYX3[order_M]
+        x_PD = self.patch_embed(self.kernels.patchify(blocks_MYX3, patch, self.norm_table_3, self.dtype))
+        rotary = self._rotary(_upload(packing.positions_P2, device))
+        whole = Segments.of(packing.full_lens, device)
+        windows = whole if config.window is None else Segments.of(packing.window_lens, device)
+        for number, block in enumerate(self.blocks):
+            x_PD = block(x_PD, rotary, whole if number in config.full_layers else windows)
+        features_MD = self.merger(x_PD)
+        if order_M is None:
+            return features_MD
+        return torch.empty_like(features_MD).index_copy_(0, order_M, features_MD)
+
+    def _rotary(self, positions_P2: torch.Tensor) -> Rotary:
+        """The first half of each head's pairs turns with the row, the second with the column."""
+        angles_PR = (positions_P2.unsqueeze(-1) * self.inverse_frequencies).flatten(1)
+        return Rotary(angles_PR.cos(), angles_PR.sin())
+
+
+def _cut(picture_YX3: torch.Tensor, edge: int) -> torch.Tensor:
+    """A picture as its blocks of ``edge`` x ``edge`` pixels, row by row: (M, edge, edge, 3)."""
+    return picture_YX3.unflatten(1, (-1, edge)).unflatten(0, (-1, edge)).transpose(1, 2).flatten(0, 1)
+
+
+def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+class PatchEmbedding(Linear):
+    """A convolution over ``num_frames`` frames. A still picture repeats one frame, so the frames' kernels are added up
+    once, when the weights are packed: half the product, equal up to rounding."""
+
+    def __init__(self, place: Placement, config: QwenViTConfig) -> None:
+        shape = (config.hidden_size, 3, config.num_frames, config.patch_size, config.patch_size)
+        in_features = 3 * config.num_frames * config.patch_size**2
+        super().__init__(place, in_features, config.hidden_size, bias=False, checkpoint_shape=shape)
+        self.shape = shape
+
+    def pack(self) -> None:
+        summed = self.weight.view(self.shape).sum(dim=2, dtype=torch.float32).flatten(1)
+        self.weight = nn.Parameter(summed.to(self.weight.dtype), requires_grad=False)
+        super().pack()
+
+
+class QwenViTBlock(nn.Module):
+    def __init__(self, place: Placement, config: QwenViTConfig) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        self.norm1 = _norm(place, config)
+        self.attn = QwenViTAttention(place, size, config.num_heads)
+        self.norm2 = _norm(place, config)
+        if config.is_gated:
+            self.mlp = GatedMLP(place, size, inner, config.hidden_act, bias=True)
+        else:
+            self.mlp = MLP(place, size, inner, config.hidden_act)
+
+    def forward(self, x_PD: torch.Tensor, rotary: Rotary, segments: Segments) -> torch.Tensor:
+        x_PD = x_PD + self.attn(_normed(self.norm1, x_PD), rotary, segments)
+        return x_PD + self.mlp(_normed(self.norm2, x_PD))
+
+
+class QwenViTAttention(nn.Module):
+    def __init__(self, place: Placement, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.head_dim = hidden_size // num_heads
+        pieces = {"q": hidden_size, "k": hidden_size, "v": hidden_size}
+        self.qkv = MergedLinear(place, hidden_size, pieces, bias=True)
+        self.proj = Linear(place, hidden_size, hidden_size, bias=True, shard="in")
+
+    def forward(self, x_PD: torch.Tensor, rotary: Rotary, segments: Segments) -> torch.Tensor:
+        heads = (-1, self.head_dim)
+        q_PNH, k_PNH, v_PNH = (y.unflatten(-1, heads) for y in self.qkv.split(self.qkv(x_PD)))
+        q_PNH, k_PNH = self.kernels.apply_rope(q_PNH, k_PNH, rotary.cos_TR, rotary.sin_TR)
+        out_PNH = self.kernels.varlen_attention(q_PNH, k_PNH, v_PNH, *segments, self.head_dim**-0.5)
+        return self.proj(out_PNH.flatten(1))
+
+
+class PatchMerger(nn.Module):
+    """The patches of one feature side by side, through two linear layers, to the decoder's width."""
+
+    def __init__(self, place: Placement, config: QwenViTConfig) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.area = config.merge_size**2
+        width = config.hidden_size * self.area
+        self.ln_q = _norm(place, config)
+        self.linear_1 = Linear(place, width, width, bias=True)
+        self.linear_2 = Linear(place, width, config.out_size, bias=True)
+
+    def forward(self, x_PD: torch.Tensor) -> torch.Tensor:
+        x_MD = _normed(self.ln_q, x_PD).unflatten(0, (-1, self.area)).flatten(1)
+        return self.linear_2(self.kernels.activation(self.linear_1(x_MD), "gelu"))
+
+
+def _norm(place: Placement, config: QwenViTConfig) -> LayerNorm | RMSNorm:
+    kind = RMSNorm if config.is_gated else LayerNorm
+    return kind(place, config.hidden_size, _NORM_EPS)
+
+
+def _normed(norm: LayerNorm | RMSNorm, x_PD: torch.Tensor) -> torch.Tensor:
+    return norm(x_PD)[0] if isinstance(norm, RMSNorm) else norm(x_PD)

@@ -1,0 +1,170 @@
+"""Tiny random Qwen2-VL and Qwen2.5-VL checkpoints in Hugging Face layout, drawn as ``tests.factory`` draws LLaVA's.
+
+``hf_inputs`` prepares a prompt as transformers' processor does. That class itself wants a video processor and with it
+torchvision, so its parts are called one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tests.factory import VOCAB_SIZE, redraw_weights, train_bpe
+
+PATCH_SIZE = 8
+UNIT = 2 * PATCH_SIZE
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    f"{{% if part['type'] == 'image' %}}{IMAGE}{{% elif 'text' in part %}}{{{{ part['text'] }}}}{{% endif %}}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen2VLShape:
+    """What varies between the checkpoints; the rest is fixed and small.
+
+    Attributes:
+        num_kv_heads: of 4 heads of 16 values.
+        max_pixels: 16 x 16 of them make a feature.
+        text_extra: more keys of the text config.
+        flat: config.json keeps the text config's keys at its top, as the hub's checkpoints do, in transformers 4's
+            spelling.
+    """
+
+    version: Literal["2", "2.5"] = "2"
+    num_kv_heads: int = 2
+    num_layers: int = 2
+    tied: bool = False
+    max_pixels: int = 40 * UNIT**2
+    text_extra: tuple[tuple[str, Any], ...] = ()
+    flat: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = 0
+
+
+def write_qwen2_vl(folder: Path, shape: Qwen2VLShape) -> Path:
+    """Save a complete random checkpoint of ``shape`` in ``folder``; the same shape gives the same weights."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(_SPECIAL),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(_SPECIAL),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.save_pretrained(folder)
+    build_qwen2_vl(shape, tokenizer).save_pretrained(folder)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    GenerationConfig(**ids).save_pretrained(folder)
+    size = {"shortest_edge": 4 * UNIT**2, "longest_edge": shape.max_pixels}
+    Qwen2VLImageProcessorPil(size=size, patch_size=PATCH_SIZE).save_pretrained(folder)
+    if shape.flat:
+        _flatten_config(folder / "config.json")
+    return folder
+
+
+def build_qwen2_vl(shape: Qwen2VLShape, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The transformers model, in eval mode."""
+    text = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": shape.num_kv_heads,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **dict(shape.text_extra),
+    }
+    vision: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": PATCH_SIZE}
+    if shape.version == "2":
+        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    else:
+        vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+        vision |= {"window_size": 3 * UNIT, "fullatt_block_indexes": [1]}
+    classes: dict[str, Any] = {
+        "2": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+        "2.5": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    }
+    config_class, model_class = classes[shape.version]
+    config = config_class(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=shape.tied,
+        **{f"{name}_token_id": tokenizer.vocab[token] for name, token in _TOKENS.items()},
+    )
+    model = model_class(config).eval()
+    redraw_weights(model, shape.seed)
+    return model.to(getattr(torch, shape.dtype))
+
+
+_TOKENS = {
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+}
+
+
+def _flatten_config(path: Path) -> None:
+    config = json.loads(path.read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    config["vision_config"] |= {"model_type": "qwen2_vl", "in_chans": 3, "spatial_patch_size": PATCH_SIZE}
+    for name in ("in_channels", "rope_parameters"):
+        del config["vision_config"][name]
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    path.write_text(json.dumps(text | config))
+
+
+def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = ()) -> dict[str, torch.Tensor]:
+    """What transformers' ``Qwen2VLProcessor`` makes of a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs: dict[str, Any] = {}
+    if images:
+        pictures = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        inputs = dict(pictures(list(images), return_tensors="pt"))
+        processor: Any = SimpleNamespace(image_processor=pictures, image_token="<|image_pad|>")
+        pieces = text.split("<|image_pad|>")
+        assert len(pieces) == len(images) + 1
+        text = pieces[0]
+        for i, piece in enumerate(pieces[1:]):
+            text += Qwen2VLProcessor.replace_image_token(processor, inputs, i) + piece
+    inputs |= tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == tokenizer.vocab["<|image_pad|>"]).int()
+    return inputs
