@@ -1,28 +1,33 @@
 """``AsyncLLM``: the same engine for asyncio programs, on a thread of its own.
 
-Calls post work to the engine's thread; outputs come back to the event loop that asked. Tokenising, templates and
-opening pictures happen on the engine's thread between steps, so the event loop never waits for them.
+Calls post work to the engine's thread; outputs come back to the event loop that asked. Templates, fetching, opening
+pictures and tokenising happen on threads of their own, so neither the event loop nor a step ever waits for them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack
 
 from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.build import build_front
-from opsin.errors import EngineDeadError, OpsinError
+from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
+from opsin.media.fetcher import Fetcher
 from opsin.outputs import PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
+from opsin.processing.chat import ChatPrompt, MediaReference
 from opsin.processing.jinja import ContentFormat
 from opsin.processing.output import OutputKind
+from opsin.processing.processor import ProcessedRequest
 from opsin.processing.prompts import Prompt
 from opsin.processing.tokenizer import Tokenizer
 from opsin.runner.executor import MemoryPlan
@@ -31,6 +36,9 @@ from opsin.types import ModelSpec
 logger = logging.getLogger(__name__)
 
 Output = RequestOutput | PoolingRequestOutput
+T = TypeVar("T")
+
+_NUM_READERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,8 @@ class AsyncLLM:
         self._callers: dict[str, _Caller] = {}  # the engine thread's own
         self._ids = itertools.count()
         self._dead: EngineDeadError | None = None
+        self._fetcher = Fetcher(self.config.media)
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="opsin-read")
         self._posting = threading.Lock()  # nothing is posted after the thread has looked for the last time
         self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
         self._thread.start()
@@ -100,12 +110,13 @@ class AsyncLLM:
             EngineDeadError: the engine has stopped.
         """
         params = sampling_params or self.get_default_sampling_params()
-        stream = self._stream(
-            lambda: self._front.read_prompt(prompt, mm_processor_kwargs), params, request_id, output_kind, priority
+        processed = await self.prepare(
+            prompt, params, request_id, priority=priority, mm_processor_kwargs=mm_processor_kwargs
         )
-        async for output in stream:
-            assert isinstance(output, RequestOutput)
-            yield output
+        async with contextlib.aclosing(self.stream(processed, output_kind)) as stream:
+            async for output in stream:
+                assert isinstance(output, RequestOutput)
+                yield output
 
     async def chat(
         self,
@@ -125,22 +136,24 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the answer to one conversation. Arguments as in ``LLM.chat``; otherwise as ``generate``."""
 
-        def read() -> Prompt:
-            return self._front.read_chat(
-                messages,
-                chat_template=chat_template,
-                chat_template_content_format=chat_template_content_format,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-                mm_processor_kwargs=mm_processor_kwargs,
-            )
-
         params = sampling_params or self.get_default_sampling_params()
-        async for output in self._stream(read, params, request_id, output_kind, priority):
-            assert isinstance(output, RequestOutput)
-            yield output
+        processed = await self.prepare_chat(
+            messages,
+            params,
+            request_id,
+            priority=priority,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
+        async with contextlib.aclosing(self.stream(processed, output_kind)) as stream:
+            async for output in stream:
+                assert isinstance(output, RequestOutput)
+                yield output
 
     async def embed(
         self, prompt: PromptType, pooling_params: PoolingParams | None = None, request_id: str | None = None
@@ -150,11 +163,89 @@ class AsyncLLM:
         Raises:
             As ``generate``.
         """
-        params = pooling_params or PoolingParams()
-        async for output in self._stream(lambda: self._front.read_prompt(prompt), params, request_id, "final", 0):
-            assert isinstance(output, PoolingRequestOutput)
-            return output
+        processed = await self.prepare(prompt, pooling_params or PoolingParams(), request_id)
+        async with contextlib.aclosing(self.stream(processed, "final")) as stream:
+            async for output in stream:
+                assert isinstance(output, PoolingRequestOutput)
+                return output
         raise EngineDeadError("The engine stopped before the request was answered.")
+
+    # ------------------------------------------------- a request in two halves, for servers
+
+    async def prepare(
+        self,
+        prompt: PromptType,
+        params: SamplingParams | PoolingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> ProcessedRequest:
+        """Read, tokenise and check a prompt, on a thread beside the engine's; ``stream`` then runs it.
+
+        Raises:
+            As ``generate``.
+        """
+        read = await self._beside(lambda: self._front.read_prompt(prompt, mm_processor_kwargs))
+        return await self._process(read, params, request_id, priority)
+
+    async def prepare_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | PoolingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        chat_template: str | None = None,
+        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str = "",
+    ) -> ProcessedRequest:
+        """Render a conversation, fetch its pictures, and go on as ``prepare``. A slow host delays this caller alone."""
+
+        def render() -> ChatPrompt:
+            return self._front.render_chat(
+                messages,
+                chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+
+        chat = await self._beside(render)
+        fetched = await self._fetch(chat.media)
+        prompt = await self._beside(lambda: self._front.open_chat(chat, fetched, mm_processor_kwargs, cache_salt))
+        return await self._process(prompt, params, request_id, priority)
+
+    async def stream(
+        self, processed: ProcessedRequest, output_kind: OutputKind = "cumulative"
+    ) -> AsyncGenerator[Output, None]:
+        """Run what ``prepare`` or ``prepare_chat`` made, once. Leaving the generator early aborts the request.
+
+        Raises:
+            As ``generate``.
+        """
+        caller = _Caller(asyncio.get_running_loop(), asyncio.Queue())
+        if not self._post(lambda: self._start(processed, output_kind, caller)):
+            raise self._dead or EngineDeadError("The engine has stopped.")
+        finished = False
+        try:
+            while not finished:
+                item = await caller.outputs.get()
+                if isinstance(item, BaseException):
+                    finished = True
+                    raise item
+                finished = item.finished
+                yield item
+        finally:
+            if not finished:
+                self._post(lambda: self._abort(processed.request.request_id, caller))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream ends with ``finish_reason="abort"``. Unknown and finished ones are ignored."""
@@ -172,6 +263,25 @@ class AsyncLLM:
         """The model's dimensions."""
         return self._front.inputs.spec
 
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return self._front.inputs.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that run at once."""
+        return self._front.max_num_seqs
+
+    @property
+    def is_running(self) -> bool:
+        """Requests are taken; False for good once the engine has failed or was shut down."""
+        return self._dead is None
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters by name, as of now; counters end in ``_total``."""
+        return {**self._front.core.stats(), "num_pictures_decoded_total": self._front.num_pictures_decoded}
+
     def get_tokenizer(self) -> Tokenizer:
         return self._front.inputs.tokenizer
 
@@ -183,33 +293,38 @@ class AsyncLLM:
         """Abort what runs, stop the thread and the media workers, and free the device's memory."""
         self._post(None)
         self._thread.join()
+        self._fetcher.close()
+        self._readers.shutdown(wait=False)  # what they still make is refused when it is posted
 
     # -------------------------------------------------------------------------- on the caller's side
 
-    async def _stream(
-        self,
-        read: Callable[[], Prompt],
-        params: SamplingParams | PoolingParams,
-        request_id: str | None,
-        kind: OutputKind,
-        priority: int,
-    ) -> AsyncGenerator[Output, None]:
-        request_id = f"async-{next(self._ids)}" if request_id is None else request_id
-        caller = _Caller(asyncio.get_running_loop(), asyncio.Queue())
-        if not self._post(lambda: self._submit(request_id, read, params, kind, priority, caller)):
-            raise self._dead or EngineDeadError("The engine has stopped.")
-        finished = False
-        try:
-            while not finished:
-                item = await caller.outputs.get()
-                if isinstance(item, BaseException):
-                    finished = True
-                    raise item
-                finished = item.finished
-                yield item
-        finally:
-            if not finished:
-                self._post(lambda: self._abort(request_id, caller))
+    async def _beside(self, work: Callable[[], T]) -> T:
+        """Do something neither on the event loop nor on the engine's thread."""
+        if self._dead is not None:
+            raise self._dead
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+
+    async def _process(
+        self, prompt: Prompt, params: SamplingParams | PoolingParams, request_id: str | None, priority: int
+    ) -> ProcessedRequest:
+        name = f"async-{next(self._ids)}" if request_id is None else request_id
+        return await self._beside(lambda: self._front.inputs.process(name, prompt, params, priority=priority))
+
+    async def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
+        """The bytes behind each reference that is a URL; the first that fails ends the wait."""
+
+        async def one(reference: MediaReference) -> bytes | None:
+            if not isinstance(reference.value, str) or reference.is_embedding:
+                return None
+            try:
+                return await self._fetcher.fetch(reference.value)
+            except RequestError as error:
+                error.param = error.param or reference.param
+                raise
+
+        if not references:
+            return []
+        return await asyncio.gather(*(one(reference) for reference in references))
 
     def _post(self, work: Callable[[], None] | None) -> bool:
         """Have the engine's thread do something (None: stop); False when it has stopped."""
@@ -255,21 +370,16 @@ class AsyncLLM:
             caller = self._callers.pop(output.request_id) if output.finished else self._callers[output.request_id]
             caller.send(output)
 
-    def _submit(
-        self,
-        request_id: str,
-        read: Callable[[], Prompt],
-        params: SamplingParams | PoolingParams,
-        kind: OutputKind,
-        priority: int,
-        caller: _Caller,
-    ) -> None:
+    def _start(self, processed: ProcessedRequest, kind: OutputKind, caller: _Caller) -> None:
+        if self._dead is not None:  # posted in time, but not begun
+            caller.send(self._dead)
+            return
         try:
-            self._front.submit(request_id, read(), params, kind=kind, priority=priority)
-        except OpsinError as error:
+            self._front.start(processed, kind)
+        except Exception as error:  # whatever one caller's arguments lead to, it is not the other callers' affair
             caller.send(error)
             return
-        self._callers[request_id] = caller
+        self._callers[processed.request.request_id] = caller
 
     def _abort(self, request_id: str, owner: _Caller | None = None) -> None:
         """Abort a request; with ``owner``, only if the id is still that caller's."""

@@ -19,7 +19,7 @@ from opsin.errors import ConfigError, EngineDeadError, RequestError
 from opsin.media.fetch import fetch
 from opsin.outputs import PoolingRequestOutput, RequestOutput, Thumbnails
 from opsin.params import PoolingParams, SamplingParams
-from opsin.processing.chat import MediaReference
+from opsin.processing.chat import ChatPrompt, MediaReference
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.jinja import ContentFormat, read_template
 from opsin.processing.output import OutputBatch, OutputKind, OutputProcessor, failure_of
@@ -86,11 +86,34 @@ class Front:
         Raises:
             RequestError, MediaError: what is wrong with it.
         """
+        chat = self.render_chat(
+            messages,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.open_chat(chat, self._fetch(chat.media), mm_processor_kwargs)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
+        """The first half of ``read_chat``: a URL stays a URL. Any thread may call it."""
         try:
             template = None if chat_template is None else read_template(chat_template)
         except ConfigError as error:
             raise RequestError(str(error), param="chat_template") from error
-        chat = self.inputs.render_chat(
+        return self.inputs.render_chat(
             messages,
             chat_template=template,
             chat_template_content_format=chat_template_content_format,
@@ -99,9 +122,21 @@ class Front:
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
         )
-        fetched = self._fetch(chat.media)
+
+    def open_chat(
+        self,
+        chat: ChatPrompt,
+        fetched: Sequence[bytes | None],
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str = "",
+    ) -> Prompt:
+        """The second half of ``read_chat``. Any thread may call it.
+
+        Args:
+            fetched: per item of ``chat.media`` the bytes behind it, where it is a URL.
+        """
         media = [self.inputs.open_reference(ref, data) for ref, data in zip(chat.media, fetched, strict=True)]
-        return self._with_options(self.inputs.chat_prompt(chat, media), mm_processor_kwargs)
+        return self._with_options(self.inputs.chat_prompt(chat, media, cache_salt=cache_salt), mm_processor_kwargs)
 
     # ---------------------------------------------------------------------------------- requests
 
@@ -121,6 +156,12 @@ class Front:
             EngineDeadError: the engine has stopped.
         """
         processed = self.inputs.process(request_id, prompt, params, priority=priority)
+        self.start(processed, kind)
+        return processed
+
+    def start(self, processed: ProcessedRequest, kind: OutputKind = "final") -> None:
+        """Start a request that ``inputs.process`` made, which any thread may call. Otherwise as ``submit``."""
+        request_id = processed.request.request_id
         pictures = [source for source in processed.sources if not isinstance(source, GivenFeatures)]
         children = self._outputs.add(processed, kind, thumbnails=Thumbnails(pictures) if pictures else None)
         try:
@@ -129,7 +170,6 @@ class Front:
         except Exception:
             self.abort(request_id)
             raise
-        return processed
 
     def abort(self, request_id: str) -> RequestOutput | PoolingRequestOutput | None:
         """End a request now, and return its last output, finished with reason "abort".
@@ -244,5 +284,14 @@ class Front:
 
     def _with_options(self, prompt: Prompt, options: Mapping[str, Any] | None) -> Prompt:
         """Processor settings: the engine's, then the call's, then the prompt's own."""
+        if options is not None and not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError(
+                f"mm_processor_kwargs must be a dict, got {type(options).__name__}.", param="mm_processor_kwargs"
+            )
         merged = {**self._media.mm_processor_kwargs, **(options or {}), **prompt.processor_options}
+        wrong = next((key for key in merged if not isinstance(key, str)), None)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if wrong is not None:
+            raise RequestError(
+                f"mm_processor_kwargs must be keyed by strings, got {wrong!r}.", param="mm_processor_kwargs"
+            )
         return replace(prompt, processor_options=merged)
