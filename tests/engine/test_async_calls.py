@@ -62,8 +62,11 @@ def test_request_posted_behind_the_shutdown_is_told(folder: Path):
     engine = AsyncLLM(str(folder), media_workers=0)
     asked_to_stop = threading.Event()
 
+    def wait() -> None:
+        asked_to_stop.wait(10)
+
     async def run():
-        engine._post(lambda: asked_to_stop.wait(10) and None)
+        engine._post(wait)
         engine._post(None)
         late = asyncio.create_task(collect(engine, asked(12)))
         await asyncio.sleep(0)  # it is posted, and then waits

@@ -58,10 +58,11 @@ class EngineCore:
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
-        """End a request now; unknown and finished ones are ignored. Its last update comes with the next step."""
-        update = self._scheduler.abort(request_id)
-        if update is not None:
-            self._updates.append(update)
+        """End a request now; unknown and finished ones are ignored.
+
+        No update tells of it: whoever aborts knows, and the next request may already have taken the same id.
+        """
+        self._scheduler.abort(request_id)
 
     # --------------------------------------------------------------------------------------- media
 

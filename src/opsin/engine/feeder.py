@@ -63,6 +63,8 @@ class MediaFeeder:
         if held is None or need.key in self._decoding:  # its request has ended, or the pixels are on their way
             return
         request, sources = held
+        if need.item >= len(sources) or request.media[need.item].key != need.key:  # a later request of the same id
+            return
         source = sources[need.item]
         if isinstance(source, GivenFeatures):
             core.put_payload(need.key, Embedding(source.data))
