@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from opsin.errors import ContextLengthError, MediaError, OpsinError, RequestError
-from opsin.params import SamplingParams
+from opsin.params import BeamSearchParams, PoolingParams, SamplingParams
 from opsin.processing.processor import InputProcessor
 
 RED = Image.new("RGB", (40, 30), "red")
@@ -103,6 +103,9 @@ PROMPTS: list[tuple[str, Any, type[OpsinError], str, str | None]] = [
      "multi_modal_data.image"),
     ("options-not-dict", with_image(RED, mm_processor_kwargs=["a"]), RequestError,
      "mm_processor_kwargs must be a dict, got list.", "mm_processor_kwargs"),
+    ("half-surrogate", "Hi \ud83d!", RequestError,
+     "The prompt holds U+D83D at character 3: half of a surrogate pair, which is no character. Send valid Unicode.",
+     "prompt"),
     ("too-long", "x" * 300, ContextLengthError,
      "The prompt has 301 tokens; this model's context holds 200, and at least one token must remain for the answer. "
      "Shorten the prompt, send fewer or smaller pictures, or raise max_model_len if the model allows it.", "prompt"),
@@ -136,6 +139,21 @@ def test_bad_prompt_is_refused_with_its_reason(
         ({"allowed_token_ids": [480]}, "allowed_token_ids holds 480; this model's ids are 0 to 479."),
         ({"stop_token_ids": [999]}, "stop_token_ids holds 999; this model's ids are 0 to 479."),
         ({"logit_bias": {480: 1.0}}, "logit_bias holds 480; this model's ids are 0 to 479."),
+        ({"logit_bias": {"a": 1}}, "logit_bias is {'a': 1}; it must be a dict of token ids and numbers."),
+        ({"logit_bias": [1]}, "logit_bias is [1]; it must be a dict of token ids and numbers."),
+        (
+            {"bad_words_token_ids": [[]]},
+            "bad_words_token_ids is [[]]; it must be None or at most 4096 non-empty lists of token ids.",
+        ),
+        (
+            {"bad_words_token_ids": [[-1]]},
+            "bad_words_token_ids is [[-1]]; it must be None or at most 4096 non-empty lists of token ids.",
+        ),
+        ({"bad_words_token_ids": [[3, 480]]}, "bad_words need token 480; this model's ids are 0 to 479."),
+        (
+            {"bad_words": ["\ud83d"]},
+            "bad_words is ['\\ud83d']; it must be valid Unicode, without halves of surrogate pairs.",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -146,6 +164,54 @@ def test_bad_sampling_params_are_refused_with_their_reason(
         processor.process("0", processor.read("Hello"), SamplingParams(**changes))
     assert str(caught.value) == message
     assert caught.value.param == next(iter(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"task": "classify"},
+            "task is 'classify'; this model has no head for it. Only 'embed' is implemented so far.",
+        ),
+        ({"dimensions": 65}, "dimensions is 65; this model's vectors have 64."),
+        ({"dimensions": "8"}, "dimensions is '8'; it must be a whole number at least 1, or None."),
+    ],
+    ids=["task", "dimensions", "dimensions-type"],
+)
+def test_bad_pooling_params_are_refused_with_their_reason(
+    processor: InputProcessor, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        processor.process("0", processor.read("Hello"), PoolingParams(**changes))
+    assert str(caught.value) == message
+    assert caught.value.param == next(iter(changes))
+
+
+@pytest.mark.parametrize("changes", [{"beam_width": "3"}, {"max_tokens": 2.5}, {"length_penalty": math.inf}])
+def test_bad_beam_search_params_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        BeamSearchParams(**{"beam_width": 2, "max_tokens": 4, **changes})
+    assert caught.value.param == next(iter(changes))
+
+
+def test_sampling_params_none_means_no_stops_and_no_bad_words() -> None:
+    assert SamplingParams(stop=None, stop_token_ids=None, bad_words=None) == SamplingParams()  # pyright: ignore[reportArgumentType]
+
+
+def test_cloned_sampling_params_share_nothing() -> None:
+    params = SamplingParams(stop=["a"], logit_bias={1: 2.0})
+    other = params.clone()
+    other.stop.append("b")
+    assert params == SamplingParams(stop=["a"], logit_bias={1: 2.0})
+
+
+def test_uuid_of_any_characters_names_an_item(processor: InputProcessor) -> None:
+    keys = [
+        processor.process("0", processor.read(with_image(RED, multi_modal_uuids={"image": [u]})), SamplingParams())
+        .request.media[0].key
+        for u in ("\ud83d", "a")
+    ]  # fmt: skip
+    assert keys[0] != keys[1]
 
 
 def test_unknown_sampling_param_is_refused() -> None:

@@ -233,6 +233,7 @@ class InputProcessor:
                     return ready, list(range(len(items)))
         else:
             rendered = prompt.rendered or Rendered("")
+            _check_unicode(rendered.text)
             slotted = expansion.tokenize(
                 rendered, self._placeholders, self.tokenizer, add_special_tokens=self._adds_special(prompt, rendered)
             )
@@ -257,10 +258,11 @@ class InputProcessor:
             width, height = source.size
             layout = self.rule.layout(item.modality, width, height, 1, options)
         # A uuid stands for the content within its salt; it can never collide with a digest, or reach another salt.
-        identity = ("content", source.digest) if item.uuid is None else ("uuid", prompt.cache_salt, item.uuid)
+        names = [name.encode("utf-8", "surrogatepass") for name in (prompt.cache_salt, item.uuid or "")]
+        identity = ("content", source.digest) if item.uuid is None else ("uuid", *names)
         try:
             told = msgspec.msgpack.encode((identity, item.modality, layout, options), order="deterministic")
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RequestError(
                 f"mm_processor_kwargs must hold plain JSON values: {error}", param="mm_processor_kwargs"
             ) from None
@@ -309,6 +311,7 @@ class InputProcessor:
                 param="prompt",
             )
         if isinstance(params, PoolingParams):
+            self._check_pooling(params)
             return params
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             wrong = next((i for i in getattr(params, name) or () if i >= self.spec.vocab_size), None)
@@ -320,12 +323,30 @@ class InputProcessor:
         bad_words = params.bad_words_token_ids
         if params.bad_words:
             bad_words = [*(bad_words or ()), *self.tokenizer.encode_bad_words(params.bad_words)]
+        wrong = next((i for word in bad_words or () for i in word if i >= self.spec.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"bad_words need token {wrong}; this model's ids are 0 to {self.spec.vocab_size - 1}.",
+                param="bad_words" if params.bad_words else "bad_words_token_ids",
+            )
         return msgspec.structs.replace(
             params,
             max_tokens=max_tokens,
             min_tokens=min(params.min_tokens, max_tokens),
             bad_words_token_ids=bad_words,
         )
+
+    def _check_pooling(self, params: PoolingParams) -> None:
+        if params.task != "embed":
+            raise RequestError(
+                f"task is {params.task!r}; this model has no head for it. Only 'embed' is implemented so far.",
+                param="task",
+            )
+        if params.dimensions is not None and params.dimensions > self.spec.hidden_size:
+            raise RequestError(
+                f"dimensions is {params.dimensions}; this model's vectors have {self.spec.hidden_size}.",
+                param="dimensions",
+            )
 
     def _seed(self, request_id: str, params: SamplingParams | PoolingParams) -> int:
         if isinstance(params, SamplingParams) and params.seed is not None:
@@ -370,6 +391,19 @@ def fan_out(request: EngineRequest, n: int) -> list[EngineRequest]:
         for i in range(1, n)
     ]
     return [first, *others]
+
+
+def _check_unicode(text: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can spell and tokenizers cannot read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise RequestError(
+            f"The prompt holds {half} at character {error.start}: half of a surrogate pair, which is no character. "
+            "Send valid Unicode.",
+            param="prompt",
+        ) from None
 
 
 def derive_seed(seed: int, name: str) -> int:
