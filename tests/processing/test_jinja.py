@@ -131,6 +131,8 @@ def test_kwargs_that_the_engine_owns_are_refused(name: str) -> None:
         ("{% for m in messages %}", "not valid jinja"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ nothing.at.all }}", "refused"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "calls itself without end"),
+        ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "nested too deeply"),
     ],
 )
 def test_template_that_misbehaves_fails_its_request(source: str, message: str) -> None:
@@ -160,3 +162,17 @@ def test_template_is_given_as_text_or_path(tmp_path: Path) -> None:
     assert read_template(str(path)) == read_template("{{ 1 }}") == "{{ 1 }}"
     with pytest.raises(ConfigError, match="neither jinja text"):
         read_template(str(tmp_path / "missing.jinja"))
+
+
+@pytest.mark.parametrize("given", ["\0", "x" * 5000, 5], ids=["nul", "long", "number"])
+def test_template_that_is_neither_text_nor_path_is_refused_in_few_words(given: Any) -> None:
+    with pytest.raises(ConfigError, match="chat_template") as caught:
+        read_template(given)
+    assert len(str(caught.value)) < 500
+
+
+def test_template_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="readable file"):
+        read_template(str(path))

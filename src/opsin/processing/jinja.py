@@ -26,6 +26,7 @@ from opsin.errors import ConfigError, RequestError
 from opsin.processing.neutral import CLOSE, OPEN
 
 ContentFormat = Literal["string", "openai"]
+_SHOWN_CHARS = 200
 _CONTINUE_HERE = "\ufdd2"  # a noncharacter, as the marks of opsin.processing.neutral are
 RESERVED_NAMES = frozenset(
     "messages tools documents add_generation_prompt continue_final_message tokenize chat_template conversation "
@@ -50,6 +51,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise RequestError(f"The chat template is not valid jinja: {error}", param="chat_template") from error
+        except RecursionError:
+            raise RequestError("The chat template is nested too deeply.", param="chat_template") from None
 
     def render(
         self,
@@ -86,6 +89,8 @@ class ChatTemplate:
             raise RequestError(f"The chat template does something unsafe: {error}", param="chat_template") from error
         except TemplateError as error:
             raise RequestError(f"The chat template refused the conversation: {error}", param="messages") from error
+        except RecursionError:
+            raise RequestError("The chat template calls itself without end.", param="chat_template") from None
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, IndexError) as error:
             raise RequestError(
                 f"The chat template failed on this conversation: {type(error).__name__}: {error}", param="messages"
@@ -131,13 +136,17 @@ def read_template(given: str) -> str:
     Raises:
         ConfigError: neither an existing file nor jinja text.
     """
+    if not isinstance(given, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"chat_template must be jinja text or a path, got {type(given).__name__}.")
     if "{%" in given or "{{" in given or "\n" in given:
         return given
     try:
         return Path(given).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no such file; a NUL in its name; not text
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = given if len(given) <= _SHOWN_CHARS else given[:_SHOWN_CHARS] + "..."
         raise ConfigError(
-            f"chat_template {given!r} is neither jinja text (it has no '{{{{' or '{{%') nor a readable file: {error}"
+            f"chat_template {shown!r} is neither jinja text (it has no '{{{{' or '{{%') nor a readable file: {reason}"
         ) from error
 
 
