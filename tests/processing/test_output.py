@@ -117,8 +117,8 @@ def test_text_held_back_for_a_stop_string_appears_when_the_answer_ends(processor
 def test_several_answers_finish_together_and_are_told_apart(processor: InputProcessor) -> None:
     stream = Stream(processor, "final", n=2, stop=["there"])
     assert [child.request_id for child in stream.children] == ["r-0", "r-1"]
-    assert stream.feed(stream.ids[:2], "r-1", finish_reason="length", num_cached_tokens=3).outputs == []
-    batch = stream.feed(stream.ids, "r-0")
+    assert stream.feed(stream.ids[:2], "r-1", finish_reason="length").outputs == []
+    batch = stream.feed(stream.ids, "r-0", num_cached_tokens=3)
     assert batch.aborts == ["r-0"]
     (output,) = batch.outputs
     assert isinstance(output, RequestOutput)
@@ -126,6 +126,14 @@ def test_several_answers_finish_together_and_are_told_apart(processor: InputProc
     assert output.finished
     assert output.num_cached_tokens == 3
     assert stream.outputs.num_unfinished == 0
+
+
+def test_blocks_that_siblings_share_do_not_count_as_cached(processor: InputProcessor) -> None:
+    stream = Stream(processor, "final", n=2)
+    stream.feed([10], "r-0", finish_reason="length", num_cached_tokens=16)
+    batch = stream.feed([11], "r-1", finish_reason="length", num_cached_tokens=32)
+    (output,) = batch.outputs
+    assert output.num_cached_tokens == 16
 
 
 def test_streamed_answers_end_once(processor: InputProcessor) -> None:

@@ -283,7 +283,8 @@ class _Request:
         answer = self.answers[index]
         before = len(answer.token_ids)
         stopped = answer.take(update)
-        self._num_cached = max(self._num_cached, update.num_cached_tokens)
+        if index == 0:  # what its siblings find is mostly what this one computed for them
+            self._num_cached = max(self._num_cached, update.num_cached_tokens)
         self._embedding = update.embedding or self._embedding
         if index == 0 and update.prompt_logprobs and self._prompt_logprobs is not None:
             self._prompt_logprobs += [_named(p, self._tokenizer) for p in update.prompt_logprobs if p is not None]
