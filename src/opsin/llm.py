@@ -89,7 +89,7 @@ class LLM:
         """
         items = _as_list(prompts)
         readers = [lambda item=item: self._front.read_prompt(item, mm_processor_kwargs) for item in items]
-        params = _paired(sampling_params, len(items), self.get_default_sampling_params)
+        params = _paired(sampling_params, len(items), SamplingParams, self.get_default_sampling_params)
         outputs = self._run(readers, params, priority, use_tqdm, return_exceptions)
         return cast("list[RequestOutput]", outputs)
 
@@ -120,6 +120,8 @@ class LLM:
         Returns, Raises:
             As ``generate``.
         """
+        if not isinstance(messages, list | tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError(f"messages must be a list, got {type(messages).__name__}.", param="messages")
         conversations = cast(
             "list[Sequence[Message]]",
             [messages] if not messages or isinstance(messages[0], Mapping) else list(messages),
@@ -137,7 +139,7 @@ class LLM:
                 mm_processor_kwargs=mm_processor_kwargs,
             )
 
-        params = _paired(sampling_params, len(conversations), self.get_default_sampling_params)
+        params = _paired(sampling_params, len(conversations), SamplingParams, self.get_default_sampling_params)
         outputs = self._run([reader(c) for c in conversations], params, None, use_tqdm, return_exceptions)
         return cast("list[RequestOutput]", outputs)
 
@@ -171,7 +173,7 @@ class LLM:
         """
         items = _as_list(prompts)
         readers = [lambda item=item: self._front.read_prompt(item, mm_processor_kwargs) for item in items]
-        params = _paired(pooling_params, len(items), PoolingParams)
+        params = _paired(pooling_params, len(items), PoolingParams, PoolingParams)
         outputs = self._run(readers, params, None, use_tqdm, return_exceptions)
         return cast("list[PoolingRequestOutput]", outputs)
 
@@ -235,7 +237,7 @@ class LLM:
         try:
             with _between_steps() as interrupted:
                 while position < len(readers) or index_of:
-                    while position < len(readers) and front.num_unfinished < most_waiting:
+                    while position < len(readers) and front.num_unfinished < most_waiting and not interrupted():
                         request_id = self._next_id()
                         index_of[request_id] = position
                         level = 0 if priority is None else priority[position]
@@ -308,7 +310,7 @@ def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
     """One prompt (a string, a dict, or token ids) or several, as a list."""
     if isinstance(prompts, str | Mapping):
         return [cast("PromptType", prompts)]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise RequestError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}.")
     items = list(prompts)
     if items and all(isinstance(item, int) for item in items):
@@ -316,12 +318,15 @@ def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
     return cast("list[PromptType]", items)
 
 
-def _paired(params: P | Sequence[P] | None, count: int, default: Callable[[], P]) -> list[P]:
+def _paired(params: P | Sequence[P] | None, count: int, kind: type[P], default: Callable[[], P]) -> list[P]:
     """One set of parameters per prompt."""
     if params is None:
         return [default()] * count
-    if isinstance(params, SamplingParams | PoolingParams):
+    if isinstance(params, kind):
         return [params] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, kind) for p in params):
+        got = type(params).__name__
+        raise RequestError(f"The parameters must be {kind.__name__}, or a list with one per prompt; got {got}.")
     if len(params) != count:
         raise RequestError(f"Got {len(params)} sets of parameters for {count} prompts; give one, or one per prompt.")
     return list(params)

@@ -48,7 +48,7 @@ def test_generate_processor_options_of_another_kind_are_refused(llm: LLM, option
 
 
 def test_beam_search_ends_at_the_end_of_the_context(llm: LLM):
-    prompt = {"prompt_token_ids": [1] + [20] * 507}  # the context holds 512
+    prompt: Any = {"prompt_token_ids": [1] + [20] * 507}  # the context holds 512
     (found,) = llm.beam_search(prompt, BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True))
     assert [len(sequence.tokens) for sequence in found.sequences] == [512, 512]
     assert_idle(llm)

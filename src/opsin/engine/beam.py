@@ -117,7 +117,7 @@ def beam_search(
     """
     probe = SamplingParams(max_tokens=params.max_tokens, temperature=params.temperature, ignore_eos=params.ignore_eos)
     processed = [front.inputs.process(request_id, prompt, probe) for request_id, prompt in prompts]
-    searches = [BeamSearch(p.request, params) for p in processed]
+    searches = [BeamSearch(p.request, _within_context(params, p.request)) for p in processed]
     while any(not search.done for search in searches):
         asked = [
             (search, p, search.requests()) for search, p in zip(searches, processed, strict=True) if not search.done
@@ -128,6 +128,13 @@ def beam_search(
         if interrupted():
             raise KeyboardInterrupt
     return [_output(search, p.request, front.inputs.tokenizer) for search, p in zip(searches, processed, strict=True)]
+
+
+def _within_context(params: BeamSearchParams, request: EngineRequest) -> BeamSearchParams:
+    """With no more tokens than the context holds behind this prompt, as ``generate`` does."""
+    assert isinstance(request.params, SamplingParams)
+    assert request.params.max_tokens is not None, "resolved by the input processor"
+    return msgspec.structs.replace(params, max_tokens=request.params.max_tokens)
 
 
 def _output(search: BeamSearch, request: EngineRequest, tokenizer: Tokenizer) -> BeamSearchOutput:
