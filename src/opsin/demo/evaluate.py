@@ -2,8 +2,8 @@
 
 Every question is drawn from a seed, with wordings, fonts, words, colour-shape pairs, pictogram pairs and (for three
 scenes in four that are not text) backgrounds that training never uses; the overlap is counted and printed. Answers are
-compared whole. Captions are scored by the share of the scene's facts that they state. The same questions about blank
-pictures show what guessing from the words alone would score.
+compared whole; lists and captions also by the share of the scene's facts that they state. The same questions about
+blank pictures show what guessing from the words alone would score.
 
 ``easy-vqa``, a public test set, is measured too where it is installed (``pip install easy-vqa``).
 """
@@ -36,9 +36,11 @@ from opsin.demo.questions import (
 )
 from opsin.demo.scenes import (
     HELD_OUT_BACKGROUNDS,
+    TEXT_KINDS,
     TRAINING_BACKGROUNDS,
     Recipe,
     Scene,
+    TextKind,
     is_held_out_combination,
     is_held_out_pair,
     render,
@@ -67,6 +69,12 @@ _RECIPES: dict[str, tuple[Recipe, ...]] = {
     "caption": ("shapes", "count", "pictograms", "mixed", "text"),
 }
 """Scenes that each kind of question is asked about."""
+
+
+_LISTED = frozenset({"list", "caption"})
+"""Kinds whose answers hold several facts, scored one by one too."""
+
+_READ_KINDS: dict[str, TextKind] = {f"read {kind}": kind for kind in TEXT_KINDS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,9 +179,9 @@ def examples_of(kind: str, count: int, seed: int) -> list[Example]:
             matching = [question for question in questions if question.kind == kind]
             if matching:
                 found.append(_example(kind, rng.choice(matching), (first, second)))
-        elif kind.startswith("read "):
+        elif kind in _READ_KINDS:
             recipe: Recipe = "text" if rng.random() < 0.85 or kind == "read letters" else "mixed"
-            scene = sample_scene(rng, "test", recipe, text_kind=kind.removeprefix("read "))
+            scene = sample_scene(rng, "test", recipe, text_kind=_READ_KINDS[kind])
             question = INTENTS["read"](scene, rng, "test")
             if question is not None and question.kind == kind:
                 found.append(_example(kind, question, [scene]))
@@ -287,9 +295,9 @@ class Row:
 def score(example: Example, answer: str) -> tuple[bool, float]:
     """Return whether an answer is exactly right, and the share of the true answer's facts that it states."""
     exact = answer.strip() == example.answer
-    if example.group != "caption":
-        return exact, float(exact)
-    return exact, recall(example.answer, answer.strip())
+    if example.group in _LISTED:
+        return exact, recall(example.answer, answer.strip())
+    return exact, float(exact)
 
 
 def tabulate(
@@ -314,7 +322,7 @@ def markdown(rows: dict[str, Row], confusions: dict[str, Counter[tuple[str, str]
     lines = ["| kind | questions | exact | facts stated | blank picture |", "| --- | ---: | ---: | ---: | ---: |"]
     for group, row in rows.items():
         blank = f"{100 * blank_rows[group].right / blank_rows[group].count:.0f} %" if group in blank_rows else ""
-        facts = f"{100 * row.facts / row.count:.1f} %" if group == "caption" else ""
+        facts = f"{100 * row.facts / row.count:.1f} %" if group in _LISTED else ""
         lines.append(f"| {group} | {row.count} | {100 * row.right / row.count:.1f} % | {facts} | {blank} |")
     lines += ["", "Most frequent confusions (true answer → given answer):", ""]
     for group in rows:

@@ -27,6 +27,7 @@ from opsin.demo.scenes import (
     make_shape,
     sample_color,
     sample_scene,
+    shade_for,
 )
 
 SPELLED = "\x00"
@@ -811,7 +812,7 @@ def join(parts: Sequence[str]) -> str:
 
 
 def _text_phrase(scene: Scene, thing: Thing) -> str:
-    return f'the {scene.meta["text_kind"]} "{SPELLED}{thing.name}{SPELLED}"'
+    return f'the {scene.text_kind} "{SPELLED}{thing.name}{SPELLED}"'
 
 
 def _texts(scene: Scene) -> list[Thing]:
@@ -884,7 +885,7 @@ def _definite(scene: Scene, thing: Thing, rng: random.Random, *, hide_color: boo
     if thing.kind == "text":
         if len(_texts(scene)) > 1:
             return None
-        text_kind = scene.meta["text_kind"]
+        text_kind = scene.text_kind
         return "the text" if text_kind == "letters" or rng.random() < 0.5 else f"the {text_kind}"
     same_name = sum(t.name == thing.name for t in _solid(scene))
     if same_name == 1:
@@ -899,12 +900,14 @@ def _definite(scene: Scene, thing: Thing, rng: random.Random, *, hide_color: boo
     return rng.choice(options) if options else None
 
 
-def _pick(scene: Scene, rng: random.Random, things: list[Thing], **kwargs) -> tuple[Thing, str] | None:
-    """Choose a thing that words can single out, held-out combinations first in the test."""
+def _pick(
+    scene: Scene, rng: random.Random, things: list[Thing], *, hide_color: bool = False
+) -> tuple[Thing, str] | None:
+    """Choose a thing that words can single out, and such words."""
     things = list(things)
     rng.shuffle(things)
     for thing in things:
-        words = _definite(scene, thing, rng, **kwargs)
+        words = _definite(scene, thing, rng, hide_color=hide_color)
         if words:
             return thing, words
     return None
@@ -1039,7 +1042,7 @@ def ask_count(scene: Scene, rng: random.Random, split: Split) -> Question | None
     """Ask for a number of things, or of letters."""
     if scene.recipe == "text":
         texts = _texts(scene)
-        if len(texts) != 1 or scene.meta["text_kind"] != "word" or rng.random() < 0.5:
+        if len(texts) != 1 or scene.text_kind != "word" or rng.random() < 0.5:
             return None
         return Question("count", phrase(rng, split, "letters"), str(len(texts[0].name)))
     targets = _count_targets(scene, rng, split)
@@ -1257,7 +1260,7 @@ def ask_exist(scene: Scene, rng: random.Random, split: Split) -> Question | None
 def ask_absent(scene: Scene, rng: random.Random, split: Split) -> Question | None:
     """Ask about a thing that is not there, as if it were."""
     noun = _absent_noun(scene, rng)
-    if noun is None or scene.recipe == "text" or (rng.random() < 0.3 and scene.recipe != "blank"):
+    if noun is None or scene.recipe == "text":
         return None
     intent = "position"
     if noun in SHAPES and rng.random() < 0.6:
@@ -1270,7 +1273,7 @@ def ask_read(scene: Scene, rng: random.Random, split: Split) -> Question | None:
     texts = _texts(scene)
     if not texts:
         return None
-    text_kind = scene.meta["text_kind"]
+    text_kind = scene.text_kind
     kind = f"read {text_kind}"
     if len(texts) == 2:
         if rng.random() < 0.5 and text_kind == "word":
@@ -1427,10 +1430,11 @@ def _changed(scene: Scene, rng: random.Random, split: Split) -> Scene | None:
                 continue
             if split == "train" and is_held_out_combination(name, color):
                 continue
-            new = make_shape(rng, name, color, size, aspect, other.background)
-            if draw < 0.65:
+            if name == thing.name:
                 new = copy.copy(thing)
-                new.color, new.rgb = color, make_shape(rng, name, color, size, aspect, other.background).rgb
+                new.color, new.rgb = color, shade_for(rng, color, other.background)
+            else:
+                new = make_shape(rng, name, color, size, aspect, other.background)
             new.x = min(max(thing.x, new.w / 2), 1 - new.w / 2)
             new.y = min(max(thing.y, new.h / 2), 1 - new.h / 2)
             other.things[place] = new

@@ -16,7 +16,7 @@ import colorsys
 import io
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -28,6 +28,7 @@ from opsin.demo import pack
 RGB = tuple[int, int, int]
 Split = Literal["train", "test"]
 Kind = Literal["shape", "pictogram", "text"]
+TextKind = Literal["word", "number", "letters"]
 Recipe = Literal["shapes", "count", "single", "pictograms", "name", "mixed", "text", "blank"]
 
 COLORS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
@@ -67,6 +68,11 @@ CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 TRAINING_BACKGROUNDS = ("plain", "named", "gradient", "noise", "stripes", "grid", "blobs")
 HELD_OUT_BACKGROUNDS = ("dots", "checker", "radial")
+
+TEXT_KINDS: tuple[TextKind, ...] = ("word", "number", "letters")
+
+MOST_THINGS = 9
+"""Things in a scene, at most: the counts that training can teach."""
 
 MAX_SIDE = 768
 """Longest side in pixels that a scene may have."""
@@ -145,8 +151,8 @@ class Scene:
     noise: float = 0.0
     """Standard deviation in grey levels."""
     seed: int = 0
-    meta: dict[str, str] = field(default_factory=dict)
-    """Text scenes: ``text_kind`` is word, number or letters."""
+    text_kind: TextKind | None = None
+    """What the print is, where there is any."""
 
 
 def random_rgb(rng: random.Random, color: str) -> RGB:
@@ -273,7 +279,7 @@ def make_shape(rng: random.Random, name: str, color: str, size: float, aspect: f
     if name == "triangle" and rng.random() < 0.15:
         angle += rng.uniform(-180, 180)
     width_px, height_px = (size, size / stretch) if stretch >= 1 else (size * stretch, size)
-    spin = math.radians(abs(angle)) if name not in ("circle",) else 0.0
+    spin = 0.0 if name == "circle" else math.radians(abs(angle))
     grow = 1 + 0.35 * min(abs(math.sin(spin)), 0.5)
     # ``size`` is in units of the shorter side of the picture.
     short_w, short_h = (1 / aspect, 1.0) if aspect >= 1 else (1.0, aspect)
@@ -323,7 +329,7 @@ def _random_letters(rng: random.Random) -> str:
     return "".join(rng.choice(alphabet) for _ in range(rng.randint(3, 7)))
 
 
-def sample_text(rng: random.Random, split: Split, text_kind: str) -> str:
+def sample_text(rng: random.Random, split: Split, text_kind: TextKind) -> str:
     """Draw a word, a number of 1 to 5 digits, or 3 to 7 random letters, from this side of the split."""
     held_out = split == "test"
     if text_kind == "number":
@@ -378,13 +384,163 @@ RECIPES: tuple[Recipe, ...] = ("shapes", "count", "single", "pictograms", "name"
 RECIPE_WEIGHTS = (24, 12, 6, 17, 14, 9, 22, 1)
 
 
+@dataclass(slots=True, kw_only=True)
+class _Sampler:
+    """Draws the things of one scene; one method per recipe."""
+
+    rng: random.Random
+    split: Split
+    aspect: float
+    """Width over height of the picture."""
+    background: Background
+    styles: tuple[str, ...]
+    only: str | None
+    text_kind: TextKind | None
+    """What print to draw; afterwards, what was drawn."""
+
+    def shape_pairs(self, count: int) -> list[tuple[str, str]]:
+        """Draw shapes and colours; the test's first pair is one that training never shows."""
+        pairs: list[tuple[str, str]] = []
+        for _ in range(20 * count):
+            if len(pairs) == count:
+                break
+            color = sample_color(self.rng, self.background)
+            if color is None:
+                continue
+            shape = self.rng.choice(SHAPES)
+            held_out = is_held_out_combination(shape, color)
+            if held_out == (self.split == "test") or (self.split == "test" and pairs):
+                pairs.append((shape, color))
+        return pairs
+
+    def pictogram_set(self, count: int) -> list[pack.Pictogram]:
+        """Draw different pictograms; the test's first two are a pair that training never shows."""
+        things = list(pack.pictograms().things)
+        chosen: list[pack.Pictogram] = []
+        while len(chosen) < count:
+            pool = things
+            if chosen and self.rng.random() < 0.25:
+                # Company of the same category makes naming it harder.
+                pool = [thing for thing in things if thing.category == chosen[0].category]
+            thing = self.rng.choice(pool)
+            if any(thing.index == other.index for other in chosen):
+                continue
+            clash = any(is_held_out_pair(thing.index, other.index) for other in chosen)
+            if self.split == "train" and clash:
+                continue
+            if self.split == "test" and len(chosen) == 1 and not clash:
+                thing = self.rng.choice([other for other in things if is_held_out_pair(chosen[0].index, other.index)])
+            chosen.append(thing)
+        return chosen
+
+    def shape(self, name: str, color: str, size: float) -> Thing:
+        """Make a shape of this scene."""
+        return make_shape(self.rng, name, color, size, self.aspect, self.background)
+
+    def shapes(self) -> list[Thing]:
+        """Draw two to six shapes."""
+        count = self.rng.choice((2, 2, 3, 3, 4, 5, 6))
+        largest = {2: 0.42, 3: 0.36, 4: 0.31, 5: 0.28, 6: 0.26}[count]
+        things = [self.shape(shape, color, self.rng.uniform(0.13, largest)) for shape, color in self.shape_pairs(count)]
+        return _place(self.rng, sorted(things, key=lambda thing: -thing.area))
+
+    def count(self) -> list[Thing]:
+        """Draw up to nine shapes of few kinds."""
+        kinds = self.shape_pairs(self.rng.choice((1, 2, 2, 3)))
+        if self.rng.random() < 0.4 and len(kinds) > 1:
+            # One shape in several colours, or one colour in several shapes, so that both words matter.
+            shape, color = kinds[0]
+            extra = self.rng.choice([(shape, kinds[1][1]), (kinds[1][0], color)])
+            if self.split == "test" or not is_held_out_combination(*extra):
+                kinds[1] = extra
+        total = self.rng.randint(2, MOST_THINGS)
+        size = self.rng.uniform(0.11, min(0.3, 0.72 / math.sqrt(total)))
+        things = []
+        for number in range(total if kinds else 0):
+            shape, color = kinds[number] if number < len(kinds) else self.rng.choice(kinds)
+            scale = size * (1 if self.rng.random() < 0.5 else self.rng.uniform(0.85, 1.25))
+            things.append(self.shape(shape, color, max(0.1, scale)))
+        return _place(self.rng, things)
+
+    def single(self) -> list[Thing]:
+        """Draw one shape."""
+        things = [self.shape(shape, color, self.rng.uniform(0.25, 0.88)) for shape, color in self.shape_pairs(1)]
+        return _place(self.rng, things)
+
+    def name(self) -> list[Thing]:
+        """Draw one pictogram."""
+        thing = self.rng.choice([thing for thing in pack.pictograms().things if self.only in (None, thing.name)])
+        large = self.rng.random() < 0.7
+        size = self.rng.uniform(0.4, 0.97) if large else self.rng.uniform(0.22, 0.45)
+        return _place(self.rng, [make_pictogram(self.rng, thing, size, self.aspect, self.styles)])
+
+    def pictograms(self) -> list[Thing]:
+        """Draw two to six different pictograms, some of them several times."""
+        count = self.rng.choice((2, 2, 3, 3, 4, 5, 6))
+        chosen = self.pictogram_set(count)
+        largest = {2: 0.46, 3: 0.4, 4: 0.36, 5: 0.32, 6: 0.3}[count]
+        styles = (self.rng.choice(self.styles),) if self.rng.random() < 0.6 else self.styles
+        same_size = self.rng.uniform(0.2, largest) if self.rng.random() < 0.4 else 0.0
+        things = []
+        for thing in chosen:
+            repeats = self.rng.choice((2, 3, 4)) if count <= 3 and thing.countable and self.rng.random() < 0.25 else 1
+            for _ in range(repeats):
+                size = same_size or self.rng.uniform(0.2, largest)
+                size = min(size, 0.28) if repeats > 1 else size
+                things.append(make_pictogram(self.rng, thing, size, self.aspect, styles))
+        return _place(self.rng, sorted(things, key=lambda thing: -thing.area), gap=0.01)
+
+    def mixed(self) -> list[Thing]:
+        """Draw shapes, pictograms and, one time in three, a word or a number."""
+        things = [
+            self.shape(shape, color, self.rng.uniform(0.14, 0.3))
+            for shape, color in self.shape_pairs(self.rng.choice((1, 2, 2, 3)))
+        ]
+        for thing in self.pictogram_set(self.rng.choice((1, 1, 2))):
+            size = self.rng.uniform(0.22, 0.36)
+            things.append(make_pictogram(self.rng, thing, size, self.aspect, self.styles))
+        if self.rng.random() < 0.35:
+            self.text_kind = self.text_kind or self.rng.choice(("word", "number"))
+            text = sample_text(self.rng, self.split, self.text_kind)[:6]
+            if self.text_kind == "word" and pack.is_held_out_text(text) != (self.split == "test"):
+                # Cut short, the word fell on the other side of the split.
+                self.text_kind = "number"
+                text = sample_text(self.rng, self.split, "number")
+            room = (0.62, 0.22)
+            things.insert(0, make_text(self.rng, text, self.split, self.aspect, self.background, room))
+        return _place(self.rng, things)
+
+    def text(self) -> list[Thing]:
+        """Draw one or two lines of print."""
+        self.text_kind = self.text_kind or self.rng.choices(TEXT_KINDS, (45, 25, 30))[0]
+        lines = 2 if self.rng.random() < (0.2 if self.text_kind == "word" else 0.08) else 1
+        room = (0.96, 0.7) if lines == 1 else (0.94, 0.36)
+        things = []
+        for line in range(lines):
+            text = sample_text(self.rng, self.split, self.text_kind)
+            thing = make_text(self.rng, text, self.split, self.aspect, self.background, room)
+            if lines == 2:
+                thing.angle = 0.0
+            half = thing.w / 2
+            thing.x = self.rng.uniform(half + 0.01, max(half + 0.011, 0.99 - half))
+            middle, reach = (0.5, 0.48) if lines == 1 else (0.27 + 0.46 * line, 0.22)
+            slack = max(0.0, reach - thing.h / 2)
+            thing.y = middle + self.rng.uniform(-slack, slack)
+            things.append(thing)
+        return things
+
+    def blank(self) -> list[Thing]:
+        """Draw nothing."""
+        return []
+
+
 def sample_scene(
     rng: random.Random,
     split: Split,
     recipe: Recipe | None = None,
     *,
     styles: tuple[str, ...] | None = None,
-    text_kind: str | None = None,
+    text_kind: TextKind | None = None,
     only: str | None = None,
     weights: tuple[float, ...] = RECIPE_WEIGHTS,
 ) -> Scene:
@@ -395,7 +551,7 @@ def sample_scene(
         split: "test" uses what training never draws, in every scene that can hold it.
         recipe: the family of scene; None draws one.
         styles: icon sets to draw from; None takes the training ones.
-        text_kind: word, number or letters for text scenes; None draws one.
+        text_kind: the print of text scenes; None draws one.
         only: for the recipe "name", the pictogram to show; None draws one.
         weights: how often each of ``RECIPES`` is drawn.
     """
@@ -405,140 +561,29 @@ def sample_scene(
         aspect = math.exp(rng.uniform(math.log(0.8), math.log(2.2)))
     side = rng.choices((rng.uniform(80, 128), rng.uniform(128, 224), rng.uniform(224, 384)), (20, 55, 25))[0]
     width, height = round(side * math.sqrt(aspect)), round(side / math.sqrt(aspect))
-    aspect = width / height
-    background = sample_background(rng, split, plain=recipe == "text")
-    styles = styles or pack.pictograms().training_styles
-    meta: dict[str, str] = {}
-
-    def shape_pairs(count: int) -> list[tuple[str, str]]:
-        """Draw shapes and colours; the test's first pair is one that training never shows."""
-        pairs: list[tuple[str, str]] = []
-        for _ in range(20 * count):
-            if len(pairs) == count:
-                break
-            color = sample_color(rng, background)
-            if color is None:
-                continue
-            shape = rng.choice(SHAPES)
-            held_out = is_held_out_combination(shape, color)
-            if held_out == (split == "test") or (split == "test" and pairs):
-                pairs.append((shape, color))
-        return pairs
-
-    def pictogram_set(count: int) -> list[pack.Pictogram]:
-        """Draw different pictograms; the test's first two are a pair that training never shows."""
-        things = pack.pictograms().things
-        chosen: list[pack.Pictogram] = []
-        while len(chosen) < count:
-            if chosen and rng.random() < 0.25:
-                # Company of the same category makes naming it harder.
-                pool = [thing for thing in things if thing.category == chosen[0].category]
-            else:
-                pool = things  # type: ignore[assignment]
-            thing = rng.choice(pool)
-            if any(thing.index == other.index for other in chosen):
-                continue
-            clash = any(is_held_out_pair(thing.index, other.index) for other in chosen)
-            if split == "train" and clash:
-                continue
-            if split == "test" and len(chosen) == 1 and not clash:
-                thing = rng.choice([other for other in things if is_held_out_pair(chosen[0].index, other.index)])
-            chosen.append(thing)
-        return chosen
-
-    things: list[Thing] = []
-    if recipe == "shapes":
-        count = rng.choice((2, 2, 3, 3, 4, 5, 6))
-        largest = {2: 0.42, 3: 0.36, 4: 0.31, 5: 0.28, 6: 0.26}[count]
-        things = [
-            make_shape(rng, shape, color, rng.uniform(0.13, largest), aspect, background)
-            for shape, color in shape_pairs(count)
-        ]
-        things = _place(rng, sorted(things, key=lambda thing: -thing.area))
-    elif recipe == "count":
-        kinds = shape_pairs(rng.choice((1, 2, 2, 3)))
-        if rng.random() < 0.4 and len(kinds) > 1:
-            # One shape in several colours, or one colour in several shapes, so that both words matter.
-            shape, color = kinds[0]
-            candidates = [(shape, kinds[1][1]), (kinds[1][0], color)]
-            extra = rng.choice(candidates)
-            if split == "test" or not is_held_out_combination(*extra):
-                kinds[1] = extra
-        total = rng.randint(2, 9)
-        size = rng.uniform(0.11, min(0.3, 0.72 / math.sqrt(total)))
-        for number in range(total):
-            if kinds:
-                shape, color = kinds[number] if number < len(kinds) else rng.choice(kinds)
-                scale = size * (1 if rng.random() < 0.5 else rng.uniform(0.85, 1.25))
-                things.append(make_shape(rng, shape, color, max(0.1, scale), aspect, background))
-        things = _place(rng, things)
-    elif recipe == "single":
-        things = [
-            make_shape(rng, shape, color, rng.uniform(0.25, 0.88), aspect, background)
-            for shape, color in shape_pairs(1)
-        ]
-        things = _place(rng, things)
-    elif recipe == "name":
-        thing = rng.choice([thing for thing in pack.pictograms().things if only in (None, thing.name)])
-        size = rng.uniform(0.4, 0.97) if rng.random() < 0.7 else rng.uniform(0.22, 0.45)
-        things = _place(rng, [make_pictogram(rng, thing, size, aspect, styles)])
-    elif recipe == "pictograms":
-        count = rng.choice((2, 2, 3, 3, 4, 5, 6))
-        chosen = pictogram_set(count)
-        largest = {2: 0.46, 3: 0.4, 4: 0.36, 5: 0.32, 6: 0.3}[count]
-        one_style = (rng.choice(styles),) if rng.random() < 0.6 else styles
-        same_size = rng.uniform(0.2, largest) if rng.random() < 0.4 else 0.0
-        for thing in chosen:
-            repeats = rng.choice((2, 3, 4)) if count <= 3 and thing.countable and rng.random() < 0.25 else 1
-            for _ in range(repeats):
-                size = same_size or rng.uniform(0.2, largest)
-                size = min(size, 0.28) if repeats > 1 else size
-                things.append(make_pictogram(rng, thing, size, aspect, one_style))
-        things = _place(rng, sorted(things, key=lambda thing: -thing.area), gap=0.01)
-    elif recipe == "mixed":
-        for shape, color in shape_pairs(rng.choice((1, 2, 2, 3))):
-            things.append(make_shape(rng, shape, color, rng.uniform(0.14, 0.3), aspect, background))
-        for thing in pictogram_set(rng.choice((1, 1, 2))):
-            things.append(make_pictogram(rng, thing, rng.uniform(0.22, 0.36), aspect, styles))
-        if rng.random() < 0.35:
-            meta["text_kind"] = text_kind or rng.choice(("word", "number"))
-            text = sample_text(rng, split, meta["text_kind"])[:6]
-            if meta["text_kind"] == "word" and pack.is_held_out_text(text) != (split == "test"):
-                text = sample_text(rng, split, "number")
-                meta["text_kind"] = "number"
-            things.insert(0, make_text(rng, text, split, aspect, background, (0.62, 0.22)))
-        things = _place(rng, things)
-        if not any(thing.kind == "text" for thing in things):
-            meta.clear()
-    elif recipe == "text":
-        meta["text_kind"] = text_kind or rng.choices(("word", "number", "letters"), (45, 25, 30))[0]
-        lines = 2 if rng.random() < (0.2 if meta["text_kind"] == "word" else 0.08) else 1
-        room = (0.96, 0.7) if lines == 1 else (0.94, 0.36)
-        for line in range(lines):
-            text = sample_text(rng, split, meta["text_kind"])
-            thing = make_text(rng, text, split, aspect, background, room)
-            if lines == 2:
-                thing.angle = 0.0
-            thing.x = rng.uniform(thing.w / 2 + 0.01, max(thing.w / 2 + 0.011, 0.99 - thing.w / 2))
-            middle, reach = (0.5, 0.48) if lines == 1 else (0.27 + 0.46 * line, 0.22)
-            slack = max(0.0, reach - thing.h / 2)
-            thing.y = middle + rng.uniform(-slack, slack)
-            things.append(thing)
-    if split == "train":
-        # Placement may only drop things, so nothing held out can have come in.
-        things = things[:9]
-    rng_jpeg = rng.random()
+    sampler = _Sampler(
+        rng=rng,
+        split=split,
+        aspect=width / height,
+        background=sample_background(rng, split, plain=recipe == "text"),
+        styles=styles or pack.pictograms().training_styles,
+        only=only,
+        text_kind=text_kind,
+    )
+    things: list[Thing] = getattr(sampler, recipe)()[:MOST_THINGS]
+    has_text = any(thing.kind == "text" for thing in things)
+    compressed = rng.random() >= 0.6
     return Scene(
         things=things,
-        background=background,
+        background=sampler.background,
         width=width,
         height=height,
         recipe=recipe,
         smooth=rng.random() < 0.6,
-        jpeg_quality=0 if rng_jpeg < 0.6 else rng.randint(35, 92),
+        jpeg_quality=rng.randint(35, 92) if compressed else 0,
         noise=0.0 if rng.random() < 0.6 else rng.uniform(2, 14),
         seed=rng.getrandbits(31),
-        meta=meta,
+        text_kind=sampler.text_kind if has_text else None,
     )
 
 
