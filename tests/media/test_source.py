@@ -7,7 +7,9 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +263,17 @@ def test_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     assert code_of(path) == "invalid_image_url"
+
+
+def test_lazily_opened_picture_can_be_opened_from_many_threads_at_once(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8))
+    picture.save(tmp_path / "shared.png")
+    with ThreadPoolExecutor(8) as threads, Image.open(tmp_path / "shared.png") as lazy:
+        together = threading.Barrier(8)
+
+        def open_it(_: int) -> bytes:
+            together.wait()
+            return open_picture(lazy, CONFIG).digest
+
+        digests = set(threads.map(open_it, range(8)))
+    assert digests == {open_picture(picture, CONFIG).digest}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import threading
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,10 @@ from opsin.config import MediaConfig
 from opsin.errors import MediaError
 from opsin.media.decode import AlphaMode, check_size, decode_rgb, to_rgb
 from opsin.media.sniff import ImageHeader, check_num_bytes, check_num_pixels, read_header
+
+
+_LOADING = threading.Lock()
+"""Pillow reads a lazily opened file without a lock, and several requests may show one and the same ``Image``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,8 @@ def open_encoded(data: bytes, config: MediaConfig) -> EncodedPicture:
 def _open_pillow(image: Image.Image, config: MediaConfig) -> PixelPicture:
     check_num_pixels(*image.size, config.max_image_pixels)
     try:
-        image.load()
+        with _LOADING:
+            image.load()
     except Exception:  # a lazily opened file: decoders raise anything at all, and their texts may hold addresses
         message = "The PIL.Image cannot be loaded: its file is corrupt or closed."
         raise MediaError(message, code="image_parse_error") from None
