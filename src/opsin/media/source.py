@@ -21,7 +21,6 @@ from opsin.errors import MediaError
 from opsin.media.decode import AlphaMode, check_size, decode_rgb, to_rgb
 from opsin.media.sniff import ImageHeader, check_num_bytes, check_num_pixels, read_header
 
-
 _LOADING = threading.Lock()
 """Pillow reads a lazily opened file without a lock, and several requests may show one and the same ``Image``."""
 
