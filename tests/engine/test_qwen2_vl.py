@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from opsin import LLM, BeamSearchParams, MediaError, RequestError, SamplingParams
+from opsin.engine.build import _CPU_MEASURED_SIDE, fill_budget
 from opsin.media.ops import make_tiles
+from opsin.models.qwen2_vl.rule import Qwen2VLRule
 from tests.engine.conftest import assert_idle, hf_model, picture
 from tests.factories.qwen2_vl import IMAGE, Qwen2VLShape, hf_inputs, write_qwen2_vl
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
-def asked(*sizes: tuple[int, int], text: str = "What is this?") -> dict[str, Any]:
-    """A prompt about one picture per size."""
+def asked(*sizes: tuple[int, int], text: str = "What is this?") -> Any:
+    """A prompt about one picture per size. Any, since tests also take it apart."""
     images = [picture(width * height + i, width, height) for i, (width, height) in enumerate(sizes)]
     return {"prompt": f"USER: {IMAGE * len(sizes)}\n{text} ASSISTANT:", "multi_modal_data": {"image": images}}
 
@@ -150,27 +152,27 @@ def test_qwen2_vl_embeddings_with_grids_equal_the_pictures(llm: LLM, expected: l
     grids = torch.tensor([layout.numbers for layout in layouts])
     parts = list(features.split([layout.num_features for layout in layouts]))
     for given in (features, parts):
-        data = {"image": {"image_embeds": given, "image_grid_thw": grids}}
-        assert ids(llm.generate({**PROMPTS[1], "multi_modal_data": data}, GREEDY, use_tqdm=False))[0] == expected[1]
+        prompt = PROMPTS[1] | {"multi_modal_data": {"image": {"image_embeds": given, "image_grid_thw": grids}}}
+        assert ids(llm.generate(prompt, GREEDY, use_tqdm=False))[0] == expected[1]
     with pytest.raises(RequestError, match="image_grid_thw"):
-        llm.generate({**PROMPTS[1], "multi_modal_data": {"image": parts}}, GREEDY, use_tqdm=False)
+        llm.generate(PROMPTS[1] | {"multi_modal_data": {"image": parts}}, GREEDY, use_tqdm=False)
 
 
 def test_qwen2_vl_expanded_token_ids_equal_the_text(llm: LLM, expected: list[list[int]], qwen: Path):
     token_ids = hf_prompt(qwen, PROMPTS[1])["input_ids"][0].tolist()
-    prompt = {"prompt_token_ids": token_ids, "multi_modal_data": PROMPTS[1]["multi_modal_data"]}
-    (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
+    prompt: Any = {"prompt_token_ids": token_ids, "multi_modal_data": PROMPTS[1]["multi_modal_data"]}
+    (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
     assert output.outputs[0].token_ids == expected[1]
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"])
 def test_qwen2_vl_chat_puts_tags_around_the_picture(llm: LLM, template: str | None):
     """Also under a template that takes content as text, and never around what users type."""
-    content = [
+    content: Any = [
         {"type": "image_pil", "image_pil": picture(1, 64, 32)},
         {"type": "text", "text": "Is <|image_pad|> a word?"},
     ]
-    (output,) = llm.chat([{"role": "user", "content": content}], GREEDY, chat_template=template, use_tqdm=False)  # type: ignore[arg-type]
+    (output,) = llm.chat([{"role": "user", "content": content}], GREEDY, chat_template=template, use_tqdm=False)
     tokenizer: Any = llm._front.inputs.tokenizer
     start, pad, end = (
         tokenizer.convert_tokens_to_ids(token) for token in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
@@ -184,19 +186,26 @@ def test_qwen2_vl_chat_puts_tags_around_the_picture(llm: LLM, template: str | No
 def test_qwen2_vl_options_per_request_change_the_picture_s_tokens(llm: LLM):
     prompt = asked((320, 320))
     most = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
-    few = llm.generate({**prompt, "mm_processor_kwargs": {"max_pixels": 4 * 16 * 16}}, GREEDY, use_tqdm=False)[0]  # type: ignore[arg-type]
+    few = llm.generate(prompt | {"mm_processor_kwargs": {"max_pixels": 4 * 16 * 16}}, GREEDY, use_tqdm=False)[0]
     assert len(most.prompt_token_ids) - len(few.prompt_token_ids) == 36 - 4
 
 
 def test_qwen2_vl_bad_pictures_fail_alone(llm: LLM, expected: list[list[int]]):
-    video = {"prompt": "x", "multi_modal_data": {"video": [picture(1)]}}
-    results = llm.generate(
-        [asked((900, 3)), PROMPTS[0], video],  # type: ignore[list-item]
-        GREEDY,
-        use_tqdm=False,
-        return_exceptions=True,
-    )
+    video: Any = {"prompt": "x", "multi_modal_data": {"video": [picture(1)]}}
+    results = llm.generate([asked((900, 3)), PROMPTS[0], video], GREEDY, use_tqdm=False, return_exceptions=True)
     assert isinstance(results[0], MediaError)
     assert "200 times" in str(results[0])
     assert isinstance(results[2], RequestError)
     assert ids([results[1]]) == [expected[0]]
+
+
+def test_fill_budget_measures_what_a_cpu_can_run_in_time():
+    """Of 1024 x 1024 pixels a checkpoint of the hub would make 5,476 patches, of which a CPU takes minutes."""
+
+    class Tokenizer:
+        def convert_tokens_to_ids(self, token: str) -> int:
+            return 7
+
+    rule = Qwen2VLRule.from_hf({"image_token_id": 7}, {"min_pixels": 3136, "max_pixels": 12845056}, Tokenizer())
+    assert [layout.num_patches for layout in fill_budget(rule, 4096, _CPU_MEASURED_SIDE, {})] == [1024] * 4
+    assert [layout.num_patches for layout in fill_budget(rule, 500, _CPU_MEASURED_SIDE, {})] == [1024]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from opsin.types import MediaLayout
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
-_TYPICAL_SIDE = 1024  # pixels; the picture that stands for all when a step is measured
+_GPU_MEASURED_SIDE = 1024  # pixels; the picture that stands for all when a step is measured
+_CPU_MEASURED_SIDE = 448  # at its own resolution, a larger one can take a CPU minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ def build_front(config: EngineConfig, wake: threading.Event) -> Front:
         dtype=dtype,
     )
     feature_bytes = int(config.cache.vision_cache_gb * _GIB)
+    measured_side = _GPU_MEASURED_SIDE if device.type == "cuda" else _CPU_MEASURED_SIDE
     memory = plan_memory(
         runner,
         max_num_tokens=budgets.max_num_batched_tokens,
@@ -109,7 +111,7 @@ def build_front(config: EngineConfig, wake: threading.Event) -> Front:
         max_model_len=max_model_len,
         feature_bytes=feature_bytes,
         utilization=config.cache.gpu_memory_utilization,
-        layouts=_fill_budget(rule, budgets.max_num_batched_patches, config.media.mm_processor_kwargs),
+        layouts=fill_budget(rule, budgets.max_num_batched_patches, measured_side, config.media.mm_processor_kwargs),
         kv_bytes=config.cache.kv_cache_memory_bytes,
         num_blocks=config.cache.num_gpu_blocks_override,
     )
@@ -188,9 +190,9 @@ def _tokenizer_folder(config: ModelConfig, files: ModelFiles) -> Path:
     return find_model(config.tokenizer, weights=False).folder
 
 
-def _fill_budget(rule: MediaRule, max_patches: int, options: Any) -> Sequence[MediaLayout]:
-    """As many pictures of a typical size as one step may encode."""
+def fill_budget(rule: MediaRule, max_patches: int, side: int, options: Mapping[str, Any]) -> Sequence[MediaLayout]:
+    """As many square pictures of ``side`` pixels as one step may encode; one where even that exceeds the budget."""
     if rule.max_items("image") == 0:
         return []
-    layout = rule.layout("image", _TYPICAL_SIDE, _TYPICAL_SIDE, 1, options)
+    layout = rule.layout("image", side, side, 1, options)
     return [layout] * max(1, max_patches // layout.num_patches)
