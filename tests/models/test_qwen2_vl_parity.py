@@ -11,21 +11,25 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from opsin.config import MediaConfig
 from opsin.errors import UnsupportedModelError, WeightError
+from opsin.kernels import select
+from opsin.layers import Placement
 from opsin.media.ops import make_tiles
 from opsin.media.source import open_picture
 from opsin.models.hub import find_model
 from opsin.models.qwen2_vl.model import Qwen2VLModel
-from opsin.models.rule import Positions
+from opsin.models.rule import PixelNorm, Positions
 from opsin.models.towers.qwen_vit import pack
+from opsin.models.weights import _slots
 from opsin.types import MediaItem
 from tests.factories.qwen2_vl import IMAGE, Qwen2VLShape, hf_inputs
 from tests.models.driver import Driver, Oracle, Piece, Row
 
 TOLERANCE = 1e-4
+NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 PROMPT = f"USER: {IMAGE}\nWhat is in the picture, and {IMAGE} in this one? ASSISTANT:"
 SIZES = [(90, 70), (200, 33)]  # width, height; the second is shrunk
 
@@ -241,6 +245,7 @@ def test_qwen2_vl_config_with_text_keys_twice_is_taken_while_they_agree(qwen_che
     folder = qwen_checkpoint(Qwen2VLShape())
     text = find_model(str(folder)).config["text_config"]
     assert Driver(folder, overrides={"hidden_size": text["hidden_size"]}).model.spec.hidden_size == 64
+    Driver(folder, overrides={"text_config": {"image_token_id": 5, "vision_end_token_id": 4}})
     with pytest.raises(UnsupportedModelError, match=r"config\.json\.hidden_size"):
         Driver(folder, overrides={"hidden_size": 32})
 
@@ -258,6 +263,21 @@ def test_pack_with_windows_keeps_pictures_apart():
     assert packing.order_M.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert packing.window_lens == (8, 8, 4, 8)
     assert sorted(pack([(12, 20)], 2, 4).order_M.tolist()) == list(range(60))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("version", ["2", "2.5"])
+def test_qwen2_vl_encode_reads_nothing_back_from_the_device(qwen_checkpoint, version):
+    """The meta device holds no values, so code that waits for one fails on it."""
+    files = find_model(str(qwen_checkpoint(Qwen2VLShape(version=version))))
+    device = torch.device("meta")
+    place = Placement(select(torch.device("cpu"), "reference"), device, torch.float32)
+    model = Qwen2VLModel.from_hf(files.config, place=place, norm=NORM)
+    model.tower.patch_embed.pack()
+    sizes = [(48, 96), (64, 32)]
+    tiles = [[torch.empty(height, width, 3, dtype=torch.uint8, device=device)] for height, width in sizes]
+    assert model.encode(tiles, []).shape == (18 + 8, 64)
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.empty(1, device=device).item()
 
 
 # ------------------------------------------------------------------------------------------- mistakes show
@@ -327,9 +347,6 @@ def test_qwen2_5_vl_windows_matter(qwen_checkpoint):
 
 def test_qwen2_vl_dummy_and_meta_models_have_the_checkpoint_s_parameters(qwen_checkpoint: Any):
     """``opsin models show`` counts on the meta device."""
-    from opsin.kernels import select
-    from opsin.layers import Placement
-
     folder: Path = qwen_checkpoint(Qwen2VLShape())
     files = find_model(str(folder))
     driver = Driver(folder)
@@ -337,3 +354,100 @@ def test_qwen2_vl_dummy_and_meta_models_have_the_checkpoint_s_parameters(qwen_ch
     model = Qwen2VLModel.from_hf(files.config, place=place, norm=driver.rule.norm)
     saved = load_file(folder / "model.safetensors")
     assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in saved.values())
+
+
+# Their config.json on the hub, in the spelling of the transformers that wrote them.
+_TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_token_id": 151654}
+_TOKENS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+_TEXT = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+HUB_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2-vl-2b": {
+        **_TEXT,
+        **_TOKENS,
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 28,
+        "sliding_window": 32768,
+        "vision_config": {
+            "depth": 32,
+            "embed_dim": 1280,
+            "mlp_ratio": 4,
+            "num_heads": 16,
+            "in_chans": 3,
+            "hidden_size": 1536,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+        },
+    },
+    "qwen2.5-vl-3b": {
+        **_TEXT,
+        **_TOKENS,
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 70,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "sliding_window": 32768,
+        "vision_config": {
+            "depth": 32,
+            "hidden_act": "silu",
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": 2048,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_qwen2_vl_hub_config_gives_transformers_tensors(name):
+    """Every tensor of the real size finds its place, with its shape; nothing is allocated."""
+    config = HUB_CONFIGS[name]
+    device = torch.device("meta")
+    place = Placement(select(torch.device("cpu"), "reference"), device, torch.bfloat16)
+    model = Qwen2VLModel.from_hf(config, place=place, norm=NORM)
+    with device:
+        theirs = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+    table = model.weight_table()
+    ours = {key: slot.shape for key, slot in _slots(model).items()}
+    tensors = {table.rename(key): tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
+    assert {key: ours.get(key) for key in tensors if not table.is_unused(key)} == {
+        key: shape for key, shape in tensors.items() if not table.is_unused(key)
+    }
+    assert model.spec.num_position_axes == 3
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters())
