@@ -11,13 +11,17 @@ concrete numbers (``opsin.engine.build``); nothing is ever written back.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
+
+import msgspec
 
 from opsin.errors import ConfigError
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 
 
 def setting(default: Any, help: str, *, factory: Callable[[], Any] | None = None) -> Any:
@@ -30,6 +34,16 @@ def setting(default: Any, help: str, *, factory: Callable[[], Any] | None = None
 def _require(ok: bool, name: str, got: object, expected: str) -> None:
     if not ok:
         raise ConfigError(f"{name} is {got!r}; it must be {expected}.")
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as a setting's type has it: a list for a tuple and a path for a string will do, "4" for 4 will not."""
+    try:
+        return msgspec.convert(str(value) if isinstance(value, Path) else value, kind)
+    except msgspec.ValidationError as error:
+        if typing.get_origin(kind) is Literal:
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(typing.get_args(kind))}.") from None
+        raise ConfigError(f"{name} is {value!r}: {str(error)[0].lower()}{str(error)[1:]}.") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +188,8 @@ class EngineConfig:
             owner = group.default_factory  # each group's default factory is its class
             names = {field.name for field in dataclasses.fields(owner)}  # type: ignore[arg-type]
             known |= names
-            groups[group.name] = owner(**{k: v for k, v in settings.items() if k in names})  # type: ignore[misc]
+            kinds = typing.get_type_hints(owner)
+            groups[group.name] = owner(**{k: _typed(k, v, kinds[k]) for k, v in settings.items() if k in names})  # type: ignore[misc]
         unknown = sorted(set(settings) - known)
         if unknown:
             raise ConfigError(f"Unknown setting{'s' * (len(unknown) > 1)}: {', '.join(unknown)}. See --help.")

@@ -83,3 +83,28 @@ def test_limit_mm_per_prompt_refuses_more(make_llm: Callable[..., LLM]):
     llm = make_llm(limit_mm_per_prompt={"image": 1})
     with pytest.raises(ValueError, match=r"At most 1 image\(s\) may be provided in one prompt"):
         llm.generate(asked(1, 2), use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_num_seqs": "4"}, "max_num_seqs is '4': expected `int | null`, got `str`."),
+        ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization is '0.5': expected `float`, got `str`."),
+        ({"scheduling_policy": "lifo"}, "scheduling_policy is 'lifo'; it must be one of fcfs, priority."),
+        ({"image_alpha": "black"}, "image_alpha is 'black'; it must be one of white, drop."),
+        ({"load_format": "pt"}, "load_format is 'pt'; it must be one of auto, safetensors, dummy."),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of auto, float32, bfloat16, float16, float, half."),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_setting_of_another_type_is_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.from_flat(settings)
+    assert str(caught.value) == message
+
+
+def test_settings_take_paths_and_lists():
+    config = EngineConfig.from_flat(
+        {"model": Path("folder"), "allowed_media_domains": ["a.example"], "max_num_seqs": 4}
+    )
+    assert (config.model.model, config.media.allowed_media_domains) == ("folder", ("a.example",))
