@@ -56,6 +56,7 @@ def read_embedding(
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     _check(array, 2, width, param)
+    array = array.astype(np.float16 if array.dtype == np.float16 else np.float32, copy=False)
     digest = hashlib.blake2b(digest_size=32, person=b"embedding")
     digest.update(f"{array.dtype.str} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array).data.cast("B"))
@@ -114,10 +115,17 @@ def _to_array(value: Any, param: str | None) -> npt.NDArray[Any]:
     if _is_tensor(value):
         if str(value.layout) != "torch.strided":
             raise MediaError(f"Features must be a dense tensor, got layout {value.layout}.", param=param)
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # NumPy has none; float32 holds every value of it
-            value = value.float()
-        return value.numpy()
+        try:
+            value = value.detach().cpu()
+            if str(value.dtype) == "torch.bfloat16":  # NumPy has none; float32 holds every value of it
+                value = value.float()
+            return value.numpy(force=True)
+        except (RuntimeError, TypeError):  # a meta tensor, a quantised one, an 8-bit dtype
+            raise MediaError(
+                f"Features of {value.dtype} on device {value.device.type!r} cannot be read; give a float32, float16 or "
+                "bfloat16 tensor.",
+                param=param,
+            ) from None
     if isinstance(value, np.ndarray):
         return value
     raise MediaError(f"Features must be a torch tensor or a NumPy array, got {type(value).__name__}.", param=param)
@@ -135,8 +143,8 @@ def _check(array: npt.NDArray[Any], ndim: int, width: int, param: str | None) ->
             "model's own vision tower and projector.",
             param=param,
         )
-    if not np.isfinite(array).all():
-        raise MediaError("Features hold values that are not finite (NaN or infinity).", param=param)
+    if not (np.abs(array) <= np.finfo(np.float32).max).all():  # false for NaN, too
+        raise MediaError("Features hold values that are not finite (NaN or infinity) in float32.", param=param)
 
 
 def _read_extras(
