@@ -100,6 +100,13 @@ def test_end_token_gives_no_stop_reason_but_another_one_does(processor: InputPro
         assert answer.token_ids[-1] == token
 
 
+def test_end_token_that_is_asked_for_as_a_stop_is_the_stop_reason(processor: InputProcessor) -> None:
+    stream = Stream(processor, "final", stop_token_ids=[2], ignore_eos=True)
+    (output,) = stream.feed([2], finish_reason="stop", stop_token_id=2).outputs
+    assert isinstance(output, RequestOutput)
+    assert output.outputs[0].stop_reason == 2
+
+
 def test_text_held_back_for_a_stop_string_appears_when_the_answer_ends(processor: InputProcessor) -> None:
     stream = Stream(processor, "delta", stop=["cats are there? Four"])
     deltas, _ = stream.run()

@@ -176,7 +176,8 @@ class _Answer:
             if self._detokenizer is not None and self._release(self._detokenizer.flush()):
                 return False  # it had ended anyway, but the stop string is the better reason
             self._end(update.finish_reason)
-            if ends_by_token and update.stop_token_id not in self._tokenizer.eos_token_ids:
+            ends_by_itself = not self._params.ignore_eos and update.stop_token_id in self._tokenizer.eos_token_ids
+            if ends_by_token and not ends_by_itself:
                 self.stop_reason = update.stop_token_id
         return False
 
