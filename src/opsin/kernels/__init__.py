@@ -7,6 +7,9 @@ operations only. Owns no state and knows no model.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+
 import torch
 
 from opsin.errors import ConfigError
@@ -15,15 +18,15 @@ from opsin.kernels.ops import Kernels
 
 __all__ = ["BACKENDS", "Kernels", "select"]
 
-BACKENDS = ("auto", "reference", "packed")
+BACKENDS = ("auto", "reference", "packed", "triton")
 
 
 def select(device: torch.device, name: str = "auto") -> Kernels:
     """Choose the kernels for a device.
 
     Args:
-        name: 'reference' is plain torch; 'packed' is that with oneDNN's blocked weights, for CPUs; 'auto' is the
-            fastest that the device has.
+        name: 'reference' is plain torch; 'packed' is that with oneDNN's blocked weights, for CPUs; 'triton' replaces
+            what it can on CUDA devices; 'auto' is the fastest that the device has.
 
     Raises:
         ConfigError: an unknown name, or a set that this device cannot run.
@@ -35,4 +38,9 @@ def select(device: torch.device, name: str = "auto") -> Kernels:
         raise ConfigError(f"kernels 'packed' needs a CPU with oneDNN; the device is {device}. Use 'auto'.")
     if name == "packed" or (name == "auto" and can_pack):
         return packed.KERNELS
+    can_compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if name == "triton" and not can_compile:
+        raise ConfigError(f"kernels 'triton' needs a CUDA device and the triton package; the device is {device}.")
+    if name == "triton" or (name == "auto" and can_compile):
+        return importlib.import_module("opsin.kernels.triton").KERNELS  # triton is absent on CPU-only machines
     return reference.KERNELS

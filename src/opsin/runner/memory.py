@@ -1,19 +1,21 @@
 """How much memory goes where: one step at full budgets is run and measured, the KV cache gets what is left.
 
-On a GPU the allocator's own peak is read. On a CPU a smaller step is run, because a full one could take minutes there;
-the growth of the process's resident memory is read and scaled up.
+On a GPU the allocator's own peak is read. On a CPU smaller steps are run, because a full one could take minutes there;
+their tensors are counted, and scaled up.
 """
 
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opsin.errors import ConfigError
 from opsin.params import SamplingParams
@@ -122,7 +124,9 @@ def _measure_gpu(
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(runner.device)
     torch.cuda.reset_peak_memory_stats(runner.device)
-    _run_full_step(runner, num_tokens, max_num_seqs, max_model_len, layouts)
+    num_rows = min(max_num_seqs, num_tokens)
+    length = max(1, min(num_tokens // num_rows, max_model_len - 1))
+    _run(runner, _tokens(runner, num_rows, length, emits=True), _pictures(runner, layouts))
     peak = torch.cuda.max_memory_allocated(runner.device) - before
     torch.cuda.empty_cache()
     return peak
@@ -131,40 +135,78 @@ def _measure_gpu(
 def _measure_cpu(
     runner: ModelRunner, num_tokens: int, max_num_seqs: int, max_model_len: int, layouts: Sequence[MediaLayout]
 ) -> int:
-    measured_tokens = min(num_tokens, _CPU_MEASURED_TOKENS)
-    count = max(1, _CPU_MEASURED_PATCHES // layouts[0].num_patches) if layouts else 0
-    measured_layouts = layouts[:count]
-    # The first step ever also pays for libraries that set themselves up.
-    _run_full_step(runner, min(num_tokens, 8), 1, max_model_len, layouts[:1])
-    before = _resident_bytes()
-    _reset_peak_resident()
-    _run_full_step(runner, measured_tokens, max_num_seqs, max_model_len, measured_layouts)
-    grown = max(0, _peak_resident_bytes() - before)
-    return int(grown * max(num_tokens / measured_tokens, len(layouts) / max(1, len(measured_layouts))))
+    """Tower, decoder and sampler by themselves, since what each takes grows with something else."""
+    measured_layouts = layouts[: max(1, _CPU_MEASURED_PATCHES // layouts[0].num_patches)] if layouts else ()
+    length = min(num_tokens, _CPU_MEASURED_TOKENS, max_model_len - 1)
+    peaks = [
+        _peak_of(runner, _tokens(runner, 1, length, emits=False), ()) * num_tokens // length,
+        _peak_of(runner, _tokens(runner, min(max_num_seqs, num_tokens), 1, emits=True), ()),
+    ]
+    if measured_layouts:
+        pictures = _pictures(runner, measured_layouts)
+        peaks.append(_peak_of(runner, _Tokens(), pictures) * len(layouts) // len(measured_layouts))
+    return max(peaks)
 
 
-def _run_full_step(
-    runner: ModelRunner, num_tokens: int, max_num_seqs: int, max_model_len: int, layouts: Sequence[MediaLayout]
-) -> None:
-    """The largest step of ``num_tokens``: as many rows as may be, all of them sampling with top-p, and pictures."""
-    num_rows = min(max_num_seqs, num_tokens)
-    length = max(1, min(num_tokens // num_rows, max_model_len - 1))
-    blocks_per_row = -(-length // runner.block_size)
-    runner.allocate_kv(num_rows * blocks_per_row + 1)
+def _peak_of(runner: ModelRunner, tokens: _Tokens, pictures: tuple[EncodeItem, ...]) -> int:
+    with _TensorMeter() as meter:
+        _run(runner, tokens, pictures)
+    return meter.peak_bytes
+
+
+class _TensorMeter(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is on, and how many there were at most at one time.
+
+    The process's resident memory would tell less: what an earlier, larger step has freed may still be resident.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
+                storage = leaf.untyped_storage()
+                self._live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._live.values()))
+        return result
+
+
+class _Tokens(NamedTuple):
+    """Requests for a measured step."""
+
+    opened: tuple[SlotOpen, ...] = ()
+    rows: tuple[RowPlan, ...] = ()
+
+
+def _tokens(runner: ModelRunner, num_rows: int, length: int, *, emits: bool) -> _Tokens:
+    """Requests of ``length`` tokens, with a KV cache just large enough; they draw in the most expensive way."""
+    blocks = -(-length // runner.block_size)
+    runner.allocate_kv(num_rows * blocks + 1)
     params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=0)
-    opened = tuple(
-        SlotOpen(slot, [0] * length, length, params, slot, None, 0, [], frozenset()) for slot in range(num_rows)
+    return _Tokens(
+        tuple(SlotOpen(i, [0] * length, length, params, i, None, 0, [], frozenset()) for i in range(num_rows)),
+        tuple(
+            RowPlan(i, 0, length, tuple(range(i * blocks + 1, (i + 1) * blocks + 1)), emits) for i in range(num_rows)
+        ),
     )
-    rows = tuple(
-        RowPlan(slot, 0, length, tuple(range(slot * blocks_per_row + 1, (slot + 1) * blocks_per_row + 1)), True)
-        for slot in range(num_rows)
-    )
-    keys = [index.to_bytes(4, "big") for index in range(len(layouts))]
-    for key, layout in zip(keys, layouts, strict=True):
-        runner.put_payload(key, Pixels(np.zeros(layout.plan.num_bytes, dtype=np.uint8)))
-    encode = tuple(EncodeItem(i, key, layout) for i, (key, layout) in enumerate(zip(keys, layouts, strict=True)))
-    runner.launch(StepPlan(0, rows, opened, encode)).result()
-    runner.launch(StepPlan(1, (), drop_features=tuple(range(len(layouts)))))
+
+
+def _pictures(runner: ModelRunner, layouts: Sequence[MediaLayout]) -> tuple[EncodeItem, ...]:
+    """Black pictures, handed in and waiting for the tower."""
+    items = tuple(EncodeItem(i, i.to_bytes(4, "big"), layout) for i, layout in enumerate(layouts))
+    for item in items:
+        runner.put_payload(item.key, Pixels(np.zeros(item.layout.plan.num_bytes, dtype=np.uint8)))
+    return items
+
+
+def _run(runner: ModelRunner, tokens: _Tokens, pictures: tuple[EncodeItem, ...]) -> None:
+    runner.launch(StepPlan(0, tokens.rows, tokens.opened, pictures)).result()
+    runner.launch(StepPlan(1, (), drop_features=tuple(item.feature_id for item in pictures)))
 
 
 def _free_host_bytes() -> int:
@@ -176,29 +218,3 @@ def _free_host_bytes() -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return _peak_resident_bytes()
-
-
-def _reset_peak_resident() -> None:
-    """Let the kernel's high-water mark start anew, where it allows that (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def _peak_resident_bytes() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

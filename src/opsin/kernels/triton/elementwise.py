@@ -1,0 +1,156 @@
+"""Norm, gate, rotation and cache write: memory-bound, so each reads its input once and writes its output once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from opsin.kernels import reference
+from opsin.kernels.inputs import LayerCache
+
+_GATES = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, residual_ptr, out_ptr, sum_ptr, x_stride, num_columns, eps,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < num_columns
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + row * num_columns + column, mask=inside, other=0.0)
+        tl.store(sum_ptr + row * num_columns + column, x, mask=inside)
+    x32 = x.to(tl.float32)
+    inverse = 1.0 / tl.sqrt(tl.sum(x32 * x32) / num_columns + eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * num_columns + column, (x32 * inverse * weight).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def rms_norm(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``reference.rms_norm``: the sum is rounded to the dtype before it is normalised, as there."""
+    num_rows, width = x_TD.shape
+    if x_TD.stride(1) != 1 or (residual_TD is not None and not residual_TD.is_contiguous()):
+        return reference.rms_norm(x_TD, weight_D, eps, residual_TD)
+    out_TD = torch.empty((num_rows, width), dtype=x_TD.dtype, device=x_TD.device)
+    sum_TD = x_TD if residual_TD is None else torch.empty_like(out_TD)
+    if num_rows:
+        block = triton.next_power_of_2(width)
+        added = x_TD if residual_TD is None else residual_TD
+        _rms_norm_kernel[(num_rows,)](
+            x_TD, weight_D, added, out_TD, sum_TD, x_TD.stride(0), width, eps,
+            HAS_RESIDUAL=residual_TD is not None, BLOCK=block, num_warps=4 if block <= 4096 else 8,
+        )  # fmt: skip
+    return out_TD, sum_TD
+
+
+@triton.jit
+def _gate_kernel(x_ptr, out_ptr, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0)
+    if KIND == 0:
+        gate = gate * tl.sigmoid(gate)
+    else:  # 0.5 * (1 + tanh(u)) is sigmoid(2 u)
+        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    # Rounded before the product, as the reference rounds.
+    gate = gate.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * width + column, gate * up, mask=inside)
+
+
+def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
+    """As ``reference.gated_activation``, which also takes the names that have no kernel here."""
+    if name not in _GATES or not gate_up_T2F.is_contiguous():
+        return reference.gated_activation(gate_up_T2F, name)
+    num_rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+    out_TF = torch.empty((num_rows, width), dtype=gate_up_T2F.dtype, device=gate_up_T2F.device)
+    if num_rows:
+        block = min(1024, triton.next_power_of_2(width))
+        _gate_kernel[(num_rows, triton.cdiv(width, block))](
+            gate_up_T2F, out_TF, width, KIND=_GATES[name], BLOCK=block, num_warps=4
+        )
+    return out_TF
+
+
+@triton.jit
+def _rope_kernel(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
+    NUM_Q: tl.constexpr, NUM_K: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    pair = tl.arange(0, BLOCK_PAIRS)[None, :]
+    in_pairs = pair < PAIRS
+    cos = tl.load(cos_ptr + token * PAIRS + pair, mask=in_pairs, other=0.0)
+    sin = tl.load(sin_ptr + token * PAIRS + pair, mask=in_pairs, other=0.0)
+    rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
+    for is_key in tl.static_range(2):
+        num_heads = NUM_K if is_key else NUM_Q
+        source = (k_ptr + token * k_stride_t) if is_key else (q_ptr + token * q_stride_t)
+        stride = k_stride_h if is_key else q_stride_h
+        target = (k_out_ptr + token * NUM_K * SIZE) if is_key else (q_out_ptr + token * NUM_Q * SIZE)
+        mask = (head < num_heads) & in_pairs
+        first = tl.load(source + head * stride + pair, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + head * stride + pair + PAIRS, mask=mask, other=0.0).to(tl.float32)
+        dtype = target.dtype.element_ty
+        tl.store(target + head * SIZE + pair, (first * cos - second * sin).to(dtype), mask=mask)
+        tl.store(target + head * SIZE + pair + PAIRS, (second * cos + first * sin).to(dtype), mask=mask)
+        if 2 * PAIRS < SIZE:
+            mask = (head < num_heads) & (rest < SIZE)
+            tl.store(target + head * SIZE + rest, tl.load(source + head * stride + rest, mask=mask), mask=mask)
+
+
+def apply_rope(
+    q_TNH: torch.Tensor, k_TKH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``reference.apply_rope``; queries and keys in one launch, read in place from the fused projection."""
+    num_tokens, num_q, size = q_TNH.shape
+    num_k, pairs = k_TKH.shape[1], cos_TR.shape[-1]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TNH, k_TKH))
+    if num_tokens:
+        assert q_TNH.stride(2) == k_TKH.stride(2) == 1
+        _rope_kernel[(num_tokens,)](
+            q_TNH, k_TKH, q_out, k_out, cos_TR.contiguous(), sin_TR.contiguous(),
+            q_TNH.stride(0), q_TNH.stride(1), k_TKH.stride(0), k_TKH.stride(1),
+            NUM_Q=num_q, NUM_K=num_k, SIZE=size, PAIRS=pairs,
+            BLOCK_HEADS=triton.next_power_of_2(max(num_q, num_k)), BLOCK_PAIRS=triton.next_power_of_2(pairs),
+            BLOCK_REST=triton.next_power_of_2(max(1, size - 2 * pairs)), num_warps=4,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+@triton.jit
+def _write_kv_kernel(
+    k_ptr, v_ptr, key_cache_ptr, value_cache_ptr, slot_ptr, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    NUM_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_ptr + token)
+    at = tl.arange(0, BLOCK)
+    inside = at < NUM_HEADS * SIZE
+    head, within = at // SIZE, at % SIZE
+    target = slot * NUM_HEADS * SIZE + at
+    key = tl.load(k_ptr + token * k_stride_t + head * k_stride_h + within, mask=inside)
+    value = tl.load(v_ptr + token * v_stride_t + head * v_stride_h + within, mask=inside)
+    tl.store(key_cache_ptr + target, key, mask=inside)
+    tl.store(value_cache_ptr + target, value, mask=inside)
+
+
+def write_kv(k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_mapping_T: torch.Tensor) -> None:
+    """As ``reference.write_kv``."""
+    num_tokens, num_heads, size = k_TKH.shape
+    if num_tokens:
+        assert k_TKH.stride(2) == v_TKH.stride(2) == 1
+        _write_kv_kernel[(num_tokens,)](
+            k_TKH, v_TKH, cache.key, cache.value, slot_mapping_T,
+            k_TKH.stride(0), k_TKH.stride(1), v_TKH.stride(0), v_TKH.stride(1),
+            NUM_HEADS=num_heads, SIZE=size, BLOCK=triton.next_power_of_2(num_heads * size), num_warps=4,
+        )  # fmt: skip
