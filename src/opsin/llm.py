@@ -33,6 +33,7 @@ Output = RequestOutput | PoolingRequestOutput
 P = TypeVar("P", SamplingParams, PoolingParams)
 Message = Mapping[str, Any]
 
+_MAX_SHOWN = 32  # outputs of larger calls keep no pictures for notebooks: a data set's would fill the memory
 _QUEUE_FACTOR = 2  # requests handed to the engine ahead of those that can run, so that decoding pictures keeps ahead
 
 
@@ -242,7 +243,13 @@ class LLM:
                         index_of[request_id] = position
                         level = 0 if priority is None else priority[position]
                         try:
-                            front.submit(request_id, readers[position](), params[position], priority=level)
+                            front.submit(
+                                request_id,
+                                readers[position](),
+                                params[position],
+                                priority=level,
+                                thumbnails=len(readers) <= _MAX_SHOWN,
+                            )
                         except RequestError as error:
                             settle(request_id, error)
                         position += 1

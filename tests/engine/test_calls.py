@@ -73,6 +73,12 @@ def test_generate_interrupted_while_prompts_are_read_starts_no_more_of_them(llm:
     assert len(llm.generate("Hello", GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 4
 
 
+def test_generate_many_prompts_keeps_no_pictures_in_its_outputs(llm: LLM):
+    outputs = llm.generate([asked(seed) for seed in range(33)], GREEDY, use_tqdm=False)
+    assert [output.thumbnails for output in outputs] == [None] * 33
+    assert "<img" not in outputs[0]._repr_html_()
+
+
 def test_need_of_an_earlier_request_of_the_same_id_takes_no_other_picture(llm: LLM):
     """Needs wait their turn, and a caller may use an id again as soon as its request has ended."""
     pool = _Pool()

@@ -148,22 +148,26 @@ class Front:
         *,
         kind: OutputKind = "final",
         priority: int = 0,
+        thumbnails: bool = False,
     ) -> ProcessedRequest:
         """Start a request. Its outputs come from ``step``, under ``request_id``.
+
+        Args:
+            thumbnails: outputs keep the pictures, to show them in notebooks.
 
         Raises:
             RequestError: it cannot run here; nothing of it is left behind.
             EngineDeadError: the engine has stopped.
         """
         processed = self.inputs.process(request_id, prompt, params, priority=priority)
-        self.start(processed, kind)
+        self.start(processed, kind, thumbnails=thumbnails)
         return processed
 
-    def start(self, processed: ProcessedRequest, kind: OutputKind = "final") -> None:
+    def start(self, processed: ProcessedRequest, kind: OutputKind = "final", *, thumbnails: bool = False) -> None:
         """Start a request that ``inputs.process`` made, which any thread may call. Otherwise as ``submit``."""
         request_id = processed.request.request_id
-        pictures = [source for source in processed.sources if not isinstance(source, GivenFeatures)]
-        children = self._outputs.add(processed, kind, thumbnails=Thumbnails(pictures) if pictures else None)
+        shown = [source for source in processed.sources if thumbnails and not isinstance(source, GivenFeatures)]
+        children = self._outputs.add(processed, kind, thumbnails=Thumbnails(shown) if shown else None)
         try:
             for child in children:
                 self._add(child, processed)
