@@ -52,6 +52,7 @@ class LLM:
         self.config = EngineConfig.from_flat({"model": model, **settings})
         self._front = build_front(self.config, threading.Event())
         self._ids = itertools.count()
+        self._turn = threading.Lock()  # threads that share an engine take turns; ``AsyncLLM`` batches them
 
     def __enter__(self) -> Self:
         return self
@@ -152,7 +153,7 @@ class LLM:
         Raises:
             RequestError, MediaError: a prompt or a picture that cannot be used.
         """
-        with _between_steps() as interrupted:
+        with self._turn, _between_steps() as interrupted:
             read = [self._front.read_prompt(item) for item in _as_list(prompts)]
             return beam_search(self._front, [(self._next_id(), prompt) for prompt in read], params, interrupted)
 
@@ -235,6 +236,7 @@ class LLM:
             if progress is not None:
                 progress.advance(result, front.num_pictures_decoded)
 
+        self._turn.acquire()
         try:
             with _between_steps() as interrupted:
                 while position < len(readers) or index_of:
@@ -263,6 +265,7 @@ class LLM:
         finally:
             for request_id in index_of:
                 front.abort(request_id)
+            self._turn.release()
             if progress is not None:
                 progress.close()
         return [result for result in results if result is not None]

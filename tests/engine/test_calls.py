@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -77,6 +78,14 @@ def test_generate_many_prompts_keeps_no_pictures_in_its_outputs(llm: LLM):
     outputs = llm.generate([asked(seed) for seed in range(33)], GREEDY, use_tqdm=False)
     assert [output.thumbnails for output in outputs] == [None] * 33
     assert "<img" not in outputs[0]._repr_html_()
+
+
+def test_generate_from_several_threads_takes_turns(llm: LLM):
+    prompts = [[asked(10 * thread + i) for i in range(3)] for thread in range(3)]
+    alone = [[o.outputs[0].token_ids for o in llm.generate(p, GREEDY, use_tqdm=False)] for p in prompts]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(lambda p: llm.generate(p, GREEDY, use_tqdm=False), prompts * 3))
+    assert [[o.outputs[0].token_ids for o in outputs] for outputs in together] == alone * 3
 
 
 def test_need_of_an_earlier_request_of_the_same_id_takes_no_other_picture(llm: LLM):
