@@ -146,6 +146,15 @@ def test_bad_prompt_is_refused_with_its_reason(
         ({"logprobs": 21}, "logprobs is 21; it must be a whole number between 0 and 20, or None."),
         ({"allowed_token_ids": [480]}, "allowed_token_ids holds 480; this model's ids are 0 to 479."),
         ({"stop_token_ids": [999]}, "stop_token_ids holds 999; this model's ids are 0 to 479."),
+        (
+            {"allowed_token_ids": [2], "min_tokens": 3},
+            "allowed_token_ids leaves nothing to draw: bad_words forbid each of them, or it ends the answer before "
+            "min_tokens=3.",
+        ),
+        (
+            {"allowed_token_ids": [10, 11], "bad_words_token_ids": [[10], [11]]},
+            "allowed_token_ids leaves nothing to draw: bad_words forbid each of them.",
+        ),
         ({"logit_bias": {480: 1.0}}, "logit_bias holds 480; this model's ids are 0 to 479."),
         ({"logit_bias": {"a": 1}}, "logit_bias is {'a': 1}; it must be a dict of token ids and numbers."),
         ({"logit_bias": [1]}, "logit_bias is [1]; it must be a dict of token ids and numbers."),

@@ -210,8 +210,7 @@ class InputProcessor:
             arrival_s=time.monotonic() if arrival_s is None else arrival_s,
         )
         if isinstance(params, SamplingParams):
-            ends = frozenset[int]() if params.ignore_eos else self.tokenizer.eos_token_ids
-            request.stop_token_ids = ends | frozenset(params.stop_token_ids)
+            request.stop_token_ids = self._end_ids(params)
             request.share_prefix = params.prompt_logprobs is None  # these need every position computed
         positions = self.rule.positions(ids, items)
         if positions is not None:
@@ -329,12 +328,23 @@ class InputProcessor:
                 f"bad_words need token {wrong}; this model's ids are 0 to {self.spec.vocab_size - 1}.",
                 param="bad_words" if params.bad_words else "bad_words_token_ids",
             )
+        min_tokens = min(params.min_tokens, max_tokens)
+        never = {word[0] for word in bad_words or () if len(word) == 1}
+        if min_tokens:
+            never |= self._end_ids(params)
+        if params.allowed_token_ids is not None and never.issuperset(params.allowed_token_ids):
+            raise RequestError(
+                "allowed_token_ids leaves nothing to draw: bad_words forbid each of them"
+                + (f", or it ends the answer before min_tokens={min_tokens}." if min_tokens else "."),
+                param="allowed_token_ids",
+            )
         return msgspec.structs.replace(
-            params,
-            max_tokens=max_tokens,
-            min_tokens=min(params.min_tokens, max_tokens),
-            bad_words_token_ids=bad_words,
+            params, max_tokens=max_tokens, min_tokens=min_tokens, bad_words_token_ids=bad_words
         )
+
+    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
+        ends = frozenset[int]() if params.ignore_eos else self.tokenizer.eos_token_ids
+        return ends | frozenset(params.stop_token_ids)
 
     def _check_pooling(self, params: PoolingParams) -> None:
         if params.task != "embed":
