@@ -1,0 +1,180 @@
+"""``opsin serve``: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import io
+import json
+import os
+import shlex
+import sys
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from opsin.cli.flags import add_engine_flags, add_option, engine_settings
+from opsin.config import MediaConfig
+from opsin.errors import ConfigError
+from opsin.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from opsin.cli.flags import Commands
+
+SERVING_DEFAULTS: Mapping[str, Any] = {
+    "limit_mm_per_prompt": {"image": 16},
+    "max_media_bytes": 32 * 2**20,
+    "max_image_pixels": 50_000_000,
+}
+"""Stricter than the engine's own: what comes over a network is a stranger's."""
+
+_TIMEOUT_VARIABLES = ("OPSIN_IMAGE_FETCH_TIMEOUT", "VLLM_IMAGE_FETCH_TIMEOUT")
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "serve",
+        usage="opsin serve [options] [MODEL]",
+        help="answer over HTTP, as OpenAI's API does",
+        description="Serve a model over HTTP, as OpenAI's API does. Where a flag is left out, pictures are limited to "
+        "16 per prompt, 32 MiB and 50 megapixels each. Of the environment, OPSIN_IMAGE_FETCH_TIMEOUT "
+        "(or VLLM_IMAGE_FETCH_TIMEOUT) stands for --image-fetch-timeout-s.",
+        epilog="example: opsin serve Qwen/Qwen2-VL-2B-Instruct --port 8000",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="Hugging Face id, local folder, or 'demo' for the model inside the package",
+    )
+    section = parser.add_argument_group("server: who may ask, how much, and where")
+    hints = typing.get_type_hints(ServerConfig)
+    for field in dataclasses.fields(ServerConfig):
+        if field.default == ():
+            section.add_argument(
+                "--" + field.name.replace("_", "-"),
+                action="extend",
+                type=_values,
+                metavar="TEXT",
+                default=argparse.SUPPRESS,
+                help=field.metadata["help"],
+            )
+        else:
+            add_option(section, field.name, hints[field.name], field.metadata["help"], field.default)
+    add_engine_flags(parser)
+    parser.set_defaults(function=execute, parser=parser)
+
+
+def execute(args: argparse.Namespace) -> int:
+    from opsin.server.run import listen, run, url_of
+
+    config = server_config(args)
+    settings = serving_settings(engine_settings(args), os.environ)
+    listener = listen(config)  # first: a busy port should not cost the loading of a model
+    try:
+        from opsin.async_llm import AsyncLLM
+        from opsin.server.app import create_app
+
+        with AsyncLLM(**settings) as engine:
+            app = create_app(engine, config, model=settings.get("model", "demo"))
+            print(banner(url_of(listener), config, app.state.server.names[0]), file=sys.stderr, flush=True)
+            run(app, listener)
+    finally:
+        listener.close()
+        if config.uds is not None:
+            os.unlink(config.uds)
+    print("Stopped.", file=sys.stderr)
+    return 0
+
+
+def server_config(args: argparse.Namespace) -> ServerConfig:
+    """The server's settings that were given.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    names = {field.name for field in dataclasses.fields(ServerConfig)}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in names
+    }
+    return ServerConfig(**given)
+
+
+def serving_settings(settings: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """The engine's settings for serving: those given, then the environment's, then ``SERVING_DEFAULTS``.
+
+    Raises:
+        ConfigError: pictures would be decoded in the server's own process, or a variable is no number.
+    """
+    result = {**SERVING_DEFAULTS, **settings}
+    variable = next((name for name in _TIMEOUT_VARIABLES if name in environment), None)
+    if variable is not None and "image_fetch_timeout_s" not in settings:
+        try:
+            result["image_fetch_timeout_s"] = float(environment[variable])
+        except ValueError:
+            raise ConfigError(f"{variable} is {environment[variable]!r}; it must be a number of seconds.") from None
+    if result.get("media_workers") == 0:
+        raise ConfigError(
+            "media_workers is 0; a server needs at least 1, since only a process of its own can be stopped when a "
+            "picture turns out to be hostile."
+        )
+    if result.get("media_workers") is None:
+        result["media_workers"] = max(1, len(os.sched_getaffinity(0)) - 2)  # cores beside the engine and the server
+    MediaConfig(**{field.name: result[field.name] for field in dataclasses.fields(MediaConfig) if field.name in result})
+    return result
+
+
+def banner(url: str, config: ServerConfig, name: str) -> str:
+    """What is printed when the server is ready: where it is, and a line to try it with."""
+    lines = [f"\nServing {name} at {url}" + (f" on the socket {config.uds}" if config.uds else "")]
+    if not config.is_local and not config.api_key:
+        lines.append(
+            f"WARNING: everybody who can reach {config.host} may use this server. Set --api-key, or leave out --host."
+        )
+    return "\n".join([*lines, "Try it:\n", curl_line(url, config, name), ""])
+
+
+def curl_line(url: str, config: ServerConfig, name: str) -> str:
+    """A command that asks about a small picture; the key stays a variable, since terminals are looked at."""
+    body = {
+        "model": name,
+        "max_tokens": 32,
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": _sample_picture()}},
+                    {"type": "text", "text": "What is in the picture?"},
+                ],
+            }
+        ],
+    }
+    words = ["curl", "-s", f"{url}/v1/chat/completions"]
+    words += ["--unix-socket", config.uds] if config.uds else []
+    line = shlex.join([*words, "-H", "Content-Type: application/json", "-d", json.dumps(body)])
+    return f'{line} -H "Authorization: Bearer $OPSIN_API_KEY"' if config.api_key else line
+
+
+def _sample_picture() -> str:
+    """A red circle, as a data: URL of some two hundred characters."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("P", (64, 64), 0)
+    image.putpalette([255, 255, 255, 255, 0, 0])
+    ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill=1)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True, bits=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _values(text: str) -> tuple[str, ...]:
+    """One value, or a JSON list of them, as YAML files give it."""
+    if text.lstrip().startswith("["):
+        try:
+            return tuple(str(part) for part in json.loads(text))
+        except json.JSONDecodeError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a JSON list") from None
+    return (text,)

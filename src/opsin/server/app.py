@@ -1,0 +1,143 @@
+"""The application: routes, and what they share. READ THIS FIRST."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+import opsin
+from opsin.server.admission import Admission
+from opsin.server.answers import ModelCard, ModelList, Version
+from opsin.server.chat import create_chat_completion
+from opsin.server.client import EngineClient
+from opsin.server.completions import create_completion
+from opsin.server.config import ServerConfig
+from opsin.server.embeddings import create_embeddings
+from opsin.server.errors import MethodNotAllowedError, RouteNotFoundError
+from opsin.server.gate import Gate, Keys
+from opsin.server.metrics import Metrics
+from opsin.server.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from opsin.server.state import ServerState
+from opsin.server.tokens import detokenize, tokenize
+from opsin.server.transport import json_response
+
+Handler = Callable[[HTTPRequest, ServerState], Awaitable[Response]]
+
+_POSTS: Sequence[tuple[str, Handler, type[msgspec.Struct]]] = (
+    ("/v1/chat/completions", create_chat_completion, ChatCompletionRequest),
+    ("/v1/completions", create_completion, CompletionRequest),
+    ("/v1/embeddings", create_embeddings, EmbeddingRequest),
+    ("/tokenize", tokenize, TokenizeRequest),
+    ("/detokenize", detokenize, DetokenizeRequest),
+)
+_SCHEMAS = "#/components/schemas/{name}"
+
+
+def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> FastAPI:
+    """The server of one engine. ``app.state.server`` is its ``ServerState``.
+
+    Args:
+        model: what the engine calls its model; clients may too, unless ``served_model_name`` is set.
+    """
+    server = ServerState(
+        engine=engine,
+        config=config,
+        admission=Admission(engine.max_num_seqs + config.max_queue),
+        metrics=Metrics((config.served_model_name or (model,))[0]),
+        names=config.served_model_name or (model,),
+        root=model,
+    )
+    app = FastAPI(title="opsin", version=opsin.__version__, description=(opsin.__doc__ or "").strip(), redoc_url=None)
+    app.state.server = server
+    app.add_middleware(Gate, keys=Keys(config.api_key), metrics=server.metrics)
+    app.add_exception_handler(HTTPException, _raise_in_form)
+    for path, handler, body in _POSTS:
+        _add_post(app, server, path, handler, body)
+    _add_gets(app, server)
+    app.openapi = _documented(app.openapi)
+    return app
+
+
+def _add_post(app: FastAPI, server: ServerState, path: str, handler: Handler, body: type[msgspec.Struct]) -> None:
+    async def endpoint(http: HTTPRequest) -> Response:
+        return await handler(http, server)
+
+    reference = {"$ref": _SCHEMAS.format(name=body.__name__)}
+    app.add_api_route(
+        path,
+        endpoint,
+        methods=["POST"],
+        name=handler.__name__,
+        description=handler.__doc__,
+        openapi_extra={"requestBody": {"content": {"application/json": {"schema": reference}}, "required": True}},
+    )
+
+
+def _add_gets(app: FastAPI, server: ServerState) -> None:
+    def get(path: str) -> Callable[[Callable[[], Awaitable[Response]]], object]:
+        return app.get(path, response_class=Response)
+
+    @get("/v1/models")
+    async def list_models() -> Response:
+        """The names that the model goes by."""
+        length = server.engine.max_model_len
+        return json_response(ModelList([ModelCard(name, server.created, server.root, length) for name in server.names]))
+
+    @get("/version")
+    async def version() -> Response:
+        """opsin's version."""
+        return json_response(Version(opsin.__version__))
+
+    @get("/live")
+    async def live() -> Response:
+        """200: the process answers."""
+        return Response()
+
+    @get("/ready")
+    async def ready() -> Response:
+        """200: requests are taken; 503 once the server drains or the engine has stopped."""
+        return Response(status_code=200 if server.engine.is_running and not server.admission.is_draining else 503)
+
+    @get("/health")
+    async def health() -> Response:
+        """200: the engine runs; 503 otherwise."""
+        return Response(status_code=200 if server.engine.is_running else 503)
+
+    @get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        text = server.metrics.text(server.engine.stats())
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+
+async def _raise_in_form(http: HTTPRequest, error: Exception) -> Response:
+    """What the router refuses, as an error of the table."""
+    assert isinstance(error, HTTPException)
+    where = f"{http.method} {http.url.path}"
+    if error.status_code == 405:
+        raise MethodNotAllowedError(f"{where}: this path takes another method.", headers=error.headers)
+    raise RouteNotFoundError(f"{where}: there is nothing here; /docs lists the routes.")
+
+
+def _documented(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """FastAPI's description of itself, with the bodies that it does not know."""
+
+    def described() -> dict[str, Any]:
+        document = openapi()
+        _, schemas = msgspec.json.schema_components([body for _, _, body in _POSTS], ref_template=_SCHEMAS)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        return document
+
+    return described

@@ -1,0 +1,107 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from opsin.outputs import CompletionOutput, RequestOutput
+from opsin.processing.processor import ProcessedRequest
+from opsin.server.answers import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    Usage,
+)
+from opsin.server.generation import respond
+from opsin.server.logprobs import chat_logprobs, prompt_logprobs
+from opsin.server.requests import ChatCompletionRequest
+from opsin.server.sampling import refuse_unsupported, sampling_params
+from opsin.server.state import ServerState
+
+
+async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Response:
+    """Answer one conversation."""
+    request = await server.read(http, ChatCompletionRequest)
+    refuse_unsupported(request)
+    params = sampling_params(request, server.engine.get_default_sampling_params())
+    name = server.name_of(http, request, "chatcmpl")
+
+    async def prepare() -> list[ProcessedRequest]:
+        return [await server.prepare_chat(name, request, request.messages, params, add_generation_prompt=True)]
+
+    return await respond(
+        http,
+        server,
+        _ChatForm(name, server.names[0], params.n, params.logprobs),
+        prepare,
+        num_answers=params.n,
+        stream=bool(request.stream),
+        options=request.stream_options,
+    )
+
+
+class _ChatForm:
+    """Chat completions and their chunks.
+
+    Args:
+        top: alternatives to tell per token; None tells no log-probabilities.
+    """
+
+    def __init__(self, name: str, model: str, n: int, top: int | None) -> None:
+        self._name = name
+        self._model = model
+        self._n = n
+        self._top = top
+        self._created = int(time.time())
+
+    def opening(self) -> list[ChatChunk]:
+        first = ChatDelta(role="assistant", content="")
+        return [self._chunk([ChatChunkChoice(i, first)], UNSET) for i in range(self._n)]
+
+    def event(self, prompt: int, output: RequestOutput, usage: Usage | UnsetType | None) -> ChatChunk:
+        choices = [
+            ChatChunkChoice(
+                answer.index,
+                ChatDelta(content=answer.text),
+                self._logprobs(answer),
+                answer.finish_reason,
+                UNSET if answer.finish_reason is None else answer.stop_reason,
+            )
+            for answer in output.outputs
+        ]
+        return self._chunk(choices, usage)
+
+    def closing(self, usage: Usage) -> ChatChunk:
+        return self._chunk([], usage)
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> ChatCompletion:
+        (output,) = outputs
+        choices = [
+            ChatChoice(
+                answer.index,
+                ChatMessage(answer.text),
+                self._logprobs(answer),
+                answer.finish_reason,
+                answer.stop_reason,
+            )
+            for answer in output.outputs
+        ]
+        told = UNSET if output.prompt_logprobs is None else prompt_logprobs(output.prompt_logprobs)
+        return ChatCompletion(self._name, self._created, self._model, choices, usage, prompt_logprobs=told)
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
+        return ChatChunk(self._name, self._created, self._model, choices, usage=usage)
+
+    def _logprobs(self, answer: CompletionOutput) -> ChatLogprobs | None:
+        if self._top is None or answer.logprobs is None:
+            return None
+        return chat_logprobs(answer.token_ids, answer.logprobs, self._top)

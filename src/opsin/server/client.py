@@ -1,0 +1,83 @@
+"""What the server asks of an engine; ``AsyncLLM`` is one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from opsin.inputs import PromptType
+from opsin.outputs import PoolingRequestOutput, RequestOutput
+from opsin.params import PoolingParams, SamplingParams
+from opsin.processing.jinja import ContentFormat
+from opsin.processing.output import OutputKind
+from opsin.processing.processor import ProcessedRequest
+from opsin.processing.tokenizer import Tokenizer
+
+
+class EngineClient(Protocol):
+    """An engine somewhere: in this process, or in one of its own."""
+
+    async def prepare(
+        self,
+        prompt: PromptType,
+        params: SamplingParams | PoolingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> ProcessedRequest:
+        """Read, tokenise and check one prompt.
+
+        Raises:
+            RequestError, MediaError: what is wrong with it.
+            EngineDeadError: the engine has stopped.
+        """
+        ...
+
+    async def prepare_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | PoolingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        chat_template: str | None = None,
+        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str = "",
+    ) -> ProcessedRequest:
+        """Render a conversation, fetch its pictures, and go on as ``prepare``."""
+        ...
+
+    def stream(
+        self, processed: ProcessedRequest, output_kind: OutputKind = "cumulative"
+    ) -> AsyncGenerator[RequestOutput | PoolingRequestOutput, None]:
+        """Run what was prepared. Closing the generator aborts the request."""
+        ...
+
+    def get_tokenizer(self) -> Tokenizer: ...
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json asks for."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Gauges, and counters whose names end in ``_total``."""
+        ...
+
+    def shutdown(self) -> None:
+        """Abort what runs; blocks until the engine has stopped."""
+        ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def max_num_seqs(self) -> int: ...
+
+    @property
+    def is_running(self) -> bool: ...

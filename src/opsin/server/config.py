@@ -1,0 +1,50 @@
+"""The server's settings; the engine's are in ``opsin.config``."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from opsin.config import setting
+from opsin.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Who may ask, how much, and where."""
+
+    host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every IPv4 interface.")
+    port: int = setting(8000, "Port to listen on; 0 picks a free one.")
+    uds: str | None = setting(None, "Unix socket to listen on, instead of host and port.")
+    api_key: tuple[str, ...] = setting((), "Key that clients must send; give the flag again for another.")
+    served_model_name: tuple[str, ...] = setting(
+        (), "Names under which the model is asked for, the first one in answers; by default the model's own."
+    )
+    max_queue: int = setting(512, "Answers that wait beyond those that run; more are refused with 503.")
+    drain_timeout_s: float = setting(30.0, "After SIGTERM, time for running requests to finish, in seconds.")
+    max_body_bytes: int = setting(64 * 2**20, "Larger request bodies are refused.")
+    enable_prompt_tokens_details: bool = setting(False, "Report cached and picture tokens in usage.")
+    trust_request_chat_template: bool = setting(
+        False, "Let requests bring a chat_template; a template is a program, so only for callers that you trust."
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be between 0 and 65535.")
+        if not all(self.api_key):
+            raise ConfigError("api_key is empty; give a key, or leave the flag out.")
+        if not all(self.served_model_name):
+            raise ConfigError("served_model_name is empty; give a name, or leave the flag out.")
+        for name, low in (("max_queue", 0), ("drain_timeout_s", 0), ("max_body_bytes", 1)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
+
+    @property
+    def is_local(self) -> bool:
+        """Only this machine can connect."""
+        if self.uds is not None or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

@@ -1,0 +1,112 @@
+"""What every request passes first: a name, its key, and the guarantee that whatever goes wrong is answered in form."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from opsin.errors import EngineDeadError, OpsinError
+from opsin.server.errors import BodyTimeoutError, BodyTooLargeError, EncodedBodyError, UnauthorizedError, describe
+from opsin.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+PROBES = frozenset({"/health", "/live", "/ready"})
+"""What orchestrators ask without a key."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+def request_id_from(text: str | None) -> str:
+    """The name that a client chose, if it is fit for headers and logs; a new one otherwise."""
+    return text if text is not None and _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex
+
+
+class Keys:
+    """The keys that let a client in. Only their digests are kept.
+
+    Args:
+        keys: none lets everybody in.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def check(self, authorization: bytes) -> None:
+        """Compare an Authorization header with every key, in a time that tells nothing.
+
+        Raises:
+            UnauthorizedError: it holds none of them.
+        """
+        if not self._digests:
+            return
+        scheme, _, key = authorization.partition(b" ")
+        given = hashlib.sha256(key.strip()).digest()
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise UnauthorizedError(
+                "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+class Gate:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics) -> None:
+        self._app = app
+        self._keys = keys
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        name = request_id_from(headers.get(b"x-request-id", b"").decode("latin-1") or None)
+        scope.setdefault("state", {})["request_id"] = name
+        status: int | None = None
+        start_s = time.monotonic()
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            if scope["path"] not in PROBES:
+                self._keys.check(headers.get(b"authorization", b""))
+            await self._app(scope, receive, send_named)
+        except Exception as error:
+            if not isinstance(error, OpsinError) or isinstance(error, EngineDeadError):
+                logger.error("Request %s failed.", name, exc_info=error)
+            if status is not None:  # too late for another status; the connection is broken off
+                raise
+            await _answer(send_named, error, name)
+        finally:
+            if status is not None and status >= 400:
+                self._metrics.refused(status)
+            if scope["path"] not in PROBES:
+                path = scope.get("raw_path", b"").decode("latin-1")  # still percent-encoded: one line stays one
+                logger.info("%s %s %s %.3f s %s", scope["method"], path, status, time.monotonic() - start_s, name)
+
+
+async def _answer(send: Send, error: Exception, request_id: str) -> None:
+    status, content, extra = describe(error, request_id)
+    body = msgspec.json.encode(content)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(key.lower().encode(), value.encode()) for key, value in extra.items()]
+    if isinstance(error, BodyTooLargeError | EncodedBodyError | BodyTimeoutError | UnauthorizedError):
+        headers.append((b"connection", b"close"))  # the rest of the body is not waited for
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,210 @@
+"""The road of a generating request, the same for chats and completions: admit, prepare, run, and answer or stream.
+
+What differs is a ``Form``: how outputs are written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from opsin.outputs import RequestOutput
+from opsin.processing.output import OutputKind
+from opsin.processing.processor import ProcessedRequest
+from opsin.server.answers import PromptTokensDetails, Usage
+from opsin.server.client import EngineClient
+from opsin.server.errors import describe
+from opsin.server.requests import StreamOptions
+from opsin.server.state import ServerState
+from opsin.server.transport import ClientGone, EventStream, GoneResponse, json_response, until_gone
+
+_DONE = b"[DONE]"
+
+
+class Form(Protocol):
+    """How outputs become bodies; made anew for every request."""
+
+    def opening(self) -> Sequence[msgspec.Struct]:
+        """Events before the first token."""
+        ...
+
+    def event(self, prompt: int, output: RequestOutput, usage: Usage | msgspec.UnsetType | None) -> msgspec.Struct:
+        """One event, for what is new in the answers to one prompt."""
+        ...
+
+    def closing(self, usage: Usage) -> msgspec.Struct:
+        """The event that tells the token counts alone."""
+        ...
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> msgspec.Struct:
+        """The body of an answer that is not streamed.
+
+        Args:
+            outputs: finished, per prompt.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class Tally:
+    """The tokens of one HTTP request, over all its prompts."""
+
+    details: bool
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    media_tokens: int = 0
+    cached: dict[int, int] = field(default_factory=dict[int, int])
+
+    def usage(self) -> Usage:
+        details = PromptTokensDetails(sum(self.cached.values()), self.media_tokens) if self.details else UNSET
+        total = self.prompt_tokens + self.completion_tokens
+        return Usage(self.prompt_tokens, self.completion_tokens, total, details)
+
+
+async def respond(
+    http: HTTPRequest,
+    server: ServerState,
+    form: Form,
+    prepare: Callable[[], Awaitable[list[ProcessedRequest]]],
+    *,
+    num_answers: int,
+    stream: bool,
+    options: StreamOptions | None,
+) -> Response:
+    """Run a request and answer it.
+
+    The status waits for the first token, since only then it is known that the pictures could be decoded.
+
+    Args:
+        num_answers: places to take in the queue.
+
+    Raises:
+        OpsinError: it cannot be answered.
+    """
+    tally = Tally(server.config.enable_prompt_tokens_details)
+    outputs = _run(server, tally, prepare, num_answers, "delta" if stream else "final")
+    try:
+        if stream:
+            first = await until_gone(http.receive, anext(outputs))
+            return EventStream(_events(http, form, tally, first, outputs, options or StreamOptions()))
+        return json_response(await until_gone(http.receive, _whole(form, tally, outputs)))
+    except ClientGone:
+        return GoneResponse()
+
+
+_Numbered = tuple[int, RequestOutput]
+
+
+async def _whole(form: Form, tally: Tally, outputs: AsyncGenerator[_Numbered, None]) -> msgspec.Struct:
+    async with contextlib.aclosing(outputs):
+        finished = {prompt: output async for prompt, output in outputs}
+    return form.whole([finished[prompt] for prompt in sorted(finished)], tally.usage())
+
+
+async def _events(
+    http: HTTPRequest,
+    form: Form,
+    tally: Tally,
+    first: _Numbered,
+    outputs: AsyncGenerator[_Numbered, None],
+    options: StreamOptions,
+) -> AsyncGenerator[bytes, None]:
+    quiet = None if options.include_usage else UNSET  # OpenAI: null in all chunks but the last
+    encode = msgspec.json.encode
+    async with contextlib.aclosing(outputs):
+        try:
+            for event in form.opening():
+                yield encode(event)
+            item: _Numbered | None = first
+            while item is not None:
+                yield encode(form.event(*item, tally.usage() if options.continuous_usage_stats else quiet))
+                item = await anext(outputs, None)
+        except Exception as error:
+            # Clients would take a stream that merely ends for a short answer.
+            yield encode(describe(error, http.scope["state"]["request_id"])[1])
+            return
+    if options.include_usage:
+        yield encode(form.closing(tally.usage()))
+    yield _DONE
+
+
+async def _run(
+    server: ServerState,
+    tally: Tally,
+    prepare: Callable[[], Awaitable[list[ProcessedRequest]]],
+    num_answers: int,
+    kind: OutputKind,
+) -> AsyncGenerator[_Numbered, None]:
+    """Outputs by the number of their prompt. Closing it ends everything that runs."""
+    metrics = server.metrics
+    with server.admission.enter(num_answers):
+        prepared = await prepare()
+        for processed in prepared:
+            num_tokens = len(processed.request.prompt_token_ids)
+            tally.prompt_tokens += num_tokens
+            tally.media_tokens += sum(span.length for span in processed.request.spans)
+            metrics.admitted(num_tokens, len(processed.sources))
+        running = set(range(len(prepared)))
+        try:
+            async with contextlib.aclosing(_merged(server.engine, prepared, kind)) as outputs:
+                async for prompt, output in outputs:
+                    new = sum(len(answer.token_ids) for answer in output.outputs)
+                    tally.completion_tokens += new
+                    tally.cached[prompt] = output.num_cached_tokens
+                    metrics.generated(new)
+                    if output.finished:
+                        running.discard(prompt)
+                        reason = output.outputs[0].finish_reason or "stop"
+                        metrics.finished(reason, output.metrics, time.monotonic())
+                    yield prompt, output
+        except Exception:
+            for _ in running:
+                metrics.finished("error", None, 0.0)
+            running.clear()
+            raise
+        finally:
+            for _ in running:  # the client has left
+                metrics.finished("abort", None, 0.0)
+
+
+async def _merged(
+    engine: EngineClient, prepared: Sequence[ProcessedRequest], kind: OutputKind
+) -> AsyncGenerator[_Numbered, None]:
+    """The outputs of all prompts as they come."""
+    queue: asyncio.Queue[_Numbered | Exception | None] = asyncio.Queue()
+
+    async def pump(prompt: int, processed: ProcessedRequest) -> None:
+        try:
+            async with contextlib.aclosing(engine.stream(processed, kind)) as outputs:
+                async for output in outputs:
+                    assert isinstance(output, RequestOutput)
+                    queue.put_nowait((prompt, output))
+        except Exception as error:
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    pumps = [asyncio.create_task(pump(prompt, processed)) for prompt, processed in enumerate(prepared)]
+    try:
+        unfinished = len(pumps)
+        while unfinished:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                unfinished -= 1
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,190 @@
+"""The bodies that clients send. Unknown fields are ignored, as OpenAI's clients expect; wrong types are not.
+
+``null`` means the same as leaving a field out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from opsin.errors import RequestError
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """What a stream tells beside the answer.
+
+    Attributes:
+        include_usage: a last chunk with the token counts.
+        continuous_usage_stats: the counts so far in every chunk.
+    """
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """What every body may have; of it, what is about templates matters for conversations alone.
+
+    Attributes:
+        model: a name that the server goes by; its only model if left out.
+        request_id: a name for the request, to become part of the answer's id.
+        priority: lower runs first, where the engine schedules by priority.
+        mm_processor_kwargs: settings of the picture processor.
+        cache_salt: cached prompts are shared only under the same salt.
+        chat_template: jinja text instead of the model's own; refused unless the server trusts its callers so far.
+        continue_final_message: go on writing the last message instead of answering it.
+    """
+
+    model: str | None = None
+    user: str | None = None
+    request_id: str | None = None
+    priority: int | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class SamplingRequest(Request, kw_only=True):
+    """How to sample, as in ``opsin.SamplingParams``; fields left out come from the model's generation_config.json.
+
+    Attributes:
+        stream: send the answer while it grows, as server-sent events.
+        structured_outputs: not supported yet; so are the three that begin with ``guided_``, and ``use_beam_search``.
+    """
+
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    use_beam_search: bool | None = None
+
+
+class ChatCompletionRequest(SamplingRequest, kw_only=True):
+    """``POST /v1/chat/completions``.
+
+    Attributes:
+        messages: the conversation; content is text or a list of text and picture parts.
+        max_completion_tokens: longest answer; ``max_tokens`` is its former name. By default what the context holds.
+        logprobs: tell every token's log-probability, and those of ``top_logprobs`` alternatives.
+    """
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+
+
+class CompletionRequest(SamplingRequest, kw_only=True):
+    """``POST /v1/completions``.
+
+    Attributes:
+        prompt: text, token ids, or a list of either.
+        logprobs: alternatives to tell per token.
+        echo: begin with the prompt; not supported yet, nor are ``suffix`` and ``best_of``.
+    """
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+class EmbeddingRequest(Request, kw_only=True):
+    """``POST /v1/embeddings``: ``input``, or ``messages`` for one conversation with pictures.
+
+    Attributes:
+        encoding_format: numbers, or base64 of little-endian float32.
+        dimensions: cut the vector to this length, before it is normalised.
+    """
+
+    input: str | list[str | int | list[int]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+
+
+class TokenizeRequest(Request, kw_only=True):
+    """``POST /tokenize``: ``prompt``, or ``messages``, whose pictures are expanded as for an answer."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeRequest(Request, kw_only=True):
+    """``POST /detokenize``."""
+
+    tokens: list[int]
+
+
+T = TypeVar("T", bound=Request)
+
+_PATH = re.compile(r"(.*) - at `(?:key in )?\$(.*)`$", re.DOTALL)
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """Read a JSON body.
+
+    Raises:
+        RequestError: it is not JSON in UTF-8, or a field has the wrong type; ``param`` is that field's path.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        message, param = _located(str(error))
+        raise RequestError(message, param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"The body is not valid JSON in UTF-8: {error}") from None
+    except RecursionError:
+        raise RequestError("The body's JSON is nested too deeply.") from None
+
+
+def _located(message: str) -> tuple[str, str | None]:
+    """msgspec's message taken apart: what is wrong, and where, as ``messages.0.content``."""
+    match = _PATH.match(message)
+    if match is None:
+        missing = re.search(r"missing required field `(.+)`", message)
+        return f"{message}.", missing[1] if missing else None
+    steps = [name or index for name, index in _STEP.findall(match[2])]
+    path = ".".join(step for step in steps if step != "...")
+    return f"{path or 'The body'}: {match[1]}.", path or None

@@ -1,0 +1,182 @@
+"""What the handlers of one application share, and the first steps that all of them take."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HTTPRequest
+
+from opsin.errors import RequestError
+from opsin.params import PoolingParams, SamplingParams
+from opsin.processing.processor import ProcessedRequest
+from opsin.server.admission import Admission
+from opsin.server.client import EngineClient
+from opsin.server.config import ServerConfig
+from opsin.server.errors import ModelNotFoundError
+from opsin.server.gate import request_id_from
+from opsin.server.metrics import Metrics
+from opsin.server.requests import Request, decode
+from opsin.server.transport import read_body
+
+T = TypeVar("T", bound=Request)
+
+
+@dataclass(slots=True)
+class ServerState:
+    """One server.
+
+    Attributes:
+        names: what the model goes by; the first is told in answers.
+        root: what the engine calls it.
+        created: when the server started, in Unix time.
+    """
+
+    engine: EngineClient
+    config: ServerConfig
+    admission: Admission
+    metrics: Metrics
+    names: Sequence[str]
+    root: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    counter: itertools.count[int] = field(default_factory=itertools.count)
+
+    async def read(self, http: HTTPRequest, kind: type[T]) -> T:
+        """Read and decode a body, and see that it asks for the model that is here.
+
+        Raises:
+            HTTPError, RequestError: it cannot be read, or asks for another model.
+        """
+        request = decode(await read_body(http, self.config.max_body_bytes), kind)
+        if request.model is not None and request.model not in self.names:
+            raise ModelNotFoundError(
+                f"The model {request.model!r} does not exist here. Served: {', '.join(self.names)}.", param="model"
+            )
+        if request.chat_template is not None and not self.config.trust_request_chat_template:
+            raise RequestError(
+                "This server takes no chat_template from requests (trust_request_chat_template).",
+                param="chat_template",
+            )
+        if request.chat_template is not None and not ("{{" in request.chat_template or "{%" in request.chat_template):
+            raise RequestError("chat_template must be jinja text.", param="chat_template")  # and never a path
+        return request
+
+    def name_of(self, http: HTTPRequest, request: Request, prefix: str) -> str:
+        """The id of an answer: from the body, from the X-Request-Id header, or a new one."""
+        return f"{prefix}-{request_id_from(request.request_id or http.scope['state']['request_id'])}"
+
+    def engine_id(self, name: str) -> str:
+        """An id for the engine, where two requests must not have the same, whatever their clients call them."""
+        return f"{name}-{next(self.counter)}"
+
+    async def prepare_chat(
+        self,
+        name: str,
+        request: Request,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | PoolingParams,
+        *,
+        add_generation_prompt: bool,
+    ) -> ProcessedRequest:
+        """Render a conversation, fetch its pictures and check it all.
+
+        Raises:
+            RequestError, MediaError: what is wrong.
+        """
+        given = request.add_generation_prompt
+        continues = bool(request.continue_final_message)
+        with _called("messages"):
+            return await self.engine.prepare_chat(
+                _without_uuids(messages),
+                params,
+                self.engine_id(name),
+                priority=request.priority or 0,
+                chat_template=request.chat_template,
+                chat_template_kwargs=request.chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt and not continues if given is None else given,
+                continue_final_message=continues,
+                mm_processor_kwargs=request.mm_processor_kwargs,
+                cache_salt=request.cache_salt or "",
+            )
+
+    async def prepare(
+        self, name: str, request: Request, prompt: str | list[int], params: SamplingParams | PoolingParams, field: str
+    ) -> ProcessedRequest:
+        """Tokenise and check a prompt without pictures.
+
+        Args:
+            field: where the body has it.
+
+        Raises:
+            RequestError: what is wrong.
+        """
+        salt = request.cache_salt or None
+        with _called(field):
+            return await self.engine.prepare(
+                {"prompt": prompt, "cache_salt": salt}
+                if isinstance(prompt, str)
+                else {"prompt_token_ids": prompt, "cache_salt": salt},
+                params,
+                self.engine_id(name),
+                priority=request.priority or 0,
+                mm_processor_kwargs=request.mm_processor_kwargs,
+            )
+
+
+@contextmanager
+def _called(field: str) -> Iterator[None]:
+    """Errors about the prompt name the body's field that it came from."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param in (None, "prompt", "prompt_token_ids", "multi_modal_data"):
+            error.param = field
+        raise
+
+
+def prompts_of(given: str | list[str | int | list[int]] | None, param: str) -> list[str | list[int]]:
+    """OpenAI's forms of several prompts to a list: text, ids, a list of texts, a list of lists of ids.
+
+    Raises:
+        RequestError: none of these, or empty.
+    """
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise RequestError(f"{param} must be text, token ids, or a non-empty list of either.", param=param)
+    ids = [item for item in given if isinstance(item, int)]
+    if len(ids) == len(given):
+        return [ids]
+    if ids:
+        raise RequestError(f"{param} mixes token ids with whole prompts; send either.", param=param)
+    return [item for item in given if not isinstance(item, int)]
+
+
+def _without_uuids(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Messages whose pictures go by their content alone.
+
+    A uuid names a picture for the caches. Believed from strangers, one could read or spoil another's; and since the
+    picture is sent along anyway, its bytes name it as well.
+    """
+    plain: list[Mapping[str, Any]] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [
+                {key: value for key, value in part.items() if key != "uuid"} if _has_media(part) else part
+                for part in content
+            ]
+            message = {**message, "content": parts}
+        plain.append(message)
+    return plain
+
+
+def _has_media(part: object) -> bool:
+    """Whether a part brings the picture that its uuid names."""
+    return (
+        isinstance(part, dict) and "uuid" in part and any(part.get(key) for key in part if key not in ("type", "uuid"))
+    )

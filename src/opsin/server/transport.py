@@ -1,0 +1,119 @@
+"""Bytes in and out: bodies under a cap, JSON answers, event streams, and noticing that a client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from opsin.server.errors import BodyTimeoutError, BodyTooLargeError, EncodedBodyError
+
+T = TypeVar("T")
+
+_BODY_IDLE_S = 30.0  # a body that stops coming for so long is given up
+_SEND_IDLE_S = 30.0  # so is a client that stops reading its stream
+_GONE = 499  # nobody reads it; proxies log it so
+
+
+class ClientGone(Exception):
+    """The client has closed the connection; there is nobody to answer."""
+
+
+def json_response(body: msgspec.Struct, status: int = 200) -> Response:
+    """A struct as a JSON answer."""
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+async def read_body(http: Request, max_bytes: int) -> bytes:
+    """The whole body; never more than the cap is held.
+
+    Raises:
+        BodyTooLargeError, EncodedBodyError, BodyTimeoutError: as they say.
+        ClientGone: in the middle of it.
+    """
+    encoding = http.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise EncodedBodyError(f"The body is encoded as {encoding!r}; send it as it is.")
+    too_large = BodyTooLargeError(f"The body is larger than {max_bytes} bytes (max_body_bytes).")
+    announced = http.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise too_large
+    body = bytearray()
+    while True:
+        try:
+            message = await asyncio.wait_for(http.receive(), _BODY_IDLE_S)
+        except TimeoutError:
+            raise BodyTimeoutError(f"No more of the body came for {_BODY_IDLE_S:g} s.") from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
+            raise too_large
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def until_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled when the client closes the connection.
+
+    Raises:
+        ClientGone: it did.
+    """
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_wait_until_gone(receive))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    message: Message = {"type": ""}
+    while message["type"] != "http.disconnect":
+        message = await receive()
+
+
+class GoneResponse(Response):
+    """For a client that is not there."""
+
+    def __init__(self) -> None:
+        super().__init__(status_code=_GONE)
+
+
+class EventStream(Response):
+    """Server-sent events from a generator, which is closed as soon as the client is gone or stops reading.
+
+    Args:
+        events: each the JSON of one event; the generator tells of its own failures.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._events):
+            with contextlib.suppress(ClientGone, TimeoutError):
+                await until_gone(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with contextlib.aclosing(self._events) as events:
+            async for event in events:
+                message = {"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True}
+                async with asyncio.timeout(_SEND_IDLE_S):
+                    await send(message)
+        await send({"type": "http.response.body", "body": b""})
