@@ -1,5 +1,8 @@
 """From a prompt to an ``EngineRequest``: tokens, placeholders, cache keys, limits. Sizes only; nothing is decoded."""
 
+# Arguments come from callers, so they are checked whatever their types promise.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import hashlib
@@ -188,6 +191,10 @@ class InputProcessor:
             ContextLengthError: the expanded prompt leaves no room for an answer.
             MediaError: a picture whose size this model cannot take.
         """
+        if not isinstance(params, SamplingParams | PoolingParams):
+            raise RequestError(f"The parameters must be SamplingParams or PoolingParams, got {type(params).__name__}.")
+        if not isinstance(priority, int):  # it could not be compared with the others' in the line
+            raise RequestError(f"priority is {priority!r}; it must be a whole number.", param="priority")
         self._check_limits([item.modality for item in prompt.media], "multi_modal_data")
         items = [self._media_item(item, prompt) for item in prompt.media]
         expanded, order = self._expand(prompt, items)
