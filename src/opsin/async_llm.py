@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeVar, Unpack
 
 from opsin.config import EngineConfig, EngineSettings
@@ -22,6 +22,7 @@ from opsin.engine.build import build_front
 from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
 from opsin.media.fetcher import Fetcher
+from opsin.media.pool import default_num_workers
 from opsin.outputs import PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing.chat import ChatPrompt, MediaReference
@@ -69,7 +70,10 @@ class AsyncLLM:
     def __init__(self, model: str = "demo", **settings: Unpack[EngineSettings]) -> None:
         self.config = EngineConfig.from_flat({"model": model, **settings})
         self._wake = threading.Event()
-        self._front = build_front(self.config, self._wake)
+        media = self.config.media
+        if media.media_workers is None:  # strangers' pictures are decoded in processes that may die
+            media = replace(media, media_workers=default_num_workers())
+        self._front = build_front(replace(self.config, media=media), self._wake)
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callers: dict[str, _Caller] = {}  # the engine thread's own
         self._ids = itertools.count()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from opsin import AsyncLLM, EngineDeadError, SamplingParams
+from opsin import AsyncLLM, EngineDeadError, RequestError, SamplingParams
 from opsin.outputs import CompletionOutput
 from tests.engine.conftest import asked
 
@@ -76,3 +76,25 @@ def test_request_posted_behind_the_shutdown_is_told(folder: Path):
     (error,) = asyncio.run(run())
     assert isinstance(error, EngineDeadError)
     engine.shutdown()
+
+
+@pytest.mark.parametrize("priority", ["high", None, 1.5])
+def test_priority_that_is_no_number_does_not_reach_the_line(folder: Path, priority: Any):
+    async def ask(engine: AsyncLLM, level: Any) -> int:
+        return len([o async for o in engine.generate("Hello", GREEDY, priority=level, output_kind="final")])
+
+    async def run(engine: AsyncLLM):
+        levels = (2, priority, 1)
+        return await asyncio.gather(*(ask(engine, level) for level in levels), return_exceptions=True)
+
+    with AsyncLLM(str(folder), media_workers=0, scheduling_policy="priority") as engine:
+        first, wrong, last = asyncio.run(run(engine))
+    assert (first, last) == (1, 1)
+    assert isinstance(wrong, RequestError)
+    assert wrong.param == "priority"
+
+
+def test_pictures_are_decoded_outside_the_engine_by_default(folder: Path):
+    with AsyncLLM(str(folder)) as engine:
+        asyncio.run(collect(engine, asked(13)))
+        assert engine._front._feeder._pool.worker_pids
