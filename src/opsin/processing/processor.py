@@ -381,7 +381,7 @@ class InputProcessor:
         if template is None:
             template = ChatTemplate(source, self.tokenizer.special_tokens_map)
             while len(self._templates) >= _MAX_TEMPLATES:
-                del self._templates[next(iter(self._templates))]
+                self._templates.pop(next(iter(self._templates)), None)  # another thread may have been quicker
             self._templates[source] = template
         return template
 
