@@ -1,6 +1,7 @@
 """Runs one ``StepPlan`` on one device: open slots, encode pictures, run the decoder, draw tokens.
 
-Nothing here decides what runs; the plan does. Nothing here waits for the device before ``PendingStep.result``.
+Nothing here decides what runs; the plan does. Rows that generate are not waited for before ``PendingStep.result``;
+rows that pool, and those whose prompt is scored, are.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Device tensors of one step's draw; ``to_host`` is the only wait.
+    """Device tensors of one step's draw; nothing has waited for them.
 
     Attributes:
         ids_B: int64 tokens.
