@@ -19,6 +19,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack
 
 from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.build import build_front
+from opsin.engine.front import template_text
 from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
 from opsin.media.fetcher import Fetcher
@@ -146,7 +147,7 @@ class AsyncLLM:
             params,
             request_id,
             priority=priority,
-            chat_template=chat_template,
+            chat_template=template_text(chat_template),
             chat_template_content_format=chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -209,7 +210,11 @@ class AsyncLLM:
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str = "",
     ) -> ProcessedRequest:
-        """Render a conversation, fetch its pictures, and go on as ``prepare``. A slow host delays this caller alone."""
+        """Render a conversation, fetch its pictures, and go on as ``prepare``. A slow host delays this caller alone.
+
+        Args:
+            chat_template: jinja text, never a path: it may come from the network.
+        """
 
         def render() -> ChatPrompt:
             return self._front.render_chat(
@@ -250,6 +255,16 @@ class AsyncLLM:
         finally:
             if not finished:
                 self._post(lambda: self._abort(processed.request.request_id, caller))
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, on a thread beside the event loop; special tokens in it are recognised."""
+        tokenizer = self._front.inputs.tokenizer
+        return await self._beside(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        tokenizer = self._front.inputs.tokenizer
+        return await self._beside(lambda: tokenizer.decode(token_ids, skip_special_tokens=False))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream ends with ``finish_reason="abort"``. Unknown and finished ones are ignored."""
@@ -316,15 +331,19 @@ class AsyncLLM:
 
     async def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
         """The bytes behind each reference that is a URL; the first that fails ends the wait."""
+        files: list[bytes] = []
 
         async def one(reference: MediaReference) -> bytes | None:
             if not isinstance(reference.value, str) or reference.is_embedding:
                 return None
             try:
-                return await self._fetcher.fetch(reference.value)
+                data = await self._fetcher.fetch(reference.value)
             except RequestError as error:
                 error.param = error.param or reference.param
                 raise
+            files.append(data)
+            self._front.check_num_bytes(files)  # now: the others need not come
+            return data
 
         if not references:
             return []

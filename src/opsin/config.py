@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import msgspec
 
@@ -132,6 +132,8 @@ class MediaConfig:
     media_decode_timeout_s: float = setting(30.0, "A worker that takes longer for one picture is killed, in seconds.")
     max_image_pixels: int = setting(178_956_970, "Larger pictures are refused before they are decoded.")
     max_media_bytes: int = setting(256 * 2**20, "Larger files are refused.")
+    max_request_pixels: int | None = setting(None, "Most pixels of all pictures of one conversation together.")
+    max_request_media_bytes: int | None = setting(None, "Most bytes of all pictures of one conversation together.")
     image_alpha: Literal["white", "drop"] = setting(
         "white", "Flatten transparent pictures on white, or drop alpha as plain convert('RGB') does."
     )
@@ -182,6 +184,7 @@ class EngineConfig:
         Raises:
             ConfigError: a name that no group owns, or a value out of range.
         """
+        settings = _in_todays_form(settings)
         groups: dict[str, Any] = {}
         known: set[str] = set()
         for group in dataclasses.fields(cls):
@@ -191,9 +194,43 @@ class EngineConfig:
             kinds = typing.get_type_hints(owner)
             groups[group.name] = owner(**{k: _typed(k, v, kinds[k]) for k, v in settings.items() if k in names})  # type: ignore[misc]
         unknown = sorted(set(settings) - known)
+        if foreign := sorted(_WITHOUT_COUNTERPART.intersection(unknown)):
+            raise ConfigError(f"vLLM's {', '.join(foreign)} has no counterpart in opsin; leave it out.")
         if unknown:
             raise ConfigError(f"Unknown setting{'s' * (len(unknown) > 1)}: {', '.join(unknown)}. See --help.")
         return cls(**groups)
+
+
+# Settings of vLLM that its users' scripts often carry.
+_WITHOUT_COUNTERPART = frozenset(
+    """
+    cpu_offload_gb disable_custom_all_reduce disable_log_stats distributed_executor_backend enable_chunked_prefill
+    enable_lora max_seq_len_to_capture pipeline_parallel_size quantization speculative_config swap_space tokenizer_mode
+    """.split()
+)
+_RUNNER_OF_TASK = {"auto": "auto", "generate": "generate", "embed": "pooling", "embedding": "pooling"}
+
+
+def _in_todays_form(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """vLLM's other spellings: ``task`` for ``runner``, and limits that carry sizes beside the count.
+
+    Raises:
+        ConfigError: an unknown task, or one that contradicts ``runner``.
+    """
+    settings = dict(settings)
+    if (task := settings.pop("task", None)) is not None:
+        if task not in _RUNNER_OF_TASK:
+            raise ConfigError(f"task is {task!r}; it must be one of {', '.join(_RUNNER_OF_TASK)}.")
+        if settings.setdefault("runner", _RUNNER_OF_TASK[task]) != _RUNNER_OF_TASK[task]:
+            raise ConfigError(f"task={task!r} contradicts runner={settings['runner']!r}; give one of them.")
+    limits = settings.get("limit_mm_per_prompt")
+    if isinstance(limits, Mapping):
+        # Sizes shape vLLM's memory profile; opsin measures a typical picture.
+        counts: dict[str, Any] = {}
+        for modality, limit in cast("Mapping[str, Any]", limits).items():
+            counts[modality] = cast("Mapping[str, Any]", limit).get("count") if isinstance(limit, Mapping) else limit
+        settings["limit_mm_per_prompt"] = counts
+    return settings
 
 
 class EngineSettings(TypedDict, total=False):
@@ -208,6 +245,7 @@ class EngineSettings(TypedDict, total=False):
     hf_overrides: Mapping[str, Any]
     trust_remote_code: bool
     runner: Literal["auto", "generate", "pooling"]
+    task: Literal["auto", "generate", "embed", "embedding"]
     seed: int
     block_size: int
     gpu_memory_utilization: float
@@ -231,6 +269,8 @@ class EngineSettings(TypedDict, total=False):
     media_decode_timeout_s: float
     max_image_pixels: int
     max_media_bytes: int
+    max_request_pixels: int | None
+    max_request_media_bytes: int | None
     image_alpha: Literal["white", "drop"]
     device: str
     tensor_parallel_size: int

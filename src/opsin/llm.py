@@ -25,7 +25,6 @@ from opsin.outputs import BeamSearchOutput, PoolingRequestOutput, RequestOutput
 from opsin.params import BeamSearchParams, PoolingParams, SamplingParams
 from opsin.processing.jinja import ContentFormat
 from opsin.processing.prompts import Prompt
-from opsin.processing.tokenizer import Tokenizer
 from opsin.runner.executor import MemoryPlan
 from opsin.types import ModelSpec
 
@@ -179,6 +178,16 @@ class LLM:
         outputs = self._run(readers, params, None, use_tqdm, return_exceptions)
         return cast("list[PoolingRequestOutput]", outputs)
 
+    def encode(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput]:
+        """``embed``, by the name that it had in vLLM at first."""
+        return self.embed(prompts, pooling_params, use_tqdm=use_tqdm)
+
     # -------------------------------------------------------------------------------------- facts
 
     @property
@@ -191,8 +200,9 @@ class LLM:
         """The model's dimensions."""
         return self._front.inputs.spec
 
-    def get_tokenizer(self) -> Tokenizer:
-        return self._front.inputs.tokenizer
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer of the model."""
+        return self._front.inputs.tokenizer.hf
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``generate`` uses when it is given none."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from opsin import LLM, ConfigError, UnsupportedModelError
+from opsin import LLM, ConfigError, ContextLengthError, RequestError, UnsupportedModelError
 from opsin.config import EngineConfig, EngineSettings
 
 
@@ -20,6 +20,7 @@ def test_engine_settings_name_every_field_of_the_config():
         owner = typing.get_type_hints(EngineConfig)[group.name]
         fields |= typing.get_type_hints(owner)
     del fields["model"]
+    fields["task"] = typing.Literal["auto", "generate", "embed", "embedding"]  # vLLM's former name of ``runner``
     assert typing.get_type_hints(EngineSettings) == fields
 
 
@@ -108,3 +109,38 @@ def test_settings_take_paths_and_lists():
         {"model": Path("folder"), "allowed_media_domains": ["a.example"], "max_num_seqs": 4}
     )
     assert (config.model.model, config.media.allowed_media_domains) == ("folder", ("a.example",))
+
+
+def test_former_and_newer_forms_of_vllm_settings_are_understood():
+    config = EngineConfig.from_flat({"task": "embedding", "limit_mm_per_prompt": {"image": {"count": 2, "width": 512}}})
+    assert config.model.runner == "pooling"
+    assert config.media.limit_mm_per_prompt == {"image": 2}
+    with pytest.raises(ConfigError, match="contradicts"):
+        EngineConfig.from_flat({"task": "generate", "runner": "pooling"})
+    with pytest.raises(ConfigError, match="swap_space has no counterpart"):
+        EngineConfig.from_flat({"swap_space": 4})
+
+
+def test_pooling_engine_makes_vectors_and_no_text(make_llm: Callable[..., LLM]):
+    llm = make_llm(task="embed")
+    assert len(llm.encode("Hello", use_tqdm=False)[0].outputs.embedding) == llm.model_spec.hidden_size
+    with pytest.raises(RequestError, match="makes no text"):
+        llm.generate("Hello", use_tqdm=False)
+
+
+def test_prompt_far_beyond_the_context_is_refused_before_it_is_tokenised(
+    make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+):
+    llm = make_llm()
+
+    def unexpected(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("tokenised all the same")
+
+    monkeypatch.setattr("opsin.processing.expand.tokenize", unexpected)
+    with pytest.raises(ContextLengthError, match="characters besides white space"):
+        llm.generate("word " * 10**6, use_tqdm=False)
+
+
+def test_tokenizer_is_that_of_transformers(make_llm: Callable[..., LLM]):
+    tokenizer = make_llm().get_tokenizer()
+    assert tokenizer.decode(tokenizer("A red circle", add_special_tokens=False).input_ids) == "A red circle"

@@ -3,7 +3,8 @@
 Each step runs every live beam for one token and looks at its 2 * width likeliest continuations. Beams of one prompt
 share its blocks and picture features through the caches, so a step costs about one decode row a beam.
 
-Scores are summed log-probabilities divided by (generated length) ** length_penalty, as transformers does.
+Scores are summed log-probabilities divided by (generated length) ** length_penalty, as transformers does. Unlike there,
+and as in vLLM, an end token counts as a finished hypothesis whatever its rank among a step's candidates.
 """
 
 from __future__ import annotations
@@ -127,7 +128,11 @@ def beam_search(
             search.advance(answers, requests)
         if interrupted():
             raise KeyboardInterrupt
-    return [_output(search, p.request, front.inputs.tokenizer) for search, p in zip(searches, processed, strict=True)]
+    keep_end = params.include_stop_str_in_output
+    return [
+        _output(search, p.request, front.inputs.tokenizer, keep_end)
+        for search, p in zip(searches, processed, strict=True)
+    ]
 
 
 def _within_context(params: BeamSearchParams, request: EngineRequest) -> BeamSearchParams:
@@ -137,13 +142,17 @@ def _within_context(params: BeamSearchParams, request: EngineRequest) -> BeamSea
     return msgspec.structs.replace(params, max_tokens=request.params.max_tokens)
 
 
-def _output(search: BeamSearch, request: EngineRequest, tokenizer: Tokenizer) -> BeamSearchOutput:
+def _output(search: BeamSearch, request: EngineRequest, tokenizer: Tokenizer, keep_end: bool) -> BeamSearchOutput:
+    def text(beam: Beam) -> str:
+        shown = beam.token_ids[:-1] if beam.finished and not keep_end else beam.token_ids
+        return tokenizer.decode(list(shown), skip_special_tokens=not keep_end)
+
     return BeamSearchOutput(
         [
             BeamSearchSequence(
                 tokens=[*request.prompt_token_ids, *beam.token_ids],
                 cum_logprob=beam.cumulative_logprob,
-                text=tokenizer.decode(list(beam.token_ids)),
+                text=text(beam),
                 finish_reason="stop" if beam.finished else "length",
             )
             for beam in search.best()

@@ -149,7 +149,7 @@ def build_front(config: EngineConfig, wake: threading.Event) -> Front:
         folder=files.folder,
         chat_template=None if config.model.chat_template is None else read_template(config.model.chat_template),
     )
-    return Front(core, inputs, OutputProcessor(tokenizer), feeder, config.media, wake)
+    return Front(core, inputs, OutputProcessor(tokenizer), feeder, config.media, config.model.runner, wake)
 
 
 def resolve_device(config: DeviceConfig) -> torch.device:

@@ -6,8 +6,9 @@ happens on this side of ``EngineCore``, which sees ids, keys and pixels.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from opsin.config import MediaConfig
 from opsin.engine.core import EngineCore
 from opsin.engine.feeder import MediaFeeder
-from opsin.errors import ConfigError, EngineDeadError, RequestError
+from opsin.errors import ConfigError, EngineDeadError, MediaError, RequestError
 from opsin.media.fetch import fetch
 from opsin.outputs import PoolingRequestOutput, RequestOutput, Thumbnails
 from opsin.params import PoolingParams, SamplingParams
@@ -24,7 +25,7 @@ from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.jinja import ContentFormat, read_template
 from opsin.processing.output import OutputBatch, OutputKind, OutputProcessor, failure_of
 from opsin.processing.processor import InputProcessor, ProcessedRequest
-from opsin.processing.prompts import Prompt
+from opsin.processing.prompts import MediaInput, Prompt
 from opsin.types import EngineRequest, RequestUpdate
 
 _FETCH_THREADS = 8
@@ -46,6 +47,7 @@ class Front:
         outputs: OutputProcessor,
         feeder: MediaFeeder,
         media: MediaConfig,
+        runner: Literal["auto", "generate", "pooling"],
         wake: threading.Event,
     ) -> None:
         self.core = core
@@ -54,6 +56,7 @@ class Front:
         self._outputs = outputs
         self._feeder = feeder
         self._media = media
+        self._runner = runner
         self._num_idle_steps = 0
 
     # ----------------------------------------------------------------------------------- prompts
@@ -88,7 +91,7 @@ class Front:
         """
         chat = self.render_chat(
             messages,
-            chat_template=chat_template,
+            chat_template=template_text(chat_template),
             chat_template_content_format=chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -108,14 +111,14 @@ class Front:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
-        """The first half of ``read_chat``: a URL stays a URL. Any thread may call it."""
-        try:
-            template = None if chat_template is None else read_template(chat_template)
-        except ConfigError as error:
-            raise RequestError(str(error), param="chat_template") from error
+        """The first half of ``read_chat``: a URL stays a URL. Any thread may call it.
+
+        Args:
+            chat_template: jinja text, never a path: it may come from the network.
+        """
         return self.inputs.render_chat(
             messages,
-            chat_template=template,
+            chat_template=chat_template,
             chat_template_content_format=chat_template_content_format,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -135,8 +138,37 @@ class Front:
         Args:
             fetched: per item of ``chat.media`` the bytes behind it, where it is a URL.
         """
+        self.check_num_bytes(fetched)
         media = [self.inputs.open_reference(ref, data) for ref, data in zip(chat.media, fetched, strict=True)]
+        self._check_num_pixels(media)
         return self._with_options(self.inputs.chat_prompt(chat, media, cache_salt=cache_salt), mm_processor_kwargs)
+
+    def check_num_bytes(self, fetched: Iterable[bytes | None]) -> None:
+        """Hold the files of one conversation to their common limit.
+
+        Raises:
+            MediaError: ``image_file_too_large``.
+        """
+        total, limit = sum(len(data) for data in fetched if data is not None), self._media.max_request_media_bytes
+        if limit is not None and total > limit:
+            raise MediaError(
+                f"The pictures have more than {limit} bytes together (max_request_media_bytes). Send fewer or smaller "
+                "ones.",
+                code="image_file_too_large",
+                param="messages",
+            )
+
+    def _check_num_pixels(self, media: Iterable[MediaInput]) -> None:
+        sources = [item.source for item in media]
+        total = sum(math.prod(source.size) for source in sources if not isinstance(source, GivenFeatures))
+        limit = self._media.max_request_pixels
+        if limit is not None and total > limit:
+            raise MediaError(
+                f"The pictures have {total} pixels together; at most {limit} are taken (max_request_pixels). Send "
+                "fewer or smaller ones.",
+                code="image_too_large",
+                param="messages",
+            )
 
     # ---------------------------------------------------------------------------------- requests
 
@@ -166,6 +198,10 @@ class Front:
     def start(self, processed: ProcessedRequest, kind: OutputKind = "final", *, thumbnails: bool = False) -> None:
         """Start a request that ``inputs.process`` made, which any thread may call. Otherwise as ``submit``."""
         request_id = processed.request.request_id
+        pools = isinstance(processed.request.params, PoolingParams)
+        if self._runner == ("generate" if pools else "pooling"):
+            wanted = "vectors" if pools else "text"
+            raise RequestError(f"This engine was started with runner={self._runner!r}, so it makes no {wanted}.")
         shown = [source for source in processed.sources if thumbnails and not isinstance(source, GivenFeatures)]
         children = self._outputs.add(processed, kind, thumbnails=Thumbnails(shown) if shown else None)
         try:
@@ -299,3 +335,15 @@ class Front:
                 f"mm_processor_kwargs must be keyed by strings, got {wrong!r}.", param="mm_processor_kwargs"
             )
         return replace(prompt, processor_options=merged)
+
+
+def template_text(given: str | None) -> str | None:
+    """The chat template that a Python caller names for one call, as text or as a path; never for callers from afar.
+
+    Raises:
+        RequestError: neither jinja text nor a readable file.
+    """
+    try:
+        return None if given is None else read_template(given)
+    except ConfigError as error:
+        raise RequestError(str(error), param="chat_template") from error

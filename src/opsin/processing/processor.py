@@ -197,7 +197,7 @@ class InputProcessor:
             raise RequestError(f"priority is {priority!r}; it must be a whole number.", param="priority")
         self._check_limits([item.modality for item in prompt.media], "multi_modal_data")
         items = [self._media_item(item, prompt) for item in prompt.media]
-        expanded, order = self._expand(prompt, items)
+        expanded, order = self._expand(prompt, items, params)
         if isinstance(params, SamplingParams) and params.truncate_prompt_tokens is not None:
             expanded, dropped = expansion.truncate(expanded, params.truncate_prompt_tokens)
             order = order[dropped:]
@@ -228,7 +228,9 @@ class InputProcessor:
 
     # ------------------------------------------------------------------------------------------------- inside
 
-    def _expand(self, prompt: Prompt, items: Sequence[MediaItem]) -> tuple[Expanded, list[int]]:
+    def _expand(
+        self, prompt: Prompt, items: Sequence[MediaItem], params: SamplingParams | PoolingParams
+    ) -> tuple[Expanded, list[int]]:
         if prompt.token_ids is not None:
             self._check_ids(prompt.token_ids)
             slotted = expansion.cut(prompt.token_ids, self._placeholders)
@@ -240,6 +242,7 @@ class InputProcessor:
         else:
             rendered = prompt.rendered or Rendered("")
             _check_unicode(rendered.text)
+            self._check_text_length(rendered, params)
             slotted = expansion.tokenize(
                 rendered, self._placeholders, self.tokenizer, add_special_tokens=self._adds_special(prompt, rendered)
             )
@@ -249,6 +252,23 @@ class InputProcessor:
         if not expanded.token_ids:
             raise RequestError("The prompt is empty: it has no tokens.", param="prompt")
         return expanded, order
+
+    def _check_text_length(self, rendered: Rendered, params: SamplingParams | PoolingParams) -> None:
+        """Refuse text that cannot fit the context before it costs time and memory to tokenise it.
+
+        Whitespace is not counted, since some tokenizers fold runs of it.
+        """
+        most = self.max_model_len * self.tokenizer.longest_piece
+        cut = isinstance(params, SamplingParams) and params.truncate_prompt_tokens is not None
+        if cut or len(rendered.text) <= most:
+            return
+        length = sum(map(len, rendered.text.split()))
+        if length > most:
+            raise ContextLengthError(
+                f"The prompt's text has {length:,} characters besides white space; this model's context holds "
+                f"{self.max_model_len} tokens of at most {self.tokenizer.longest_piece} characters. Shorten it.",
+                param="prompt",
+            )
 
     def _adds_special(self, prompt: Prompt, rendered: Rendered) -> bool:
         if prompt.add_special_tokens is not None:

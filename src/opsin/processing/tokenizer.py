@@ -40,6 +40,7 @@ class Tokenizer:
             )
         backend.no_padding()
         backend.no_truncation()
+        self.hf = hf
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
         self._added_ids = {token.content: i for i, token in self._added.items()}
@@ -62,6 +63,7 @@ class Tokenizer:
         byte_ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         falls_back = getattr(backend.model, "byte_fallback", False)
         self.byte_ids: frozenset[int] = frozenset(i for i in byte_ids if i is not None and falls_back)
+        self.longest_piece: int = max(map(len, backend.get_vocab(with_added_tokens=True)))
         self.letter_id: int = self.encode("a", add_special_tokens=False)[-1]
 
     @classmethod

@@ -6,8 +6,6 @@ rows that pool, and those whose prompt is scored, are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from opsin.kernels.inputs import LayerCache
@@ -15,10 +13,11 @@ from opsin.models.interface import VisionLanguageModel
 from opsin.params import PoolingParams, SamplingParams
 from opsin.runner.executor import Payload
 from opsin.runner.inputs import StepInputs, build_inputs
-from opsin.runner.sampler import SampledTokens, SampleRow, logprob_lists, prompt_logprobs, sample
+from opsin.runner.launched import LaunchedStep
+from opsin.runner.sampler import SampleRow, prompt_logprobs, sample
 from opsin.runner.slots import SlotTable
 from opsin.runner.vision import VisionStore
-from opsin.types import PositionLogprobs, RowPlan, RowResult, StepPlan, StepResult
+from opsin.types import PositionLogprobs, RowPlan, RowResult, StepPlan
 
 
 class ModelRunner:
@@ -72,7 +71,7 @@ class ModelRunner:
             if row.new_blocks:
                 self._slots.append_blocks(row.slot, row.new_blocks)
         if not plan.rows:
-            return LaunchedStep(plan.step, [], None, [], self.device)
+            return LaunchedStep(plan.step, [])
 
         inputs = build_inputs(plan.rows, self._slots, self.block_size)
         hidden_TD = self.model.embed(inputs.ids_T)
@@ -111,13 +110,14 @@ class ModelRunner:
                 )
             emitting += 1
         if not emitting:
-            return LaunchedStep(plan.step, results, None, [], self.device)
+            return LaunchedStep(plan.step, results)
 
         last_ED = hidden_TD[inputs.emit_index_E]
+        pooled: list[tuple[RowResult, torch.Tensor]] = []
         for b, e in pooled_at:
             params = self._slots[plan.rows[b].slot].params
             assert isinstance(params, PoolingParams)
-            pool_last(last_ED[e], params, results[b])
+            pooled.append((results[b], pool_last(last_ED[e], params)))
         sampled = None
         if sample_rows:
             if pooled_at:
@@ -127,7 +127,7 @@ class ModelRunner:
             ends = torch.tensor([row.num_tokens for row in sample_rows], device=self.device)
             self._slots.tokens_SL[slots, ends] = sampled.ids_B
         counts = [row.params.logprobs for row in sample_rows]
-        return LaunchedStep(plan.step, results, sampled, list(zip(sampled_results, counts, strict=True)), self.device)
+        return LaunchedStep(plan.step, results, sampled, list(zip(sampled_results, counts, strict=True)), pooled)
 
     def _score_prompt(self, row: RowPlan, begin: int, hidden_TD: torch.Tensor) -> list[PositionLogprobs]:
         slot = self._slots[row.slot]
@@ -137,61 +137,9 @@ class ModelRunner:
         return prompt_logprobs(hidden_TD[begin:], targets, slot.params.prompt_logprobs, self.model)
 
 
-def pool_last(hidden_D: torch.Tensor, params: PoolingParams, result: RowResult) -> None:
-    """The last token's final hidden state, cut to ``dimensions`` and then normalised, into ``result``."""
+def pool_last(hidden_D: torch.Tensor, params: PoolingParams) -> torch.Tensor:
+    """The last token's final hidden state in float32, cut to ``dimensions`` and then normalised."""
     vector_D = hidden_D.float()
     if params.dimensions is not None:
         vector_D = vector_D[: params.dimensions]
-    if params.normalize:
-        vector_D = torch.nn.functional.normalize(vector_D, dim=-1)
-    values = vector_D.tolist()
-    if not torch.isfinite(vector_D).all():
-        result.error = "The model's output was not finite."
-    else:
-        result.embedding = values
-
-
-class LaunchedStep:
-    """A step under way on the device; its sampled values are being copied to the host."""
-
-    def __init__(
-        self,
-        step: int,
-        results: list[RowResult],
-        sampled: SampledTokens | None,
-        rows: Sequence[tuple[RowResult, int | None]],
-        device: torch.device,
-    ) -> None:
-        self._step = step
-        self._results = results
-        self._rows = rows
-        self._copied: torch.cuda.Event | None = None
-        self._sampled = sampled
-        if sampled is not None and device.type == "cuda":
-            top = None if sampled.top is None else tuple(_to_pinned(t) for t in sampled.top)
-            self._sampled = SampledTokens(_to_pinned(sampled.ids_B), _to_pinned(sampled.finite_B), top)  # type: ignore[arg-type]
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def result(self) -> StepResult:
-        """Wait for the step and return what it brought."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        if self._sampled is not None:
-            ids = self._sampled.ids_B.tolist()
-            finite = self._sampled.finite_B.tolist()
-            logprobs: list[PositionLogprobs | None] = [None] * len(ids)
-            if self._sampled.top is not None:
-                logprobs = logprob_lists(self._sampled.top, ids, [count for _, count in self._rows])
-            for i, (row, _) in enumerate(self._rows):
-                if finite[i]:
-                    row.token_id, row.logprobs = ids[i], logprobs[i]
-                else:
-                    row.error = "The model's output was not finite."
-        return StepResult(self._step, self._results)
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    return host
+    return torch.nn.functional.normalize(vector_D, dim=-1) if params.normalize else vector_D
