@@ -26,6 +26,8 @@ SERVING_DEFAULTS: Mapping[str, Any] = {
     "limit_mm_per_prompt": {"image": 16},
     "max_media_bytes": 32 * 2**20,
     "max_image_pixels": 50_000_000,
+    "max_request_media_bytes": 64 * 2**20,
+    "max_request_pixels": 150_000_000,
 }
 """Stricter than the engine's own: what comes over a network is a stranger's."""
 
@@ -38,8 +40,8 @@ def add_parser(commands: Commands) -> None:
         usage="opsin serve [options] [MODEL]",
         help="answer over HTTP, as OpenAI's API does",
         description="Serve a model over HTTP, as OpenAI's API does. Where a flag is left out, pictures are limited to "
-        "16 per prompt, 32 MiB and 50 megapixels each. Of the environment, OPSIN_IMAGE_FETCH_TIMEOUT "
-        "(or VLLM_IMAGE_FETCH_TIMEOUT) stands for --image-fetch-timeout-s.",
+        "16, 64 MiB and 150 megapixels per request, and to 32 MiB and 50 megapixels each. Of the environment, "
+        "OPSIN_IMAGE_FETCH_TIMEOUT (or VLLM_IMAGE_FETCH_TIMEOUT) stands for --image-fetch-timeout-s.",
         epilog="example: opsin serve Qwen/Qwen2-VL-2B-Instruct --port 8000",
         allow_abbrev=False,
     )
@@ -80,6 +82,7 @@ def execute(args: argparse.Namespace) -> int:
 
         with AsyncLLM(**settings) as engine:
             app = create_app(engine, config, model=settings.get("model", "demo"))
+            listener.listen()  # what connects from here on waits its turn, so the banner is true when it is read
             print(banner(url_of(listener), config, app.state.server.names[0]), file=sys.stderr, flush=True)
             run(app, listener)
     finally:

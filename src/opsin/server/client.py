@@ -11,7 +11,6 @@ from opsin.params import PoolingParams, SamplingParams
 from opsin.processing.jinja import ContentFormat
 from opsin.processing.output import OutputKind
 from opsin.processing.processor import ProcessedRequest
-from opsin.processing.tokenizer import Tokenizer
 
 
 class EngineClient(Protocol):
@@ -59,7 +58,13 @@ class EngineClient(Protocol):
         """Run what was prepared. Closing the generator aborts the request."""
         ...
 
-    def get_tokenizer(self) -> Tokenizer: ...
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        ...
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json asks for."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
@@ -27,9 +25,8 @@ async def tokenize(http: HTTPRequest, server: ServerState) -> Response:
             params = PoolingParams()  # nothing need be left for an answer
             prepared = await server.prepare_chat(name, request, request.messages, params, add_generation_prompt=True)
             return prepared.request.prompt_token_ids
-        text, special = request.prompt or "", request.add_special_tokens is not False
-        tokenizer = server.engine.get_tokenizer()
-        return await asyncio.to_thread(lambda: tokenizer.encode(text, add_special_tokens=special))
+        special = request.add_special_tokens is not False
+        return await server.engine.tokenize(request.prompt or "", add_special_tokens=special)
 
     try:
         ids = await until_gone(http.receive, work())
@@ -41,10 +38,7 @@ async def tokenize(http: HTTPRequest, server: ServerState) -> Response:
 async def detokenize(http: HTTPRequest, server: ServerState) -> Response:
     """The text of token ids, special tokens included."""
     request = await server.read(http, DetokenizeRequest)
-    tokenizer = server.engine.get_tokenizer()
     wrong = next((i for i in request.tokens if not 0 <= i < 2**31), None)
     if wrong is not None:
         raise RequestError(f"tokens holds {wrong}, which is no token id.", param="tokens")
-    return json_response(
-        Text(await asyncio.to_thread(lambda: tokenizer.decode(request.tokens, skip_special_tokens=False)))
-    )
+    return json_response(Text(await server.engine.detokenize(request.tokens)))

@@ -1,0 +1,68 @@
+"""``Fetcher``: one fetch for all who ask at once, each with an error of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from opsin.config import MediaConfig
+from opsin.errors import MediaError
+from opsin.media.fetcher import Fetcher
+from tests.server.hosts import PictureHost
+
+BODY = b"anything"
+
+
+@pytest.fixture
+def host() -> Iterator[PictureHost]:
+    with PictureHost(BODY).running() as host:
+        yield host
+
+
+@pytest.fixture
+def fetcher() -> Iterator[Fetcher]:
+    fetcher = Fetcher(MediaConfig(allow_private_media_hosts=True))
+    yield fetcher
+    fetcher.close()
+
+
+def test_same_url_at_once_is_fetched_once(host: PictureHost, fetcher: Fetcher):
+    async def ask() -> list[bytes]:
+        host.gate.clear()
+        tasks = [asyncio.create_task(fetcher.fetch(f"{host.url}/same")) for _ in range(100)]
+        await asyncio.sleep(0)  # all have asked
+        host.gate.set()
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(ask()) == [BODY] * 100
+    assert host.num_hits == 1
+    asyncio.run(fetcher.fetch(f"{host.url}/same"))  # later is another matter: the picture may have changed
+    assert host.num_hits == 2
+
+
+def test_one_who_leaves_does_not_take_the_others_picture_away(host: PictureHost, fetcher: Fetcher):
+    async def ask() -> bytes:
+        host.gate.clear()
+        leaving, staying = (asyncio.create_task(fetcher.fetch(host.url)) for _ in range(2))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        host.gate.set()
+        return await staying
+
+    assert asyncio.run(ask()) == BODY
+
+
+def test_everybody_gets_an_error_of_his_own(host: PictureHost, fetcher: Fetcher):
+    async def ask() -> list[object]:
+        asked = (fetcher.fetch(f"{host.url}/missing") for _ in range(2))
+        return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    first, second = asyncio.run(ask())
+    assert isinstance(first, MediaError)
+    assert isinstance(second, MediaError)
+    assert first is not second
+    assert first.code == second.code == "failed_to_download_image"

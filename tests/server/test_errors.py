@@ -1,0 +1,110 @@
+"""Every row of the error table, on the wire and in the documentation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from opsin import AsyncLLM
+from opsin.errors import ContextLengthError, EngineDeadError, MediaError, RequestError, RequestFailedError
+from opsin.server import errors
+from opsin.server.app import create_app
+from opsin.server.config import ServerConfig
+from opsin.server.errors import TABLE, describe
+from tests.server.conftest import NAME, chat, serving
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+MADE: dict[type[Exception], Exception] = {
+    RequestError: RequestError("no", param="p", code="c"),
+    EngineDeadError: EngineDeadError("The step failed: CUDA error at /srv/opsin/kernel.cu:17"),
+    RequestFailedError: RequestFailedError("logits are not finite"),
+    Exception: KeyError("/srv/secret/path"),
+}
+
+
+def made(kind: type[Exception]) -> Exception:
+    return MADE[kind] if kind in MADE else kind("no")
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.error.__name__)
+def test_error_becomes_its_row(row: errors.Row):
+    status, body, _ = describe(made(row.error), "req-1")
+    assert status == row.status
+    assert body.error.type == row.type
+    assert body.error.code == (row.code or "c")
+    assert "/srv" not in body.error.message
+    if row.error is Exception:
+        assert "req-1" in body.error.message
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.error.__name__)
+def test_row_is_in_the_documentation(row: errors.Row):
+    lines = re.findall(r"^\| (\d{3}) \| `([a-z_]+)` \| ([^|]+) \|", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    code = f"`{row.code}`" if row.code else "the error's own"
+    assert (str(row.status), row.type, code) in {(status, kind, text.strip()) for status, kind, text in lines}
+    assert len(lines) == len({(r.status, r.type, r.code) for r in TABLE})
+
+
+def test_subclasses_share_their_parents_row():
+    for error in (MediaError("no", code="image_parse_error"), ContextLengthError("long")):
+        status, body, _ = describe(error, "x")
+        assert (status, body.error.code) == (400, error.code)
+
+
+def test_addresses_do_not_leave():
+    _, body, _ = describe(RequestError("cannot identify <_io.BytesIO object at 0x7f3b9c1d2e30>"), "x")
+    assert "7f3b9c" not in body.error.message
+
+
+class Failing:
+    """An engine whose streams fail after some outputs; otherwise the real one."""
+
+    def __init__(self, engine: AsyncLLM, error: Exception, after: int) -> None:
+        self._engine = engine
+        self._error = error
+        self._after = after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def stream(self, processed: Any, output_kind: Any = "cumulative") -> AsyncGenerator[Any, None]:
+        given = 0
+        stream = self._engine.stream(processed, output_kind)
+        try:
+            async for output in stream:
+                if given >= self._after:
+                    raise self._error
+                given += 1
+                yield output
+        finally:
+            await stream.aclose()
+
+
+@pytest.mark.parametrize("row", [r for r in TABLE if r.status >= 500], ids=lambda row: row.error.__name__)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_failure_before_the_first_token_has_its_status(engine: AsyncLLM, row: errors.Row, stream: bool):
+    app = create_app(Failing(engine, made(row.error), 0), ServerConfig(), model=NAME)  # type: ignore[arg-type]
+    with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+        response = client.post("/v1/chat/completions", json=chat(stream=stream))
+        assert response.status_code == row.status
+        assert response.json()["error"]["code"] == row.code
+        assert "/srv" not in response.text
+        assert client.get("/health").status_code == 200
+    assert app.state.server.admission.num_admitted == 0
+
+
+def test_failure_within_a_stream_is_its_last_event(engine: AsyncLLM):
+    error = RequestFailedError("logits are not finite")
+    app = create_app(Failing(engine, error, 3), ServerConfig(), model=NAME)  # type: ignore[arg-type]
+    with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+        lines = [line for line in client.post("/v1/chat/completions", json=chat(stream=True)).text.split("\n") if line]
+    assert '"code":"request_failed"' in lines[-1]
+    assert lines[-1].startswith("data: ")
+    assert not any("[DONE]" in line for line in lines)
+    assert len(lines) == 1 + 3 + 1
+    assert app.state.server.admission.num_admitted == 0
