@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 Output = RequestOutput | PoolingRequestOutput
 T = TypeVar("T")
+P = TypeVar("P", SamplingParams, PoolingParams)
 
 _NUM_READERS = 4
 
@@ -114,7 +115,7 @@ class AsyncLLM:
             RequestError, MediaError: the prompt, a parameter or a picture cannot be used.
             EngineDeadError: the engine has stopped.
         """
-        params = sampling_params or self.get_default_sampling_params()
+        params = _checked(sampling_params, SamplingParams, self.get_default_sampling_params)
         processed = await self.prepare(
             prompt, params, request_id, priority=priority, mm_processor_kwargs=mm_processor_kwargs
         )
@@ -141,7 +142,7 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the answer to one conversation. Arguments as in ``LLM.chat``; otherwise as ``generate``."""
 
-        params = sampling_params or self.get_default_sampling_params()
+        params = _checked(sampling_params, SamplingParams, self.get_default_sampling_params)
         processed = await self.prepare_chat(
             messages,
             params,
@@ -168,7 +169,7 @@ class AsyncLLM:
         Raises:
             As ``generate``.
         """
-        processed = await self.prepare(prompt, pooling_params or PoolingParams(), request_id)
+        processed = await self.prepare(prompt, _checked(pooling_params, PoolingParams, PoolingParams), request_id)
         async with contextlib.aclosing(self.stream(processed, "final")) as stream:
             async for output in stream:
                 assert isinstance(output, PoolingRequestOutput)
@@ -427,3 +428,16 @@ class AsyncLLM:
                 return
             if work is not None:
                 work()
+
+
+def _checked(given: P | None, kind: type[P], default: Callable[[], P]) -> P:
+    """The parameters of a call, or the default ones.
+
+    Raises:
+        RequestError: something else was given.
+    """
+    if given is None:
+        return default()
+    if not isinstance(given, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RequestError(f"Parameters must be {kind.__name__}, got {type(given).__name__}.")
+    return given

@@ -153,3 +153,14 @@ def test_failing_step_tells_every_caller(
     results = asyncio.run(run())
     assert all(isinstance(result, EngineDeadError) for result in results)
     engine.shutdown()
+
+
+def test_wrong_kind_of_params_is_refused_in_words(engine: AsyncLLM):
+    wrong: Any = {"max_tokens": 4}
+
+    async def run():
+        async for _ in engine.generate(asked(1), wrong):
+            pass
+
+    with pytest.raises(RequestError, match="must be SamplingParams, got dict"):
+        asyncio.run(run())
