@@ -30,3 +30,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return self.kernels.layer_norm(x_TD, self.weight, self.bias, self.eps)
+
+
+def normed(norm: LayerNorm | RMSNorm, x_TD: torch.Tensor) -> torch.Tensor:
+    """norm(x), for towers that have the one or the other."""
+    return norm(x_TD)[0] if isinstance(norm, RMSNorm) else norm(x_TD)

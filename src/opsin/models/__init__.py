@@ -40,6 +40,7 @@ def _family(architecture: str, folder: str, name: str) -> Family:
 
 
 MODELS: tuple[Family, ...] = (
+    _family("InternVLForConditionalGeneration", "internvl", "InternVL"),
     _family("LlavaForConditionalGeneration", "llava", "Llava"),
     _family("Qwen2VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
     _family("Qwen2_5_VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),

@@ -19,7 +19,7 @@ from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
 from opsin.layers.linear import Linear, MergedLinear
 from opsin.layers.mlp import MLP, GatedMLP
-from opsin.layers.norm import LayerNorm, RMSNorm
+from opsin.layers.norm import LayerNorm, RMSNorm, normed
 from opsin.layers.rope import Rotary
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
@@ -280,8 +280,8 @@ class QwenViTBlock(nn.Module):
             self.mlp = MLP(place, size, inner, config.hidden_act)
 
     def forward(self, x_PD: torch.Tensor, rotary: Rotary, segments: Segments) -> torch.Tensor:
-        x_PD = x_PD + self.attn(_normed(self.norm1, x_PD), rotary, segments)
-        return x_PD + self.mlp(_normed(self.norm2, x_PD))
+        x_PD = x_PD + self.attn(normed(self.norm1, x_PD), rotary, segments)
+        return x_PD + self.mlp(normed(self.norm2, x_PD))
 
 
 class QwenViTAttention(nn.Module):
@@ -314,14 +314,10 @@ class PatchMerger(nn.Module):
         self.linear_2 = Linear(place, width, config.out_size, bias=True)
 
     def forward(self, x_PD: torch.Tensor) -> torch.Tensor:
-        x_MD = _normed(self.ln_q, x_PD).unflatten(0, (-1, self.area)).flatten(1)
+        x_MD = normed(self.ln_q, x_PD).unflatten(0, (-1, self.area)).flatten(1)
         return self.linear_2(self.kernels.activation(self.linear_1(x_MD), "gelu"))
 
 
 def _norm(place: Placement, config: QwenViTConfig) -> LayerNorm | RMSNorm:
     kind = RMSNorm if config.is_gated else LayerNorm
     return kind(place, config.hidden_size, _NORM_EPS)
-
-
-def _normed(norm: LayerNorm | RMSNorm, x_PD: torch.Tensor) -> torch.Tensor:
-    return norm(x_PD)[0] if isinstance(norm, RMSNorm) else norm(x_PD)

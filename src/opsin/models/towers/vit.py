@@ -1,11 +1,11 @@
-"""The pre-norm vision transformer that CLIP and SigLIP share, run on many tiles at once.
+"""The pre-norm vision transformer that CLIP and SigLIP share, run on many tiles at once; InternViT has its own blocks.
 
 All tiles have the size that the tower was trained for, so a pack of them is one dense batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,12 +123,17 @@ class ViTAttention(nn.Module):
 
 
 class ViTEncoder(nn.Module):
-    """The blocks up to the last one whose output is wanted; the rest of the checkpoint is never loaded."""
+    """The blocks up to the last one whose output is wanted; the rest of the checkpoint is never loaded.
 
-    def __init__(self, place: Placement, config: ViTConfig) -> None:
+    Args:
+        block: makes one, called as a ``ViTBlock`` is, where the tower has its own.
+    """
+
+    def __init__(self, place: Placement, config: ViTConfig, block: Callable[[], nn.Module] | None = None) -> None:
         super().__init__()
         self.select = config.select
-        self.layers = nn.ModuleList(ViTBlock(place, config) for _ in range(max(config.select)))
+        make = block or (lambda: ViTBlock(place, config))
+        self.layers = nn.ModuleList(make() for _ in range(max(config.select)))
 
     def forward(self, x_BPD: torch.Tensor) -> torch.Tensor:
         """The selected hidden states side by side, in the order selected: (B, P, selected * D)."""

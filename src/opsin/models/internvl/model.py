@@ -1,0 +1,176 @@
+"""InternVL3, arXiv:2504.10479 (HF ``InternVLForConditionalGeneration``): tower, pixel shuffle, projector, decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from opsin.errors import UnsupportedModelError
+from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels.reference import ACTIVATIONS
+from opsin.layers import Placement
+from opsin.layers.norm import LayerNorm
+from opsin.models.decoder import Decoder, DecoderConfig
+from opsin.models.internvl.rule import TileGeometry
+from opsin.models.llava.model import Projector
+from opsin.models.rule import PixelNorm
+from opsin.models.strict import StrictConfig
+from opsin.models.towers.intern_vit import InternViTConfig, InternViTTower
+from opsin.models.weights import WeightTable
+from opsin.types import LayerCacheSpec, MediaLayout, ModelSpec
+
+_PROJECTOR_EPS = 1e-5
+_NTK_KEYS = {"rope_type", "type", "factor", "rope_theta"}
+# Hub checkpoints (``language_model.model.``), and transformers 5's module names (``model.language_model.``).
+_RENAMES = (
+    (r"^(model\.language_model|language_model\.model)\.", "decoder."),
+    (r"^(language_model\.)?lm_head\.", "decoder.lm_head."),
+    (r"^(model\.)?vision_tower\.", "tower."),
+    (r"^(model\.)?multi_modal_projector\.", "projector."),
+    (r"^tower\.encoder\.layer\.", "tower.encoder.layers."),
+    (r"^tower\.embeddings\.patch_embeddings\.projection\.", "tower.embeddings.patch_embedding."),
+)
+
+
+class InternVLModel(nn.Module):
+    """Implements ``VisionLanguageModel``. A picture is as many tiles as its plan makes, each encoded by itself."""
+
+    def __init__(
+        self,
+        place: Placement,
+        tile: TileGeometry,
+        tower: InternViTTower,
+        projector: NormedProjector,
+        decoder: Decoder,
+        norm: PixelNorm,
+    ) -> None:
+        super().__init__()
+        self.kernels = place.kernels
+        self.dtype = place.dtype
+        self.tile = tile
+        self.tower = tower
+        self.projector = projector
+        self.decoder = decoder
+        self.norm_table_3 = torch.from_numpy(norm.table()).to(place.device)
+        config = decoder.config
+        self.spec = ModelSpec(
+            architecture="InternVLForConditionalGeneration",
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            feature_width=config.hidden_size,
+            max_position=config.max_position,
+            layers=tuple(LayerCacheSpec(spec.num_kv_heads, spec.head_dim) for spec in config.layers),
+        )
+
+    @classmethod
+    def from_hf(
+        cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
+    ) -> InternVLModel:
+        """Build the model of a config.json, its weights not yet filled.
+
+        Args:
+            norm: what the family's rule read from the processor config.
+            max_model_len: the longest sequence to run; the config's own limit by default.
+
+        Raises:
+            UnsupportedModelError: an unknown key or a value that is not implemented.
+        """
+        strict = StrictConfig(config, "config.json")
+        tile = TileGeometry.from_hf(config)
+        select = strict.take("vision_feature_layer", -1)
+        if type(select) is not int:
+            raise UnsupportedModelError(f"vision_feature_layer is {select!r}; this family takes a single layer.")
+        # 'full' would keep the class token, and leave no square to shuffle.
+        strict.choose("vision_feature_select_strategy", ("default",), "default")
+        tower_config = InternViTConfig.from_hf(strict.take("vision_config", {}), select)
+        decoder_config = DecoderConfig.from_hf(_text_config(strict, max_model_len))
+        projector = NormedProjector(
+            place,
+            tower_config.vit.hidden_size * tile.merge**2,
+            decoder_config.hidden_size,
+            strict.choose("projector_hidden_act", tuple(ACTIVATIONS), "gelu"),
+        )
+        strict.skip("downsample_ratio", "image_token_id", "image_seq_length")
+        strict.finish()
+        decoder = Decoder(place, decoder_config, max_model_len or decoder_config.max_position)
+        return cls(place, tile, InternViTTower(place, tower_config), projector, decoder, norm)
+
+    def weight_table(self) -> WeightTable:
+        """How InternVL checkpoints name their tensors."""
+        unused = [rf"tower\.{pattern}" for pattern in self.tower.config.unused_weights]
+        unused.append(r"decoder\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+        if self.decoder.lm_head.is_tied:
+            unused.append(r"decoder\.lm_head\.weight")
+        return WeightTable(_RENAMES, tuple(unused))
+
+    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
+        """(sum of num_features, D), the tiles of all pictures in one pass."""
+        tiles_BYX3 = torch.stack([tile for item in tiles for tile in item])
+        patches_PC = self.kernels.patchify(tiles_BYX3, self.tile.patch_size, self.norm_table_3, self.dtype)
+        hidden_BPD = self.tower(patches_PC.unflatten(0, (len(tiles_BYX3), -1)))
+        return self.projector(pixel_shuffle(hidden_BPD[:, 1:], self.tile))
+
+    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, (T, D)."""
+        return self.decoder.embed_tokens(ids_T)
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        positions_AT: torch.Tensor,
+        attention: AttentionInputs,
+        caches: Sequence[LayerCache],
+    ) -> torch.Tensor:
+        """(T, D) after the final norm."""
+        return self.decoder(hidden_TD, positions_AT, attention, caches)
+
+    def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """(B, V) in float32."""
+        return self.decoder.logits(hidden_BD)
+
+
+class NormedProjector(Projector):
+    """Norm, linear, activation, linear."""
+
+    def __init__(self, place: Placement, in_features: int, hidden_size: int, act: str) -> None:
+        super().__init__(place, in_features, hidden_size, act, bias=True)
+        self.layer_norm = LayerNorm(place, in_features, _PROJECTOR_EPS)
+
+    def forward(self, x_MD: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.layer_norm(x_MD))
+
+
+def pixel_shuffle(hidden_BPD: torch.Tensor, tile: TileGeometry) -> torch.Tensor:
+    """Lay each block of ``merge`` x ``merge`` patches side by side, row by row: (tiles * features, merge**2 * D)."""
+    edge = tile.image_size // tile.patch_size // tile.merge
+    blocks = hidden_BPD.unflatten(1, (edge, tile.merge, edge, tile.merge))  # tile, row, row in block, column, ...
+    return blocks.transpose(2, 3).flatten(3).flatten(0, 2)
+
+
+def _text_config(strict: StrictConfig, max_model_len: int | None) -> dict[str, Any]:
+    """The language model's settings.
+
+    Raises:
+        UnsupportedModelError: dynamic NTK scaling in a sequence that is long enough for it.
+    """
+    text: dict[str, Any] = dict(strict.take("text_config") or {})
+    text.setdefault("model_type", "qwen2")
+    tied = strict.take("tie_word_embeddings")  # transformers 5 writes it here; before, text_config's alone counted
+    if tied is not None:
+        text["tie_word_embeddings"] = tied
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    if "dynamic" in (rope.get("rope_type"), rope.get("type")) and set(rope) <= _NTK_KEYS:
+        # InternVL3's. It changes the frequencies of sequences past max_position_embeddings; up to there it is none.
+        limit = text.get("max_position_embeddings", 32768)
+        if (max_model_len or limit) > limit:
+            raise UnsupportedModelError(
+                f"rope_type 'dynamic' is implemented up to max_position_embeddings, {limit}; max_model_len is "
+                f"{max_model_len}. Lower it."
+            )
+        theta = rope.get("rope_theta") or text.get("rope_theta")
+        text.pop("rope_scaling", None)
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    return text

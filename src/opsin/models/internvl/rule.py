@@ -1,0 +1,236 @@
+"""InternVL's pictures: square tiles on the grid of the nearest aspect ratio, and the whole picture as one more.
+
+Source: Hugging Face ``InternVLProcessor`` with ``GotOcr2ImageProcessor``; arXiv:2404.16821.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opsin.errors import RequestError, UnsupportedModelError
+from opsin.models.pictures import CLIP_PIXELS, images_only, read_norm, read_resample, read_settings, with_options
+from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
+from opsin.types import MediaItem, MediaLayout, Modality, PixelPlan, Resize, View
+
+_IMAGE_TOKEN, _START_TOKEN, _END_TOKEN = "<IMG_CONTEXT>", "<img>", "</img>"
+_MOST_TILES = 256
+_PROCESSORS: dict[str, dict[str, Any]] = {
+    "GotOcr2ImageProcessor": {
+        **CLIP_PIXELS,
+        "default_to_square": True,
+        "size": {"height": 384, "width": 384},
+        "crop_to_patches": False,
+        "min_patches": 1,
+        "max_patches": 12,
+    }
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TileGeometry:
+    """One tile on its way through tower and pixel shuffle.
+
+    Attributes:
+        image_size: edge of the square that the tower takes, in pixels.
+        merge: edge of the block of patches that becomes one feature.
+    """
+
+    image_size: int
+    patch_size: int
+    merge: int
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> TileGeometry:
+        """Read it from config.json.
+
+        Raises:
+            UnsupportedModelError: a shape that is not square, or does not divide.
+        """
+        vision = config.get("vision_config") or {}
+        image_size = _square(vision, "image_size", 448)
+        patch_size = _square(vision, "patch_size", 14)
+        ratio = config.get("downsample_ratio")
+        ratio = 0.5 if ratio is None else ratio
+        merge = round(1 / ratio) if ratio in (1, 0.5, 0.25) else 0
+        if merge == 0 or image_size % (patch_size * merge):
+            raise UnsupportedModelError(
+                f"downsample_ratio is {ratio!r} for tiles of {image_size} and patches of {patch_size} pixels; "
+                "implemented are 1, 0.5 and 0.25 where they divide the tile."
+            )
+        return cls(image_size, patch_size, merge)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_features(self) -> int:
+        return self.num_patches // self.merge**2
+
+
+@dataclass(frozen=True, slots=True)
+class InternVLRule:
+    """The ``MediaRule`` of ``InternVLForConditionalGeneration``.
+
+    Attributes:
+        settings: the processor's settings, complete.
+    """
+
+    tile: TileGeometry
+    image_token_id: int
+    start_token_id: int
+    end_token_id: int
+    norm: PixelNorm
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> InternVLRule:
+        """Read the rule from a Hugging Face folder.
+
+        Args:
+            config: config.json.
+            processor: as ``ModelFiles.processor``.
+            tokenizer: asked for the ids of the placeholder and of the tags around it.
+
+        Raises:
+            UnsupportedModelError: a processor, key or value that is not implemented, or does not fit the tower.
+        """
+        tile = TileGeometry.from_hf(config)
+        processor = {key: value for key, value in processor.items() if value is not None}  # the hub's has many nulls
+        name, settings = read_settings(processor, _PROCESSORS, default="GotOcr2ImageProcessor", family="InternVL")
+        settings["crop_to_patches"] = True  # InternVLProcessor asks for it, whatever the config says
+        size = settings["size"]
+        if size != {"height": tile.image_size, "width": tile.image_size}:
+            raise UnsupportedModelError(
+                f"The {name} config makes tiles of {size!r}; the vision tower takes {tile.image_size} x "
+                f"{tile.image_size} pixels."
+            )
+        given = processor.get("image_seq_length")
+        if given is not None and given != tile.num_features:
+            raise UnsupportedModelError(
+                f"The processor's image_seq_length is {given}; the tower makes {tile.num_features} features of a tile."
+            )
+        tokens = (_IMAGE_TOKEN, _START_TOKEN, _END_TOKEN)
+        image_id, start_id, end_id = (tokenizer.convert_tokens_to_ids(token) for token in tokens)
+        configured = config.get("image_token_id", 151667)  # InternVLConfig's default
+        if image_id is None or start_id is None or end_id is None or image_id != configured:
+            raise UnsupportedModelError(
+                f"The tokenizer's ids of {', '.join(tokens)} are {image_id}, {start_id} and {end_id}; all must be "
+                f"there, and the first must be config.json's image_token_id, which is {configured}."
+            )
+        try:
+            norm = read_norm(settings)
+            read_resample(settings)
+            _tile_bounds(settings)
+        except ValueError as error:
+            raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
+        return cls(tile, image_id, start_id, end_id, norm, settings)
+
+    def placeholder(self, modality: Modality) -> Placeholder:
+        images_only(modality)
+        return Placeholder(_IMAGE_TOKEN, self.image_token_id, re.escape(_IMAGE_TOKEN))
+
+    def max_items(self, modality: Modality) -> int | None:
+        return None if modality == "image" else 0
+
+    def layout(
+        self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
+    ) -> MediaLayout:
+        images_only(modality)
+        settings = with_options(self.settings, options, fixed=frozenset({"size", "default_to_square"}))
+        edge = self.tile.image_size
+        try:
+            (least, most), resample = _tile_bounds(settings), read_resample(settings)
+        except ValueError as error:
+            raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from None
+        whole = View((Resize(edge, edge, resample),), height=edge, width=edge)
+        views = (whole,)
+        if settings["crop_to_patches"] and most > 1:  # resizes even without do_resize, as Hugging Face does
+            cols, rows = tile_grid(width, height, edge, least, most)
+            if cols * rows > 1:
+                ops = (Resize(cols * edge, rows * edge, resample),)
+                views = (View(ops, height=edge, width=edge, rows=rows, cols=cols), whole)
+        elif not settings["do_resize"]:
+            if (width, height) != (edge, edge):
+                raise RequestError(
+                    f"Without do_resize and crop_to_patches, pictures must have {edge} x {edge} pixels, not "
+                    f"{width} x {height}.",
+                    param="multi_modal_data",
+                )
+            views = (View((), height=edge, width=edge),)
+        num_tiles = sum(view.rows * view.cols for view in views)
+        return MediaLayout(
+            plan=PixelPlan(width=width, height=height, views=views),
+            num_features=num_tiles * self.tile.num_features,
+            num_patches=num_tiles * self.tile.num_patches,
+        )
+
+    def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
+        images_only(modality)
+        if extras:
+            raise RequestError(
+                f"InternVL's image embeddings come alone; got {', '.join(sorted(extras))} beside them.",
+                param="multi_modal_data",
+            )
+        if num_features % self.tile.num_features:
+            raise RequestError(
+                f"An image embedding has {num_features} rows; this model's come in whole tiles of "
+                f"{self.tile.num_features}.",
+                param="multi_modal_data",
+            )
+        return MediaLayout(plan=PixelPlan(width=0, height=0, views=()), num_features=num_features, num_patches=0)
+
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
+        images_only(modality)
+        return [
+            TokenRun(self.start_token_id),
+            TokenRun(self.image_token_id, layout.num_features, is_feature=True),
+            TokenRun(self.end_token_id),
+        ]
+
+    def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
+        return []
+
+    def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
+        return None
+
+
+def tile_grid(width: int, height: int, edge: int, least: int, most: int) -> tuple[int, int]:
+    """(columns, rows) of the grid of ``least`` to ``most`` tiles whose aspect ratio is nearest to the picture's.
+
+    Of grids that are equally near, a larger one is taken while the picture has more than half of its pixels.
+    """
+    aspect, area = width / height, width * height
+    best, best_distance = (1, 1), float("inf")
+    for count in range(least, most + 1):
+        for cols in range(1, count + 1):
+            if count % cols:
+                continue
+            rows = count // cols
+            distance = abs(aspect - cols / rows)
+            if distance < best_distance or (distance == best_distance and area > 0.5 * edge * edge * count):
+                best, best_distance = (cols, rows), distance
+    return best
+
+
+def _tile_bounds(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """(min_patches, max_patches). ``ValueError`` where they are not counts, or more than is sane."""
+    least, most = settings["min_patches"], settings["max_patches"]
+    if type(least) is not int or type(most) is not int or not 1 <= least <= most <= _MOST_TILES:
+        raise ValueError(
+            f"min_patches is {least!r} and max_patches {most!r}; they must be whole numbers, 1 <= min_patches <= "
+            f"max_patches <= {_MOST_TILES}."
+        )
+    return least, most
+
+
+def _square(vision: Mapping[str, Any], name: str, default: int) -> int:
+    value = vision.get(name)
+    value = default if value is None else value
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    if len(sides) != 1 or not all(type(side) is int and side >= 1 for side in sides):
+        raise UnsupportedModelError(f"vision_config.{name} is {value!r}; only squares are implemented.")
+    return sides.pop()
