@@ -42,6 +42,7 @@ def _family(architecture: str, folder: str, name: str) -> Family:
 MODELS: tuple[Family, ...] = (
     _family("InternVLForConditionalGeneration", "internvl", "InternVL"),
     _family("LlavaForConditionalGeneration", "llava", "Llava"),
+    _family("LlavaNextForConditionalGeneration", "llava_next", "LlavaNext"),
     _family("Qwen2VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
     _family("Qwen2_5_VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
 )

@@ -5,11 +5,11 @@ A family brings its processors' defaults, whose keys are the settings it impleme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.rule import PixelNorm
+from opsin.models.rule import PixelNorm, TokenIds
 from opsin.types import Modality
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -47,6 +47,32 @@ _INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's ow
         "vision_feature_select_strategy",
     }
 )
+
+_SQUARE_TOWERS = {  # model_type: default image_size, default patch_size, extra rows before the patches (CLS)
+    "clip_vision_model": (224, 32, 1),
+    "siglip_vision_model": (224, 16, 0),
+}
+
+
+class SquareTower(NamedTuple):
+    """What a tower for square pictures of one size returns.
+
+    Attributes:
+        image_size: edge of the square, in pixels.
+        num_rows: output rows per square, a class token's included.
+    """
+
+    image_size: int
+    patch_size: int
+    num_rows: int
+
+
+class ImageToken(NamedTuple):
+    """The prompt's mark of a picture: its text, its id, and whether the tokenizer keeps the text whole."""
+
+    text: str
+    token_id: int
+    is_whole: bool
 
 
 def images_only(modality: Modality) -> None:
@@ -141,3 +167,66 @@ def read_resample(settings: Mapping[str, Any]) -> Resample:
     if resample not in _RESAMPLE:
         raise ValueError(f"resample is {resample!r}; implemented are {_RESAMPLE}.")
     return _RESAMPLE[resample]
+
+
+def read_size(settings: Mapping[str, Any], key: Literal["size", "crop_size"]) -> dict[str, int]:
+    """Either {"shortest_edge"} or {"height", "width"}, from any of the spellings that Hugging Face takes.
+
+    ``ValueError`` where it is neither.
+    """
+    value = settings[key]
+    if isinstance(value, int):
+        to_square = key == "crop_size" or settings["default_to_square"]
+        value = {"height": value, "width": value} if to_square else {"shortest_edge": value}
+    elif isinstance(value, list | tuple) and len(cast(Sequence[Any], value)) == 2:
+        value = {"height": value[0], "width": value[1]}
+    entries = dict(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else {}
+    is_size = set(entries) in ({"shortest_edge"}, {"height", "width"})
+    if not is_size or not all(isinstance(v, int) and v >= 1 for v in entries.values()):
+        raise ValueError(
+            f"{key} is {settings[key]!r}; it must be an integer, {{'shortest_edge': n}} or "
+            "{'height': n, 'width': n}, at least 1."
+        )
+    return entries
+
+
+def read_square_tower(vision: Mapping[str, Any], *, family: str) -> SquareTower:
+    """The shape of a CLIP-like tower.
+
+    Args:
+        vision: config.json's vision_config.
+
+    Raises:
+        UnsupportedModelError: another tower, or one that is not square.
+    """
+    tower = vision.get("model_type", "clip_vision_model")
+    if tower not in _SQUARE_TOWERS:
+        raise UnsupportedModelError(
+            f"{family}'s vision tower is {tower!r}; implemented are {', '.join(sorted(_SQUARE_TOWERS))}."
+        )
+    default_size, default_patch, extra_rows = _SQUARE_TOWERS[tower]
+    if not vision:  # LlavaConfig's own default, CLIP ViT-L/14 at 336 pixels
+        default_size, default_patch = 336, 14
+    image_size, patch_size = vision.get("image_size", default_size), vision.get("patch_size", default_patch)
+    if not (isinstance(image_size, int) and isinstance(patch_size, int) and 1 <= patch_size <= image_size):
+        raise UnsupportedModelError(
+            f"The vision tower's image_size is {image_size!r} and its patch_size {patch_size!r}; "
+            "only square pictures and patches are implemented."
+        )
+    return SquareTower(image_size, patch_size, (image_size // patch_size) ** 2 + extra_rows)
+
+
+def read_image_token(config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> ImageToken:
+    """The picture's mark as the processor config and config.json name it, ``<image>`` by default.
+
+    Raises:
+        UnsupportedModelError: nobody knows its id.
+    """
+    text = processor.get("image_token") or "<image>"
+    if not isinstance(text, str):
+        text = text["content"]  # a tokenizers.AddedToken, as JSON
+    tokenizer_id = tokenizer.convert_tokens_to_ids(text)
+    token_id = config.get("image_token_index", config.get("image_token_id", tokenizer_id))
+    if token_id is None:
+        raise UnsupportedModelError(f"config.json has no image_token_index, and the tokenizer does not know {text!r}.")
+    return ImageToken(text, token_id, is_whole=tokenizer_id == token_id)

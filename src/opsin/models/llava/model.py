@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -47,6 +47,8 @@ _RENAMES = (
 class LlavaModel(nn.Module):
     """Implements ``VisionLanguageModel``. One picture is one tile."""
 
+    architecture: ClassVar[str] = "LlavaForConditionalGeneration"
+
     def __init__(
         self,
         place: Placement,
@@ -67,7 +69,7 @@ class LlavaModel(nn.Module):
         self.norm_table_3 = torch.from_numpy(norm.table()).to(place.device)
         config = decoder.config
         self.spec = ModelSpec(
-            architecture="LlavaForConditionalGeneration",
+            architecture=self.architecture,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             feature_width=config.hidden_size,
@@ -78,7 +80,7 @@ class LlavaModel(nn.Module):
     @classmethod
     def from_hf(
         cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
-    ) -> LlavaModel:
+    ) -> Self:
         """Build the model of a config.json, its weights not yet filled.
 
         Args:
@@ -130,13 +132,17 @@ class LlavaModel(nn.Module):
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all pictures in one pass."""
+        return self.encode_tiles(tiles).flatten(0, 1)
+
+    def encode_tiles(self, tiles: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """Features of every tile of every item, (B, P, D)."""
         tiles_BYX3 = torch.stack([tile for item in tiles for tile in item])
         patches_PC = self.kernels.patchify(tiles_BYX3, self.tower.config.patch_size, self.norm_table_3, self.dtype)
         hidden_BPD = self.tower(patches_PC.unflatten(0, (len(tiles_BYX3), -1)))
         if self.drop_first:
             # CLIP's class token. HF drops SigLIP's first patch too, and checkpoints were trained so.
             hidden_BPD = hidden_BPD[:, 1:]
-        return self.projector(hidden_BPD.flatten(0, 1))
+        return self.projector(hidden_BPD)
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Token embeddings, (T, D)."""

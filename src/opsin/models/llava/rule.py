@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
@@ -16,9 +16,12 @@ from opsin.models.pictures import (
     CLIP_PIXELS,
     images_only,
     per_channel,
+    read_image_token,
     read_norm,
     read_resample,
     read_settings,
+    read_size,
+    read_square_tower,
     with_options,
 )
 from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
@@ -43,10 +46,6 @@ _PROCESSORS = {
     "CLIPImageProcessor": _CLIP_DEFAULTS,
     "LlavaImageProcessor": _CLIP_DEFAULTS,
     "SiglipImageProcessor": _SIGLIP_DEFAULTS,
-}
-_TOWERS = {  # model_type: default image_size, default patch_size, extra rows before the patches (CLS)
-    "clip_vision_model": (224, 32, 1),
-    "siglip_vision_model": (224, 16, 0),
 }
 
 
@@ -86,7 +85,7 @@ class LlavaRule:
         Raises:
             UnsupportedModelError: a tower, processor, key or size that is not implemented.
         """
-        image_size, patch_size, num_rows = _read_tower(config.get("vision_config") or {})
+        tower = read_square_tower(config.get("vision_config") or {}, family="LLaVA")
         strategy = config.get("vision_feature_select_strategy", "default")
         if strategy not in ("default", "full"):
             raise UnsupportedModelError(
@@ -100,28 +99,20 @@ class LlavaRule:
         except ValueError as error:
             raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
 
-        image_token = processor.get("image_token") or "<image>"
-        if not isinstance(image_token, str):
-            image_token = image_token["content"]  # a tokenizers.AddedToken, as JSON
-        tokenizer_id = tokenizer.convert_tokens_to_ids(image_token)
-        token_id = config.get("image_token_index", config.get("image_token_id", tokenizer_id))
-        if token_id is None:
-            raise UnsupportedModelError(
-                f"config.json has no image_token_index, and the tokenizer does not know {image_token!r}."
-            )
+        token = read_image_token(config, processor, tokenizer)
         rule = cls(
-            image_size=image_size,
-            patch_size=patch_size,
-            num_features=num_rows - (strategy == "default"),
-            image_token=image_token,
-            image_token_id=token_id,
-            token_is_whole=tokenizer_id == token_id,
+            image_size=tower.image_size,
+            patch_size=tower.patch_size,
+            num_features=tower.num_rows - (strategy == "default"),
+            image_token=token.text,
+            image_token_id=token.token_id,
+            token_is_whole=token.is_whole,
             norm=norm,
             settings=settings,
             pads_to_square=name == "LlavaImageProcessor",
         )
         try:  # settings that no picture can satisfy should fail now, not request by request
-            rule.layout("image", image_size, image_size, 1, {})
+            rule.layout("image", tower.image_size, tower.image_size, 1, {})
         except RequestError as error:
             raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
         return rule
@@ -177,23 +168,6 @@ class LlavaRule:
         return None
 
 
-def _read_tower(vision: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(image_size, patch_size, output rows)."""
-    tower = vision.get("model_type", "clip_vision_model")
-    if tower not in _TOWERS:
-        raise UnsupportedModelError(f"LLaVA's vision tower is {tower!r}; implemented are {', '.join(sorted(_TOWERS))}.")
-    default_size, default_patch, extra_rows = _TOWERS[tower]
-    if not vision:  # LlavaConfig's own default, CLIP ViT-L/14 at 336 pixels
-        default_size, default_patch = 336, 14
-    image_size, patch_size = vision.get("image_size", default_size), vision.get("patch_size", default_patch)
-    if not (isinstance(image_size, int) and isinstance(patch_size, int) and 1 <= patch_size <= image_size):
-        raise UnsupportedModelError(
-            f"The vision tower's image_size is {image_size!r} and its patch_size {patch_size!r}; "
-            "only square pictures and patches are implemented."
-        )
-    return image_size, patch_size, (image_size // patch_size) ** 2 + extra_rows
-
-
 def _plan_ops(settings: Mapping[str, Any], width: int, height: int, pads_to_square: bool) -> tuple[PixelOp, ...]:
     """The operations for one picture; ``ValueError`` says which setting is wrong."""
     ops: list[PixelOp] = []
@@ -206,10 +180,10 @@ def _plan_ops(settings: Mapping[str, Any], width: int, height: int, pads_to_squa
         ops.append(Pad(left, top, edge - width - left, edge - height - top, (red, green, blue)))
         width = height = edge
     if settings["do_resize"]:
-        width, height = _resized(_size(settings, "size"), width, height)
+        width, height = _resized(read_size(settings, "size"), width, height)
         ops.append(Resize(width, height, read_resample(settings)))
     if settings["do_center_crop"]:
-        crop = _size(settings, "crop_size")
+        crop = read_size(settings, "crop_size")
         if "shortest_edge" in crop:
             raise ValueError(f"crop_size is {settings['crop_size']!r}; it must name a height and a width.")
         # Floor division centres as Hugging Face does, also where the crop is larger than the picture and the
@@ -217,24 +191,6 @@ def _plan_ops(settings: Mapping[str, Any], width: int, height: int, pads_to_squa
         left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
         ops.append(Crop(left, top, crop["width"], crop["height"]))
     return tuple(ops)
-
-
-def _size(settings: Mapping[str, Any], key: Literal["size", "crop_size"]) -> dict[str, int]:
-    """Either {"shortest_edge"} or {"height", "width"}, from any of the spellings that Hugging Face takes."""
-    value = settings[key]
-    if isinstance(value, int):
-        to_square = key == "crop_size" or settings["default_to_square"]
-        value = {"height": value, "width": value} if to_square else {"shortest_edge": value}
-    elif isinstance(value, list | tuple) and len(cast(Sequence[Any], value)) == 2:
-        value = {"height": value[0], "width": value[1]}
-    entries = dict(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else {}
-    is_size = set(entries) in ({"shortest_edge"}, {"height", "width"})
-    if not is_size or not all(isinstance(v, int) and v >= 1 for v in entries.values()):
-        raise ValueError(
-            f"{key} is {settings[key]!r}; it must be an integer, {{'shortest_edge': n}} or "
-            "{'height': n, 'width': n}, at least 1."
-        )
-    return entries
 
 
 def _resized(size: Mapping[str, int], width: int, height: int) -> tuple[int, int]:

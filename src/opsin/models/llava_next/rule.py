@@ -1,0 +1,251 @@
+"""LLaVA-NeXT's pictures: a squeezed overview, and tiles of the whole at the best of a few resolutions ("anyres").
+
+Source: Hugging Face ``LlavaNextImageProcessor`` (Pillow-backed), ``LlavaNextProcessor`` and
+``LlavaNextModel.pack_image_features``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from opsin.errors import RequestError, UnsupportedModelError
+from opsin.models.pictures import (
+    CLIP_PIXELS,
+    images_only,
+    read_image_token,
+    read_norm,
+    read_resample,
+    read_settings,
+    read_size,
+    read_square_tower,
+    with_options,
+)
+from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
+from opsin.types import MediaItem, MediaLayout, Modality, Pad, PixelPlan, Resize, View
+
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+_PROCESSORS: dict[str, dict[str, Any]] = {
+    "LlavaNextImageProcessor": {
+        **CLIP_PIXELS,
+        "size": {"shortest_edge": 224},
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "do_pad": True,  # fills batches up with empty tiles, which never reach the tower
+        "image_grid_pinpoints": _PINPOINTS,
+        "aspect_ratio_setting": "anyres",
+    }
+}
+_FIXED = frozenset({"image_grid_pinpoints", "aspect_ratio_setting"})
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaNextRule:
+    """The ``MediaRule`` of ``LlavaNextForConditionalGeneration``.
+
+    A layout's tiles are the overview, then the mosaic row by row. Its ``numbers`` are the mosaic's (rows, columns) in
+    tiles, then how many of its patch rows, and of its patch columns, are cut off at either end because they see
+    padding. The features are the overview's patches, then the rest of the mosaic row by row, a newline after each row.
+
+    Attributes:
+        image_size: edge of a tile, in pixels.
+        pinpoints: the resolutions to choose from, as (height, width).
+        settings: the processor's settings, complete.
+    """
+
+    image_size: int
+    patch_size: int
+    pinpoints: tuple[tuple[int, int], ...]
+    image_token: str
+    image_token_id: int
+    token_is_whole: bool
+    norm: PixelNorm
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> LlavaNextRule:
+        """Read the rule from a Hugging Face folder.
+
+        Args:
+            config: config.json.
+            processor: as ``ModelFiles.processor``.
+            tokenizer: asked for the placeholder's id alone.
+
+        Raises:
+            UnsupportedModelError: a tower, processor, key or size that is not implemented, or does not fit the tower.
+        """
+        tower = read_square_tower(config.get("vision_config") or {}, family="LLaVA-NeXT")
+        strategy = config.get("vision_feature_select_strategy", "default")
+        num_patches = (tower.image_size // tower.patch_size) ** 2
+        if strategy not in ("default", "full") or tower.num_rows - (strategy == "default") != num_patches:
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy is {strategy!r}; the mosaic needs exactly one feature per patch: "
+                "'default' with a CLIP tower, 'full' with a SigLIP tower."
+            )
+        name, settings = read_settings(processor, _PROCESSORS, default="LlavaNextImageProcessor", family="LLaVA-NeXT")
+        if settings["aspect_ratio_setting"] != "anyres":
+            raise UnsupportedModelError(
+                f"aspect_ratio_setting is {settings['aspect_ratio_setting']!r}; only 'anyres' is implemented."
+            )
+        given = settings["image_grid_pinpoints"]
+        built = config.get("image_grid_pinpoints") or _PINPOINTS
+        if _pairs(given) != _pairs(built):
+            raise UnsupportedModelError(
+                f"The {name} config has image_grid_pinpoints {given}, but config.json has {built}."
+            )
+        try:
+            pinpoints = _read_pinpoints(given, tower.image_size)
+            norm = read_norm(settings)
+            _check_sizes(settings, tower.image_size)
+            read_resample(settings)
+        except ValueError as error:
+            raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
+        token = read_image_token(config, processor, tokenizer)
+        return cls(
+            image_size=tower.image_size,
+            patch_size=tower.patch_size,
+            pinpoints=pinpoints,
+            image_token=token.text,
+            image_token_id=token.token_id,
+            token_is_whole=token.is_whole,
+            norm=norm,
+            settings=settings,
+        )
+
+    def placeholder(self, modality: Modality) -> Placeholder:
+        images_only(modality)
+        token_id = self.image_token_id if self.token_is_whole else None
+        return Placeholder(self.image_token, token_id, re.escape(self.image_token))
+
+    def max_items(self, modality: Modality) -> int | None:
+        return None if modality == "image" else 0
+
+    def layout(
+        self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
+    ) -> MediaLayout:
+        images_only(modality)
+        settings = with_options(self.settings, options, fixed=_FIXED)
+        edge = self.image_size
+        try:
+            _check_sizes(settings, edge)
+            resample = read_resample(settings)
+        except ValueError as error:
+            raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from None
+        canvas_width, canvas_height = best_resolution(width, height, self.pinpoints)
+        inner_width, inner_height = _fitted(width, height, canvas_width, canvas_height)
+        left, top = (canvas_width - inner_width) // 2, (canvas_height - inner_height) // 2
+        pad = Pad(left, top, canvas_width - inner_width - left, canvas_height - inner_height - top)
+        rows, cols = canvas_height // edge, canvas_width // edge
+        overview = View((Resize(edge, edge, resample),), edge, edge)
+        mosaic = View((Resize(inner_width, inner_height, resample), pad), edge, edge, rows, cols)
+        num_features, cuts = self._count(width, height, rows, cols)
+        return MediaLayout(
+            plan=PixelPlan(width=width, height=height, views=(overview, mosaic)),
+            num_features=num_features,
+            num_patches=(1 + rows * cols) * (edge // self.patch_size) ** 2,
+            numbers=(rows, cols, *cuts),
+        )
+
+    def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
+        """Features as the model makes them, newlines included. ``image_sizes``, (height, width) each as Hugging Face's
+        processor returns them, are optional: the features are counted against them."""
+        images_only(modality)
+        unknown = sorted(set(extras) - {"image_size"})
+        if unknown:
+            raise RequestError(
+                f"Image embeddings of this model come alone or with image_sizes; got {', '.join(unknown)} beside them.",
+                param="multi_modal_data",
+            )
+        if extras:
+            height, width = extras["image_size"]
+            expected = self.layout(modality, width, height, 1, {}).num_features
+            if num_features != expected:
+                raise RequestError(
+                    f"A picture of height {height} and width {width} has {expected} features in this model, "
+                    f"newlines included; got {num_features}.",
+                    param="multi_modal_data",
+                )
+        return MediaLayout(plan=PixelPlan(width=0, height=0, views=()), num_features=num_features, num_patches=0)
+
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
+        images_only(modality)
+        return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
+
+    def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
+        return []
+
+    def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
+        return None
+
+    def _count(self, width: int, height: int, rows: int, cols: int) -> tuple[int, tuple[int, int]]:
+        """(features of the picture, patch rows and columns to cut at either end of its mosaic)."""
+        grid = self.image_size // self.patch_size
+        cut_rows, cut_cols = unpad(width, height, rows * grid, cols * grid)
+        kept_rows, kept_cols = rows * grid - 2 * cut_rows, cols * grid - 2 * cut_cols
+        return grid**2 + kept_rows * (kept_cols + 1), (cut_rows, cut_cols)
+
+
+def best_resolution(width: int, height: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(width, height) of the canvas that keeps most of the picture's pixels, and of those the one that wastes least.
+
+    Source: HF ``select_best_resolution``. Of equals, the first.
+    """
+
+    def worth(pinpoint: tuple[int, int]) -> tuple[int, int]:
+        canvas_height, canvas_width = pinpoint
+        scale = min(canvas_width / width, canvas_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - canvas_width * canvas_height
+
+    canvas_height, canvas_width = max(pinpoints, key=worth)
+    return canvas_width, canvas_height
+
+
+def unpad(width: int, height: int, rows: int, cols: int) -> tuple[int, int]:
+    """Patch rows and columns that see only padding, at either end of a mosaic of ``rows`` x ``cols`` patches.
+
+    Source: HF ``unpad_image``. Of a very narrow picture nothing may be left.
+    """
+    if width / height > cols / rows:
+        return (rows - int(round(height * (cols / width), 7))) // 2, 0
+    return 0, (cols - int(round(width * (rows / height), 7))) // 2
+
+
+def _fitted(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[int, int]:
+    """(width, height) of the picture within the canvas, aspect kept. Source: HF ``get_patch_output_size``."""
+    scale_x, scale_y = canvas_width / width, canvas_height / height
+    if scale_x < scale_y:
+        return canvas_width, min(math.ceil(height * scale_x), canvas_height)
+    return min(math.ceil(width * scale_y), canvas_width), canvas_height
+
+
+def _check_sizes(settings: Mapping[str, Any], edge: int) -> None:
+    """``ValueError`` unless overview and tiles are cut at the tower's size; then resizing and cropping them change
+    nothing, whether the settings ask for it or not."""
+    for key in ("size", "crop_size"):
+        made = set(read_size(settings, key).values())
+        if made != {edge}:
+            raise ValueError(f"{key} is {settings[key]!r}; the vision tower takes {edge} x {edge}.")
+    if "shortest_edge" in read_size(settings, "crop_size"):
+        raise ValueError(f"crop_size is {settings['crop_size']!r}; it must name a height and a width.")
+
+
+def _pairs(pinpoints: Any) -> list[tuple[Any, ...]]:
+    """The pinpoints as tuples, whether they are lists or tuples; what is neither becomes no pair."""
+    rows = cast(Sequence[Any], pinpoints) if isinstance(pinpoints, list | tuple) else ()
+    return [tuple(cast(Sequence[Any], row)) if isinstance(row, list | tuple) else () for row in rows]
+
+
+def _read_pinpoints(given: Any, edge: int) -> tuple[tuple[int, int], ...]:
+    """``ValueError`` where one is not a whole number of tiles."""
+    pairs = tuple(_pairs(given))
+    if not pairs or not all(
+        len(pair) == 2 and all(isinstance(n, int) and n >= edge and n % edge == 0 for n in pair) for pair in pairs
+    ):
+        raise ValueError(
+            f"image_grid_pinpoints is {given}; it must list pairs of height and width, multiples of the tower's {edge}."
+        )
+    return cast(tuple[tuple[int, int], ...], pairs)
