@@ -191,8 +191,8 @@ def _tokenizer_folder(config: ModelConfig, files: ModelFiles) -> Path:
 
 
 def fill_budget(rule: MediaRule, max_patches: int, side: int, options: Mapping[str, Any]) -> Sequence[MediaLayout]:
-    """As many square pictures of ``side`` pixels as one step may encode; one where even that exceeds the budget."""
+    """Square pictures of ``side`` pixels that fill one step's budget; rounded up, since a step may mix other sizes."""
     if rule.max_items("image") == 0:
         return []
     layout = rule.layout("image", side, side, 1, options)
-    return [layout] * max(1, max_patches // layout.num_patches)
+    return [layout] * -(-max_patches // layout.num_patches)
