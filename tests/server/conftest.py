@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from opsin import AsyncLLM
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
+from opsin.server.run import listen, url_of, uvicorn_config
 from tests.engine.conftest import picture
 
 if TYPE_CHECKING:
@@ -39,16 +40,16 @@ def engine(tiny_llava: Callable[[LlavaShape], Path]) -> Iterator[AsyncLLM]:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """Run an application on an ephemeral port of loopback; yields its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    listener = listen(ServerConfig(port=0))
+    server = uvicorn.Server(uvicorn_config(app))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
     while not server.started:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield url_of(listener)
     finally:
         server.should_exit = True
         thread.join(20)

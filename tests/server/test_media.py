@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from opsin import AsyncLLM
 from opsin.server.app import create_app
@@ -83,11 +84,15 @@ def open_engine(tiny_llava: Callable[[LlavaShape], Path], tmp_path_factory: pyte
 
 
 @pytest.fixture
-def open_client(open_engine: tuple[AsyncLLM, Path]) -> Iterator[httpx.Client]:
-    app = create_app(open_engine[0], ServerConfig(), model=NAME)
-    with serving(app) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+def open_app(open_engine: tuple[AsyncLLM, Path]) -> FastAPI:
+    return create_app(open_engine[0], ServerConfig(), model=NAME)
+
+
+@pytest.fixture
+def open_client(open_app: FastAPI, open_engine: tuple[AsyncLLM, Path]) -> Iterator[httpx.Client]:
+    with serving(open_app) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
         yield client
-    assert_idle(app, open_engine[0])
+    assert_idle(open_app, open_engine[0])
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -211,6 +216,22 @@ def test_slow_host_costs_its_caller_one_deadline(open_client: httpx.Client, host
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "failed_to_download_image"
     assert "3 s" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_client_that_leaves_while_its_picture_is_fetched_is_forgotten(
+    open_client: httpx.Client, open_app: FastAPI, host: PictureHost, stream: bool
+):
+    host.gate.clear()
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            open_client.post(URL, json=chat(part(f"{host.url}/left-{stream}"), stream=stream), timeout=0.3)
+        deadline = time.monotonic() + 2
+        while open_app.state.server.admission.num_admitted:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        host.gate.set()
 
 
 def test_slow_host_stalls_nobody_else(open_client: httpx.Client, host: PictureHost):

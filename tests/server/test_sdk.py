@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +18,8 @@ from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
 from tests.server.conftest import NAME, serving, user
 from tests.server.test_errors import Failing
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "openai_chat_completion_client_for_multimodal.py"
 
 
 @pytest.fixture
@@ -97,6 +101,14 @@ def test_sdk_with_a_wrong_key(engine: AsyncLLM):
                 else:
                     with pytest.raises(error):
                         ask(sdk)
+
+
+def test_example_asks_every_kind_of_question(address: str, capsys: pytest.CaptureFixture[str]):
+    example = runpy.run_path(str(EXAMPLE))
+    example["main"](["--base-url", f"{address}/v1"])
+    answers = capsys.readouterr().out.split("? ")
+    assert len(answers) == 5
+    assert all(answers)
 
 
 def test_sdk_raises_for_a_stream_that_fails_midway(engine: AsyncLLM):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,6 +93,27 @@ def test_body_that_is_no_request_is_refused(guarded_client: httpx.Client, body: 
     assert response.status_code == 400
     assert error_of(response)["type"] == "invalid_request_error"
     assert guarded_client.get("/v1/models", headers=bearer(KEYS[0])).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"messages": [' + b",".join([b'{"role":"user","content":"x"}'] * 10**6) + b"]}", "messages"),
+        (b'{"messages": [], "chat_template_kwargs": {"a": [' + b"1," * 10**7 + b"1]}}", None),
+    ],
+    ids=["messages", "values"],
+)
+def test_body_of_countless_values_is_refused_at_once(client: httpx.Client, body: bytes, param: str | None):
+    start_s = time.monotonic()
+    response = client.post(URL, content=body)
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+    assert time.monotonic() - start_s < 5  # decoded and looked at one by one, they take far longer
+
+
+def test_words_of_a_prompt_do_not_count_as_messages(client: httpx.Client):
+    text = '"role" ' * 5000
+    assert client.post(URL, json=chat(text)).json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_body_over_the_cap_is_refused_before_it_is_read(guarded_client: httpx.Client):

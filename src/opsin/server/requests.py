@@ -158,6 +158,9 @@ class DetokenizeRequest(Request, kw_only=True):
 
 T = TypeVar("T", bound=Request)
 
+_MAX_MESSAGES = 4096
+_MAX_VALUES = 250_000
+
 _PATH = re.compile(r"(.*) - at `(?:key in )?\$(.*)`$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
@@ -168,6 +171,12 @@ def decode(body: bytes, kind: type[T]) -> T:
     Raises:
         RequestError: it is not JSON in UTF-8, or a field has the wrong type; ``param`` is that field's path.
     """
+    # Decoding holds up everybody else, and costs by the value, not by the byte. Quotes within strings are escaped, so
+    # the first count is of keys; the second takes the commas of prose along, of which no context holds so many.
+    if body.count(b'"role"') > _MAX_MESSAGES:
+        raise RequestError(f"The body has more than {_MAX_MESSAGES} messages.", param="messages")
+    if body.count(b",") > _MAX_VALUES:
+        raise RequestError(f"The body has more than {_MAX_VALUES} values.")
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:

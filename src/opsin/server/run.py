@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from opsin.errors import ConfigError
 from opsin.server.config import ServerConfig
+from opsin.server.protocol import BoundedProtocol
 from opsin.server.state import ServerState
 
 _BACKLOG = 2048
@@ -63,10 +64,11 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: FastAPI, listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C, let what runs finish, and return."""
-    config = uvicorn.Config(
+def uvicorn_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn is to run the application."""
+    return uvicorn.Config(
         app,
+        http=BoundedProtocol,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -75,7 +77,11 @@ def run(app: FastAPI, listener: socket.socket) -> None:
         backlog=_BACKLOG,
         timeout_graceful_shutdown=_CLOSE_S,
     )
-    _DrainingServer(config, app.state.server).run(sockets=[listener])
+
+
+def run(app: FastAPI, listener: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C, let what runs finish, and return."""
+    _DrainingServer(uvicorn_config(app), app.state.server).run(sockets=[listener])
 
 
 class _DrainingServer(uvicorn.Server):

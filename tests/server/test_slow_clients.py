@@ -1,0 +1,117 @@
+"""Clients that send or read too slowly, or whose heads are too long: bounded, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+import pytest
+
+from opsin.server import protocol, transport
+from opsin.server.transport import EventStream
+
+
+def connect(address: str) -> socket.socket:
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    received = b""
+    try:
+        while chunk := connection.recv(65536):
+            received += chunk
+    except ConnectionResetError:  # closed with bytes of ours unread
+        pass
+    return received
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /version HTTP/1.1\r\nHost: x\r\nX-Slow: "], ids=["silent", "half a head"])
+def test_head_that_does_not_come_ends_the_connection(
+    client: httpx.Client, address: str, monkeypatch: pytest.MonkeyPatch, begun: bytes
+):
+    monkeypatch.setattr(protocol, "_HEAD_S", 0.2)
+    with connect(address) as connection:
+        connection.sendall(begun)
+        assert read_all(connection).startswith(b"HTTP/1.1 408")
+    assert client.get("/version").status_code == 200
+
+
+def test_idle_connection_outlives_the_deadline_of_a_head(
+    client: httpx.Client, address: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(protocol, "_HEAD_S", 0.1)
+    request = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connect(address) as connection:
+        connection.sendall(request)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(10)
+        connection.sendall(request)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_endless_head_is_refused(client: httpx.Client, address: str):
+    with connect(address) as connection:
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n")
+        try:
+            for i in range(1000):
+                connection.sendall(b"X-%d: %s\r\n" % (i, b"a" * 1000))
+        except ConnectionError:
+            pass
+        answer = read_all(connection)
+    assert not answer or answer.startswith(b"HTTP/1.1 431")
+    assert client.get("/version").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"NONSENSE\r\n\r\n",
+        b"BREW /pot HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ],
+    ids=["nonsense", "method", "path", "both lengths"],
+)
+def test_head_that_is_not_http_is_refused(client: httpx.Client, address: str, head: bytes):
+    with connect(address) as connection:
+        connection.sendall(head)
+        assert connection.recv(65536).startswith((b"HTTP/1.1 400", b"HTTP/1.1 404", b"HTTP/1.1 405"))
+    assert client.get("/version").status_code == 200
+
+
+def test_body_that_stops_coming_is_given_up(client: httpx.Client, address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transport, "_BODY_IDLE_S", 0.2)
+    with connect(address) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b'"request_timeout"' in answer
+
+
+def test_client_that_stops_reading_its_stream_is_left(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transport, "_SEND_IDLE_S", 0.05)
+    closed: list[bool] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"{}"
+        finally:
+            closed.append(True)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # the buffers are full for ever
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    asyncio.run(asyncio.wait_for(EventStream(events())({"type": "http"}, receive, send), 5))
+    assert closed == [True]
