@@ -25,7 +25,7 @@ from opsin.server.generation import respond
 from opsin.server.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.requests import ChatCompletionRequest
 from opsin.server.sampling import refuse_unsupported, sampling_params
-from opsin.server.state import ServerState
+from opsin.server.state import ServerState, blame
 
 
 async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Response:
@@ -38,15 +38,16 @@ async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Resp
     async def prepare() -> list[ProcessedRequest]:
         return [await server.prepare_chat(name, request, request.messages, params, add_generation_prompt=True)]
 
-    return await respond(
-        http,
-        server,
-        _ChatForm(name, server.names[0], params.n, params.logprobs),
-        prepare,
-        num_answers=params.n,
-        stream=bool(request.stream),
-        options=request.stream_options,
-    )
+    with blame("messages"):  # a picture that turns out to be broken when it is decoded, if it is not known which
+        return await respond(
+            http,
+            server,
+            _ChatForm(name, server.names[0], params.n, params.logprobs),
+            prepare,
+            num_answers=params.n,
+            stream=bool(request.stream),
+            options=request.stream_options,
+        )
 
 
 class _ChatForm:

@@ -18,7 +18,7 @@ from opsin.params import PoolingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import EmbeddingItem, Embeddings, EmbeddingUsage
 from opsin.server.requests import EmbeddingRequest
-from opsin.server.state import ServerState, prompts_of
+from opsin.server.state import ServerState, blame, prompts_of
 from opsin.server.transport import ClientGone, GoneResponse, json_response, until_gone
 
 _MAX_INPUTS = 2048  # OpenAI's
@@ -56,7 +56,8 @@ async def create_embeddings(http: HTTPRequest, server: ServerState) -> Response:
         return Embeddings(name, int(time.time()), server.names[0], items, EmbeddingUsage(total, total))
 
     try:
-        return json_response(await until_gone(http.receive, work()))
+        with blame("input" if request.messages is None else "messages"):
+            return json_response(await until_gone(http.receive, work()))
     except ClientGone:
         return GoneResponse()
 

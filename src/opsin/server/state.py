@@ -89,7 +89,7 @@ class ServerState:
         """
         given = request.add_generation_prompt
         continues = bool(request.continue_final_message)
-        with _called("messages"):
+        with blame("messages"):
             return await self.engine.prepare_chat(
                 _without_uuids(messages),
                 params,
@@ -115,7 +115,7 @@ class ServerState:
             RequestError: what is wrong.
         """
         salt = request.cache_salt or None
-        with _called(field):
+        with blame(field):
             return await self.engine.prepare(
                 {"prompt": prompt, "cache_salt": salt}
                 if isinstance(prompt, str)
@@ -128,8 +128,8 @@ class ServerState:
 
 
 @contextmanager
-def _called(field: str) -> Iterator[None]:
-    """Errors about the prompt name the body's field that it came from."""
+def blame(field: str) -> Iterator[None]:
+    """Give errors about a prompt the name of the body's field that it came from."""
     try:
         yield
     except RequestError as error:
