@@ -76,6 +76,13 @@ def test_template_renders_the_training_format(backend: TransformersBackend) -> N
     assert text == "USER: <image>\n<image>\nAre they the same? ASSISTANT:no</s>USER: Why? ASSISTANT:"
 
 
+def test_template_puts_pictures_before_the_text_wherever_they_stand(backend: TransformersBackend) -> None:
+    """Clients of OpenAI's API usually send the question first; the model was trained on the picture first."""
+    content = [{"type": "text", "text": "What is"}, {"type": "image"}, {"type": "text", "text": "this?"}]
+    text = backend.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert text == "USER: <image>\nWhat is this? ASSISTANT:"
+
+
 @pytest.mark.parametrize(
     ("question", "pictures", "answer"),
     [

@@ -107,12 +107,11 @@ CHAT_TEMPLATE = """\
 {%- if message.content is string -%}
 {{- message.content -}}
 {%- else -%}
-{%- for part in message.content -%}
-{%- if part.type in ('image', 'image_url') -%}
+{%- for part in message.content if part.type in ('image', 'image_url') -%}
 {{- '<image>\\n' -}}
-{%- elif part.type == 'text' -%}
-{{- part.text -}}
-{%- endif -%}
+{%- endfor -%}
+{%- for part in message.content if part.type == 'text' -%}
+{{- ('' if loop.first else ' ') ~ part.text -}}
 {%- endfor -%}
 {%- endif -%}
 {%- if message.role == 'assistant' -%}
