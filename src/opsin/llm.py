@@ -275,6 +275,7 @@ class LLM:
         finally:
             for request_id in index_of:
                 front.abort(request_id)
+            front.come_to_rest()
             self._turn.release()
             if progress is not None:
                 progress.close()

@@ -253,6 +253,25 @@ def test_generate_stop_string_ends_the_text_before_it(llm: LLM):
     assert stopped.outputs[0].stop_reason == stop
 
 
+def test_generate_ends_discovered_late_leave_the_same_answers(make_llm: Callable[..., LLM], llm: LLM):
+    """Two steps deep, the step behind an end token, a stop string or the last token is already under way."""
+    free = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), use_tqdm=False)
+    params = []
+    for i, output in enumerate(free):
+        answer = output.outputs[0]
+        stop = [answer.text[i + 2 : i + 5]] if i % 2 else []
+        ends = [] if i % 2 else [answer.token_ids[i + 3]]
+        params.append(SamplingParams(temperature=0, max_tokens=20, stop=stop, stop_token_ids=ends, ignore_eos=True))
+    told = []
+    for settings in ({"pipeline_depth": 1}, {"pipeline_depth": 2}, {"pipeline_depth": 2, "max_num_seqs": 2}):
+        engine = make_llm(**settings)
+        answers = [output.outputs[0] for output in engine.generate(PROMPTS, params, use_tqdm=False)]
+        told.append([(answer.text, answer.token_ids, answer.finish_reason, answer.stop_reason) for answer in answers])
+        assert_idle(engine)
+    assert told[0] == told[1] == told[2]
+    assert {reason for _, _, reason, _ in told[0]} == {"stop"}
+
+
 def test_generate_stop_token_ends_the_answer(llm: LLM, expected: list[list[int]]):
     params = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[expected[0][3]], ignore_eos=True)
     (output,) = llm.generate(PROMPTS[0], params, use_tqdm=False)

@@ -6,6 +6,7 @@ happens on this side of ``EngineCore``, which sees ids, keys and pixels.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -275,6 +276,12 @@ class Front:
             for request_id in pending:
                 self.core.abort(request_id)
         return answers
+
+    def come_to_rest(self) -> None:
+        """Commit the steps still in flight behind requests that have ended, so that nothing is held any more."""
+        with contextlib.suppress(EngineDeadError):  # then there is nothing left to commit
+            while self.core.has_work and not self.num_unfinished:
+                self._advance()
 
     def close(self) -> None:
         self._feeder.close()
