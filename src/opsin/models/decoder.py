@@ -196,10 +196,10 @@ class Decoder(nn.Module):
     """Embeddings in, final hidden states out; logits on request.
 
     Args:
-        context_len: the longest sequence that will be run (LongRoPE depends on it).
+        context_len: the longest sequence that will be run (LongRoPE depends on it); the config's limit by default.
     """
 
-    def __init__(self, place: Placement, config: DecoderConfig, context_len: int) -> None:
+    def __init__(self, place: Placement, config: DecoderConfig, context_len: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = TokenEmbedding(place, config.vocab_size, config.hidden_size)
@@ -207,7 +207,13 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(place, config.hidden_size, config.norm_eps)
         tied_to = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(place, config.hidden_size, config.vocab_size, tied_to=tied_to)
-        self.rope = Rope(config.rope, context_len, place.device)
+        self.rope = Rope(config.rope, context_len or config.max_position, place.device)
+
+    @property
+    def unused_weights(self) -> tuple[str, ...]:
+        """Patterns of checkpoint tensors that nothing here takes."""
+        tied = (r"lm_head\.weight",) if self.lm_head.is_tied else ()
+        return (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", *tied)
 
     def forward(
         self,

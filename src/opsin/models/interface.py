@@ -1,4 +1,4 @@
-"""What the runner asks of a model. Families implement it in their ``model.py``."""
+"""What the runner asks of a model. Families implement it in their ``model.py``, on ``PictureModel``."""
 
 from __future__ import annotations
 

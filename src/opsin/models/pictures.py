@@ -5,12 +5,13 @@ A family brings its processors' defaults, whose keys are the settings it impleme
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.rule import PixelNorm, TokenIds
-from opsin.types import Modality
+from opsin.models.rule import PixelNorm, Placeholder, TokenIds
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -59,30 +60,35 @@ class SquareTower(NamedTuple):
 
     Attributes:
         image_size: edge of the square, in pixels.
-        num_rows: output rows per square, a class token's included.
+        num_features: rows per square after the select strategy: 'default' drops the tower's first row, which is
+            CLIP's class token (and, as in Hugging Face, SigLIP's first patch), 'full' keeps all.
     """
 
     image_size: int
     patch_size: int
-    num_rows: int
+    num_features: int
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
 
 
-class ImageToken(NamedTuple):
-    """The prompt's mark of a picture: its text, its id, and whether the tokenizer keeps the text whole."""
+@contextmanager
+def checkpoint_settings(name: str) -> Iterator[None]:
+    """A ``ValueError`` in here is the fault of the ``name`` processor's config: it becomes an UnsupportedModelError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
 
-    text: str
-    token_id: int
-    is_whole: bool
 
-
-def images_only(modality: Modality) -> None:
-    """Refuse what is not a picture.
-
-    Raises:
-        RequestError: it is a video.
-    """
-    if modality != "image":
-        raise RequestError(f"This model takes images only, not {modality}.", param="multi_modal_data")
+@contextmanager
+def request_settings() -> Iterator[None]:
+    """A ``ValueError`` in here is the fault of ``mm_processor_kwargs``: it becomes a RequestError."""
+    try:
+        yield
+    except ValueError as error:
+        raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from None
 
 
 def read_settings(
@@ -91,7 +97,7 @@ def read_settings(
     """The processor's class name without its backend's suffix, and its settings, complete.
 
     Args:
-        processor: as ``ModelFiles.processor``.
+        processor: as ``ModelFiles.processor``. A null is an absent key.
         known: class name to the defaults of every setting that is implemented.
         default: the class where the config names none.
 
@@ -105,12 +111,13 @@ def read_settings(
             f"image_processor_type is {given!r}; implemented for {family} are {', '.join(sorted(known))}."
         )
     defaults = known[name]
-    unknown = sorted(key for key in processor if key not in defaults and key not in _INERT_KEYS)
+    set_keys = {key for key, value in processor.items() if value is not None}  # hub configs can be full of nulls
+    unknown = sorted(set_keys - set(defaults) - _INERT_KEYS)
     if unknown:
         raise UnsupportedModelError(
             f"The {name} config has unknown keys: {', '.join(unknown)}; implemented are {', '.join(sorted(defaults))}."
         )
-    return name, {**defaults, **{key: processor[key] for key in defaults if processor.get(key) is not None}}
+    return name, {**defaults, **{key: processor[key] for key in set_keys & set(defaults)}}
 
 
 def with_options(
@@ -190,15 +197,13 @@ def read_size(settings: Mapping[str, Any], key: Literal["size", "crop_size"]) ->
     return entries
 
 
-def read_square_tower(vision: Mapping[str, Any], *, family: str) -> SquareTower:
-    """The shape of a CLIP-like tower.
-
-    Args:
-        vision: config.json's vision_config.
+def read_square_tower(config: Mapping[str, Any], *, family: str) -> SquareTower:
+    """What config.json says of a CLIP-like tower.
 
     Raises:
-        UnsupportedModelError: another tower, or one that is not square.
+        UnsupportedModelError: another tower, one that is not square, or another select strategy.
     """
+    vision = config.get("vision_config") or {}
     tower = vision.get("model_type", "clip_vision_model")
     if tower not in _SQUARE_TOWERS:
         raise UnsupportedModelError(
@@ -213,11 +218,19 @@ def read_square_tower(vision: Mapping[str, Any], *, family: str) -> SquareTower:
             f"The vision tower's image_size is {image_size!r} and its patch_size {patch_size!r}; "
             "only square pictures and patches are implemented."
         )
-    return SquareTower(image_size, patch_size, (image_size // patch_size) ** 2 + extra_rows)
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if strategy not in ("default", "full"):
+        raise UnsupportedModelError(
+            f"vision_feature_select_strategy is {strategy!r}; 'default' and 'full' are implemented."
+        )
+    num_rows = (image_size // patch_size) ** 2 + extra_rows
+    return SquareTower(image_size, patch_size, num_rows - (strategy == "default"))
 
 
-def read_image_token(config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> ImageToken:
-    """The picture's mark as the processor config and config.json name it, ``<image>`` by default.
+def read_image_token(
+    config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds
+) -> tuple[Placeholder, int]:
+    """A picture's mark and its token, as the processor config and config.json name them, ``<image>`` by default.
 
     Raises:
         UnsupportedModelError: nobody knows its id.
@@ -229,4 +242,4 @@ def read_image_token(config: Mapping[str, Any], processor: Mapping[str, Any], to
     token_id = config.get("image_token_index", config.get("image_token_id", tokenizer_id))
     if token_id is None:
         raise UnsupportedModelError(f"config.json has no image_token_index, and the tokenizer does not know {text!r}.")
-    return ImageToken(text, token_id, is_whole=tokenizer_id == token_id)
+    return Placeholder(text, token_id if tokenizer_id == token_id else None, re.escape(text)), token_id

@@ -1,7 +1,8 @@
 """The torch-free half of a model family: what its pictures become, in pixels, features and prompt tokens.
 
-A family's ``rule.py`` implements ``MediaRule``. The front uses it to admit a request from header sizes alone; media
-workers carry out the ``PixelPlan`` it returns. No torch and no transformers here, so that both start fast.
+A family's ``rule.py`` implements ``MediaRule``, on ``PictureRule`` where it can. The front uses it to admit a request
+from header sizes alone; media workers carry out the ``PixelPlan`` it returns. No torch and no transformers here, so
+that both start fast.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class WeightTable:
 
     renames: tuple[tuple[str, str], ...]
     unused: tuple[str, ...]
+
+    @classmethod
+    def of(cls, renames: tuple[tuple[str, str], ...], unused: Mapping[str, Sequence[str]]) -> WeightTable:
+        """A table whose ``unused`` says for each submodule what of its own names it leaves out."""
+        return cls(renames, tuple(rf"{path}\.{pattern}" for path, patterns in unused.items() for pattern in patterns))
 
     def rename(self, name: str) -> str:
         for pattern, replacement in self.renames:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import nn
 
 from opsin.errors import UnsupportedModelError
-from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
 from opsin.layers.norm import LayerNorm
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.internvl.rule import TileGeometry
-from opsin.models.llava.model import Projector
+from opsin.models.picture_model import PictureModel
+from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.intern_vit import InternViTConfig, InternViTTower
+from opsin.models.towers.patches import Patches
 from opsin.models.weights import WeightTable
-from opsin.types import LayerCacheSpec, MediaLayout, ModelSpec
+from opsin.types import MediaLayout
 
 _PROJECTOR_EPS = 1e-5
 _NTK_KEYS = {"rope_type", "type", "factor", "rope_theta"}
@@ -35,8 +35,8 @@ _RENAMES = (
 )
 
 
-class InternVLModel(nn.Module):
-    """Implements ``VisionLanguageModel``. A picture is as many tiles as its plan makes, each encoded by itself."""
+class InternVLModel(PictureModel):
+    """A picture is as many tiles as its plan makes, each encoded by itself."""
 
     def __init__(
         self,
@@ -47,37 +47,16 @@ class InternVLModel(nn.Module):
         decoder: Decoder,
         norm: PixelNorm,
     ) -> None:
-        super().__init__()
-        self.kernels = place.kernels
-        self.dtype = place.dtype
+        super().__init__("InternVLForConditionalGeneration", decoder)
         self.tile = tile
         self.tower = tower
         self.projector = projector
-        self.decoder = decoder
-        self.norm_table_3 = torch.from_numpy(norm.table()).to(place.device)
-        config = decoder.config
-        self.spec = ModelSpec(
-            architecture="InternVLForConditionalGeneration",
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            feature_width=config.hidden_size,
-            max_position=config.max_position,
-            layers=tuple(LayerCacheSpec(spec.num_kv_heads, spec.head_dim) for spec in config.layers),
-        )
+        self.patches = Patches(place, tile.patch_size, norm)
 
     @classmethod
     def from_hf(
         cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
-    ) -> InternVLModel:
-        """Build the model of a config.json, its weights not yet filled.
-
-        Args:
-            norm: what the family's rule read from the processor config.
-            max_model_len: the longest sequence to run; the config's own limit by default.
-
-        Raises:
-            UnsupportedModelError: an unknown key or a value that is not implemented.
-        """
+    ) -> Self:
         strict = StrictConfig(config, "config.json")
         tile = TileGeometry.from_hf(config)
         select = strict.take("vision_feature_layer", -1)
@@ -95,41 +74,17 @@ class InternVLModel(nn.Module):
         )
         strict.skip("downsample_ratio", "image_token_id", "image_seq_length")
         strict.finish()
-        decoder = Decoder(place, decoder_config, max_model_len or decoder_config.max_position)
+        decoder = Decoder(place, decoder_config, max_model_len)
         return cls(place, tile, InternViTTower(place, tower_config), projector, decoder, norm)
 
     def weight_table(self) -> WeightTable:
-        """How InternVL checkpoints name their tensors."""
-        unused = [rf"tower\.{pattern}" for pattern in self.tower.config.unused_weights]
-        unused.append(r"decoder\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-        if self.decoder.lm_head.is_tied:
-            unused.append(r"decoder\.lm_head\.weight")
-        return WeightTable(_RENAMES, tuple(unused))
+        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
+        return WeightTable.of(_RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in one pass."""
-        tiles_BYX3 = torch.stack([tile for item in tiles for tile in item])
-        patches_PC = self.kernels.patchify(tiles_BYX3, self.tile.patch_size, self.norm_table_3, self.dtype)
-        hidden_BPD = self.tower(patches_PC.unflatten(0, (len(tiles_BYX3), -1)))
+        hidden_BPD = self.tower(self.patches(torch.stack([tile for item in tiles for tile in item])))
         return self.projector(pixel_shuffle(hidden_BPD[:, 1:], self.tile))
-
-    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Token embeddings, (T, D)."""
-        return self.decoder.embed_tokens(ids_T)
-
-    def forward(
-        self,
-        hidden_TD: torch.Tensor,
-        positions_AT: torch.Tensor,
-        attention: AttentionInputs,
-        caches: Sequence[LayerCache],
-    ) -> torch.Tensor:
-        """(T, D) after the final norm."""
-        return self.decoder(hidden_TD, positions_AT, attention, caches)
-
-    def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
-        """(B, V) in float32."""
-        return self.decoder.logits(hidden_BD)
 
 
 class NormedProjector(Projector):

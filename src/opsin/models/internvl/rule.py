@@ -8,12 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.pictures import CLIP_PIXELS, images_only, read_norm, read_resample, read_settings, with_options
-from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
-from opsin.types import MediaItem, MediaLayout, Modality, PixelPlan, Resize, View
+from opsin.models.picture_rule import PictureRule, images_only
+from opsin.models.pictures import (
+    CLIP_PIXELS,
+    checkpoint_settings,
+    read_norm,
+    read_resample,
+    read_settings,
+    request_settings,
+    with_options,
+)
+from opsin.models.rule import Placeholder, TokenIds, TokenRun
+from opsin.types import MediaLayout, Modality, PixelPlan, Resize, View
 
 _IMAGE_TOKEN, _START_TOKEN, _END_TOKEN = "<IMG_CONTEXT>", "<img>", "</img>"
 _MOST_TILES = 256
@@ -71,35 +80,17 @@ class TileGeometry:
         return self.num_patches // self.merge**2
 
 
-@dataclass(frozen=True, slots=True)
-class InternVLRule:
-    """The ``MediaRule`` of ``InternVLForConditionalGeneration``.
-
-    Attributes:
-        settings: the processor's settings, complete.
-    """
+@dataclass(frozen=True, kw_only=True)
+class InternVLRule(PictureRule):
+    """The ``MediaRule`` of ``InternVLForConditionalGeneration``. A picture's features stand between two tags."""
 
     tile: TileGeometry
-    image_token_id: int
     start_token_id: int
     end_token_id: int
-    norm: PixelNorm
-    settings: Mapping[str, Any]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> InternVLRule:
-        """Read the rule from a Hugging Face folder.
-
-        Args:
-            config: config.json.
-            processor: as ``ModelFiles.processor``.
-            tokenizer: asked for the ids of the placeholder and of the tags around it.
-
-        Raises:
-            UnsupportedModelError: a processor, key or value that is not implemented, or does not fit the tower.
-        """
+    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
         tile = TileGeometry.from_hf(config)
-        processor = {key: value for key, value in processor.items() if value is not None}  # the hub's has many nulls
         name, settings = read_settings(processor, _PROCESSORS, default="GotOcr2ImageProcessor", family="InternVL")
         settings["crop_to_patches"] = True  # InternVLProcessor asks for it, whatever the config says
         size = settings["size"]
@@ -121,20 +112,19 @@ class InternVLRule:
                 f"The tokenizer's ids of {', '.join(tokens)} are {image_id}, {start_id} and {end_id}; all must be "
                 f"there, and the first must be config.json's image_token_id, which is {configured}."
             )
-        try:
+        with checkpoint_settings(name):
             norm = read_norm(settings)
             read_resample(settings)
             _tile_bounds(settings)
-        except ValueError as error:
-            raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
-        return cls(tile, image_id, start_id, end_id, norm, settings)
-
-    def placeholder(self, modality: Modality) -> Placeholder:
-        images_only(modality)
-        return Placeholder(_IMAGE_TOKEN, self.image_token_id, re.escape(_IMAGE_TOKEN))
-
-    def max_items(self, modality: Modality) -> int | None:
-        return None if modality == "image" else 0
+        return cls(
+            tile=tile,
+            start_token_id=start_id,
+            end_token_id=end_id,
+            mark=Placeholder(_IMAGE_TOKEN, image_id, re.escape(_IMAGE_TOKEN)),
+            image_token_id=image_id,
+            norm=norm,
+            settings=settings,
+        )
 
     def layout(
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
@@ -142,10 +132,8 @@ class InternVLRule:
         images_only(modality)
         settings = with_options(self.settings, options, fixed=frozenset({"size", "default_to_square"}))
         edge = self.tile.image_size
-        try:
+        with request_settings():
             (least, most), resample = _tile_bounds(settings), read_resample(settings)
-        except ValueError as error:
-            raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from None
         whole = View((Resize(edge, edge, resample),), height=edge, width=edge)
         views = (whole,)
         if settings["crop_to_patches"] and most > 1:  # resizes even without do_resize, as Hugging Face does
@@ -169,33 +157,18 @@ class InternVLRule:
         )
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
-        images_only(modality)
-        if extras:
-            raise RequestError(
-                f"InternVL's image embeddings come alone; got {', '.join(sorted(extras))} beside them.",
-                param="multi_modal_data",
-            )
+        layout = super().embedding_layout(modality, num_features, extras)
         if num_features % self.tile.num_features:
             raise RequestError(
                 f"An image embedding has {num_features} rows; this model's come in whole tiles of "
                 f"{self.tile.num_features}.",
                 param="multi_modal_data",
             )
-        return MediaLayout(plan=PixelPlan(width=0, height=0, views=()), num_features=num_features, num_patches=0)
+        return layout
 
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
-        images_only(modality)
-        return [
-            TokenRun(self.start_token_id),
-            TokenRun(self.image_token_id, layout.num_features, is_feature=True),
-            TokenRun(self.end_token_id),
-        ]
-
-    def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
-        return []
-
-    def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
-        return None
+        features = super().expand(modality, index, layout)
+        return [TokenRun(self.start_token_id), *features, TokenRun(self.end_token_id)]
 
 
 def tile_grid(width: int, height: int, edge: int, least: int, most: int) -> tuple[int, int]:

@@ -5,16 +5,16 @@ Source: Hugging Face ``LlavaProcessor`` and the Pillow-backed image processors i
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from opsin.errors import RequestError, UnsupportedModelError
+from opsin.errors import RequestError
 from opsin.media.ops import output_size
+from opsin.models.picture_rule import PictureRule, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
-    images_only,
+    checkpoint_settings,
     per_channel,
     read_image_token,
     read_norm,
@@ -22,10 +22,11 @@ from opsin.models.pictures import (
     read_settings,
     read_size,
     read_square_tower,
+    request_settings,
     with_options,
 )
-from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
-from opsin.types import Crop, MediaItem, MediaLayout, Modality, Pad, PixelOp, PixelPlan, Resize, View
+from opsin.models.rule import TokenIds
+from opsin.types import Crop, MediaLayout, Modality, Pad, PixelOp, PixelPlan, Resize, View
 
 _CLIP_DEFAULTS: dict[str, Any] = {
     **CLIP_PIXELS,
@@ -49,91 +50,50 @@ _PROCESSORS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LlavaRule:
+@dataclass(frozen=True, kw_only=True)
+class LlavaRule(PictureRule):
     """The ``MediaRule`` of ``LlavaForConditionalGeneration``.
 
     Attributes:
         image_size: edge of the square that the tower takes, in pixels.
-        num_features: rows per picture after the select strategy: 'default' drops the tower's first row, which is
-            CLIP's class token (and, as in Hugging Face, SigLIP's first patch), 'full' keeps all.
-        norm: what the tower applies to the uint8 tiles.
-        settings: the processor's settings, complete.
+        num_features: rows per picture.
         pads_to_square: the processor is the one whose ``do_pad`` squares the picture before it is resized.
     """
 
     image_size: int
     patch_size: int
     num_features: int
-    image_token: str
-    image_token_id: int
-    token_is_whole: bool
-    norm: PixelNorm
-    settings: Mapping[str, Any]
     pads_to_square: bool
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> LlavaRule:
-        """Read the rule from a Hugging Face folder.
-
-        Args:
-            config: config.json.
-            processor: preprocessor_config.json, or processor_config.json with its "image_processor" section merged
-                in.
-            tokenizer: asked for the placeholder's id alone.
-
-        Raises:
-            UnsupportedModelError: a tower, processor, key or size that is not implemented.
-        """
-        tower = read_square_tower(config.get("vision_config") or {}, family="LLaVA")
-        strategy = config.get("vision_feature_select_strategy", "default")
-        if strategy not in ("default", "full"):
-            raise UnsupportedModelError(
-                f"vision_feature_select_strategy is {strategy!r}; 'default' and 'full' are implemented."
-            )
-
+    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
+        tower = read_square_tower(config, family="LLaVA")
         # Without a class name Hugging Face goes by the model type.
         name, settings = read_settings(processor, _PROCESSORS, default="LlavaImageProcessor", family="LLaVA")
-        try:
+        with checkpoint_settings(name):
             norm = read_norm(settings)
-        except ValueError as error:
-            raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
-
-        token = read_image_token(config, processor, tokenizer)
+        mark, token_id = read_image_token(config, processor, tokenizer)
         rule = cls(
             image_size=tower.image_size,
             patch_size=tower.patch_size,
-            num_features=tower.num_rows - (strategy == "default"),
-            image_token=token.text,
-            image_token_id=token.token_id,
-            token_is_whole=token.is_whole,
+            num_features=tower.num_features,
+            mark=mark,
+            image_token_id=token_id,
             norm=norm,
             settings=settings,
             pads_to_square=name == "LlavaImageProcessor",
         )
-        try:  # settings that no picture can satisfy should fail now, not request by request
+        with checkpoint_settings(name):  # settings that no picture can satisfy should fail now, not request by request
             rule.layout("image", tower.image_size, tower.image_size, 1, {})
-        except RequestError as error:
-            raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
         return rule
-
-    def placeholder(self, modality: Modality) -> Placeholder:
-        images_only(modality)
-        token_id = self.image_token_id if self.token_is_whole else None
-        return Placeholder(self.image_token, token_id, re.escape(self.image_token))
-
-    def max_items(self, modality: Modality) -> int | None:
-        return None if modality == "image" else 0
 
     def layout(
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
         images_only(modality)
         settings = with_options(self.settings, options)
-        try:
+        with request_settings():
             ops = _plan_ops(settings, width, height, self.pads_to_square)
-        except ValueError as error:
-            raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from None
         made = output_size(ops, width, height)
         if made != (self.image_size, self.image_size):
             raise RequestError(
@@ -147,25 +107,6 @@ class LlavaRule:
             num_features=self.num_features,
             num_patches=(self.image_size // self.patch_size) ** 2,
         )
-
-    def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
-        images_only(modality)
-        if extras:
-            raise RequestError(
-                f"LLaVA's image embeddings come alone; got {', '.join(sorted(extras))} beside them.",
-                param="multi_modal_data",
-            )
-        return MediaLayout(plan=PixelPlan(width=0, height=0, views=()), num_features=num_features, num_patches=0)
-
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
-        images_only(modality)
-        return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
-
-    def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
-        return []
-
-    def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
-        return None
 
 
 def _plan_ops(settings: Mapping[str, Any], width: int, height: int, pads_to_square: bool) -> tuple[PixelOp, ...]:

@@ -12,7 +12,8 @@ import torch
 from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder
-from opsin.models.llava.model import LlavaModel, Projector
+from opsin.models.llava.model import LlavaModel
+from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.towers.clip import ClipTower
 from opsin.models.towers.siglip import SiglipTower
@@ -21,7 +22,7 @@ from opsin.types import MediaLayout
 
 
 class LlavaNextModel(LlavaModel):
-    """Implements ``VisionLanguageModel``. A picture is an overview and a mosaic of tiles, as ``LlavaNextRule`` says."""
+    """A picture is an overview and a mosaic of tiles, as ``LlavaNextRule`` says."""
 
     architecture: ClassVar[str] = "LlavaNextForConditionalGeneration"
 
@@ -42,15 +43,6 @@ class LlavaNextModel(LlavaModel):
     def from_hf(
         cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
     ) -> Self:
-        """Build the model of a config.json, its weights not yet filled.
-
-        Args:
-            norm: what the family's rule read from the processor config.
-            max_model_len: the longest sequence to run; the config's own limit by default.
-
-        Raises:
-            UnsupportedModelError: an unknown key or a value that is not implemented.
-        """
         if config.get("use_image_newline_parameter", True) is False:
             raise UnsupportedModelError(
                 "use_image_newline_parameter is false; only mosaics with newlines are implemented, as in Hugging Face."
@@ -60,7 +52,6 @@ class LlavaNextModel(LlavaModel):
         return super().from_hf(shared, place=place, norm=norm, max_model_len=max_model_len)
 
     def weight_table(self) -> WeightTable:
-        """LLaVA's, and the newline."""
         table = super().weight_table()
         return WeightTable((*table.renames, (r"^model\.image_newline$", "image_newline")), table.unused)
 

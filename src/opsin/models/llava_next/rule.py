@@ -7,25 +7,26 @@ Source: Hugging Face ``LlavaNextImageProcessor`` (Pillow-backed), ``LlavaNextPro
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
+from opsin.models.picture_rule import PictureRule, given_features, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
-    images_only,
+    checkpoint_settings,
     read_image_token,
     read_norm,
     read_resample,
     read_settings,
     read_size,
     read_square_tower,
+    request_settings,
     with_options,
 )
-from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
-from opsin.types import MediaItem, MediaLayout, Modality, Pad, PixelPlan, Resize, View
+from opsin.models.rule import TokenIds
+from opsin.types import MediaLayout, Modality, Pad, PixelPlan, Resize, View
 
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _PROCESSORS: dict[str, dict[str, Any]] = {
@@ -42,8 +43,8 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
 _FIXED = frozenset({"image_grid_pinpoints", "aspect_ratio_setting"})
 
 
-@dataclass(frozen=True, slots=True)
-class LlavaNextRule:
+@dataclass(frozen=True, kw_only=True)
+class LlavaNextRule(PictureRule):
     """The ``MediaRule`` of ``LlavaNextForConditionalGeneration``.
 
     A layout's tiles are the overview, then the mosaic row by row. Its ``numbers`` are the mosaic's (rows, columns) in
@@ -53,37 +54,19 @@ class LlavaNextRule:
     Attributes:
         image_size: edge of a tile, in pixels.
         pinpoints: the resolutions to choose from, as (height, width).
-        settings: the processor's settings, complete.
     """
 
     image_size: int
     patch_size: int
     pinpoints: tuple[tuple[int, int], ...]
-    image_token: str
-    image_token_id: int
-    token_is_whole: bool
-    norm: PixelNorm
-    settings: Mapping[str, Any]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> LlavaNextRule:
-        """Read the rule from a Hugging Face folder.
-
-        Args:
-            config: config.json.
-            processor: as ``ModelFiles.processor``.
-            tokenizer: asked for the placeholder's id alone.
-
-        Raises:
-            UnsupportedModelError: a tower, processor, key or size that is not implemented, or does not fit the tower.
-        """
-        tower = read_square_tower(config.get("vision_config") or {}, family="LLaVA-NeXT")
-        strategy = config.get("vision_feature_select_strategy", "default")
-        num_patches = (tower.image_size // tower.patch_size) ** 2
-        if strategy not in ("default", "full") or tower.num_rows - (strategy == "default") != num_patches:
+    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
+        tower = read_square_tower(config, family="LLaVA-NeXT")
+        if tower.num_features != tower.num_patches:
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy is {strategy!r}; the mosaic needs exactly one feature per patch: "
-                "'default' with a CLIP tower, 'full' with a SigLIP tower."
+                f"vision_feature_select_strategy is {config.get('vision_feature_select_strategy', 'default')!r}; the "
+                "mosaic needs exactly one feature per patch: 'default' with a CLIP tower, 'full' with a SigLIP tower."
             )
         name, settings = read_settings(processor, _PROCESSORS, default="LlavaNextImageProcessor", family="LLaVA-NeXT")
         if settings["aspect_ratio_setting"] != "anyres":
@@ -96,32 +79,21 @@ class LlavaNextRule:
             raise UnsupportedModelError(
                 f"The {name} config has image_grid_pinpoints {given}, but config.json has {built}."
             )
-        try:
+        with checkpoint_settings(name):
             pinpoints = _read_pinpoints(given, tower.image_size)
             norm = read_norm(settings)
             _check_sizes(settings, tower.image_size)
             read_resample(settings)
-        except ValueError as error:
-            raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
-        token = read_image_token(config, processor, tokenizer)
+        mark, token_id = read_image_token(config, processor, tokenizer)
         return cls(
             image_size=tower.image_size,
             patch_size=tower.patch_size,
             pinpoints=pinpoints,
-            image_token=token.text,
-            image_token_id=token.token_id,
-            token_is_whole=token.is_whole,
+            mark=mark,
+            image_token_id=token_id,
             norm=norm,
             settings=settings,
         )
-
-    def placeholder(self, modality: Modality) -> Placeholder:
-        images_only(modality)
-        token_id = self.image_token_id if self.token_is_whole else None
-        return Placeholder(self.image_token, token_id, re.escape(self.image_token))
-
-    def max_items(self, modality: Modality) -> int | None:
-        return None if modality == "image" else 0
 
     def layout(
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
@@ -129,11 +101,9 @@ class LlavaNextRule:
         images_only(modality)
         settings = with_options(self.settings, options, fixed=_FIXED)
         edge = self.image_size
-        try:
+        with request_settings():
             _check_sizes(settings, edge)
             resample = read_resample(settings)
-        except ValueError as error:
-            raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from None
         canvas_width, canvas_height = best_resolution(width, height, self.pinpoints)
         inner_width, inner_height = _fitted(width, height, canvas_width, canvas_height)
         left, top = (canvas_width - inner_width) // 2, (canvas_height - inner_height) // 2
@@ -168,17 +138,7 @@ class LlavaNextRule:
                     f"newlines included; got {num_features}.",
                     param="multi_modal_data",
                 )
-        return MediaLayout(plan=PixelPlan(width=0, height=0, views=()), num_features=num_features, num_patches=0)
-
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
-        images_only(modality)
-        return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
-
-    def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
-        return []
-
-    def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
-        return None
+        return given_features(num_features)
 
     def _count(self, width: int, height: int, rows: int, cols: int) -> tuple[int, tuple[int, int]]:
         """(features of the picture, patch rows and columns to cut at either end of its mosaic)."""

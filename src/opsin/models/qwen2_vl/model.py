@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import nn
 
 from opsin.errors import UnsupportedModelError
-from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
+from opsin.models.picture_model import PictureModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.qwen_vit import QwenTower, QwenViTConfig
 from opsin.models.weights import WeightTable
-from opsin.types import LayerCacheSpec, MediaLayout, ModelSpec
+from opsin.types import MediaLayout
 
 _ARCHITECTURES = {
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", QwenViTConfig.from_qwen2_vl),
@@ -56,37 +55,17 @@ _RENAMES = (
 )
 
 
-class Qwen2VLModel(nn.Module):
-    """Implements ``VisionLanguageModel``. One picture is one tile of its own size."""
+class Qwen2VLModel(PictureModel):
+    """One picture is one tile of its own size."""
 
     def __init__(self, architecture: str, tower: QwenTower, decoder: Decoder) -> None:
-        super().__init__()
+        super().__init__(architecture, decoder, num_position_axes=3)
         self.tower = tower
-        self.decoder = decoder
-        config = decoder.config
-        self.spec = ModelSpec(
-            architecture=architecture,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            feature_width=config.hidden_size,
-            max_position=config.max_position,
-            layers=tuple(LayerCacheSpec(spec.num_kv_heads, spec.head_dim) for spec in config.layers),
-            num_position_axes=3,
-        )
 
     @classmethod
     def from_hf(
         cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
-    ) -> Qwen2VLModel:
-        """Build the model of a config.json, its weights not yet filled.
-
-        Args:
-            norm: what the family's rule read from the processor config.
-            max_model_len: the longest sequence to run; the config's own limit by default.
-
-        Raises:
-            UnsupportedModelError: an unknown key or a value that is not implemented.
-        """
+    ) -> Self:
         model_type = config.get("model_type", "qwen2_vl")
         if model_type not in _ARCHITECTURES:
             raise UnsupportedModelError(f"model_type is {model_type!r}; implemented are {', '.join(_ARCHITECTURES)}.")
@@ -98,38 +77,15 @@ class Qwen2VLModel(nn.Module):
                 f"The vision tower's features have {tower_config.out_size} values; the decoder takes "
                 f"{decoder_config.hidden_size}."
             )
-        decoder = Decoder(place, decoder_config, max_model_len or decoder_config.max_position)
-        return cls(architecture, QwenTower(place, tower_config, norm), decoder)
+        return cls(architecture, QwenTower(place, tower_config, norm), Decoder(place, decoder_config, max_model_len))
 
     def weight_table(self) -> WeightTable:
-        """How these checkpoints name their tensors."""
-        unused = [rf"tower\.{pattern}" for pattern in self.tower.unused_weights]
-        unused.append(r"decoder\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-        if self.decoder.lm_head.is_tied:
-            unused.append(r"decoder\.lm_head\.weight")
-        return WeightTable(_RENAMES, tuple(unused))
+        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
+        return WeightTable.of(_RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all pictures in one pass."""
         return self.tower([tile for item in tiles for tile in item])
-
-    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Token embeddings, (T, D)."""
-        return self.decoder.embed_tokens(ids_T)
-
-    def forward(
-        self,
-        hidden_TD: torch.Tensor,
-        positions_AT: torch.Tensor,
-        attention: AttentionInputs,
-        caches: Sequence[LayerCache],
-    ) -> torch.Tensor:
-        """(T, D) after the final norm."""
-        return self.decoder(hidden_TD, positions_AT, attention, caches)
-
-    def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
-        """(B, V) in float32."""
-        return self.decoder.logits(hidden_BD)
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

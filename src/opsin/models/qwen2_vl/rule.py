@@ -10,14 +10,23 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from opsin.errors import MediaError, RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
-from opsin.models.pictures import CLIP_PIXELS, images_only, read_norm, read_resample, read_settings, with_options
-from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
+from opsin.models.picture_rule import PictureRule, given_features, images_only
+from opsin.models.pictures import (
+    CLIP_PIXELS,
+    checkpoint_settings,
+    read_norm,
+    read_resample,
+    read_settings,
+    request_settings,
+    with_options,
+)
+from opsin.models.rule import Placeholder, Positions, TokenIds
 from opsin.types import MediaItem, MediaLayout, Modality, PixelPlan, Resize, View
 
 _MAX_ASPECT_RATIO = 200
@@ -37,35 +46,19 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen2VLRule:
+@dataclass(frozen=True, kw_only=True)
+class Qwen2VLRule(PictureRule):
     """The ``MediaRule`` of ``Qwen2VLForConditionalGeneration`` and ``Qwen2_5_VLForConditionalGeneration``.
 
     A layout's ``numbers`` are the grid (frames, rows, columns) in patches; ``merge_size`` squared of them make one
     feature.
-
-    Attributes:
-        settings: the processor's settings, complete.
     """
 
     patch_size: int
     merge_size: int
-    image_token_id: int
-    norm: PixelNorm
-    settings: Mapping[str, Any]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Qwen2VLRule:
-        """Read the rule from a Hugging Face folder.
-
-        Args:
-            config: config.json.
-            processor: as ``ModelFiles.processor``.
-            tokenizer: asked for the placeholder's id alone.
-
-        Raises:
-            UnsupportedModelError: a processor, key or value that is not implemented, or does not fit the tower.
-        """
+    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
         name, settings = read_settings(
             processor, _PROCESSORS, default="Qwen2VLImageProcessor", family="Qwen2-VL and Qwen2.5-VL"
         )
@@ -80,23 +73,21 @@ class Qwen2VLRule:
                 f"The tokenizer's id of {_IMAGE_TOKEN!r} is {token_id}; config.json's image_token_id is "
                 f"{config.get('image_token_id')}. They must be the same."
             )
-        try:
+        with checkpoint_settings(name):
             settings["size"] = _pixel_bounds(settings)
             norm = read_norm(settings)
             read_resample(settings)
-        except ValueError as error:
-            raise UnsupportedModelError(f"The {name} config cannot be used: {error}") from None
         settings["min_pixels"] = settings["max_pixels"] = None  # said by size from here on, which options may override
-        return cls(settings["patch_size"], settings["merge_size"], token_id, norm, settings)
-
-    def placeholder(self, modality: Modality) -> Placeholder:
-        images_only(modality)
         # Prompts hold the pad between two tags that stay; the pad alone is what expands.
         text = f"<|vision_start|>{_IMAGE_TOKEN}<|vision_end|>"
-        return Placeholder(text, self.image_token_id, re.escape(_IMAGE_TOKEN))
-
-    def max_items(self, modality: Modality) -> int | None:
-        return None if modality == "image" else 0
+        return cls(
+            patch_size=settings["patch_size"],
+            merge_size=settings["merge_size"],
+            mark=Placeholder(text, token_id, re.escape(_IMAGE_TOKEN)),
+            image_token_id=token_id,
+            norm=norm,
+            settings=settings,
+        )
 
     def layout(
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
@@ -104,10 +95,8 @@ class Qwen2VLRule:
         images_only(modality)
         settings = with_options(self.settings, options, fixed=frozenset(_GEOMETRY))
         unit = self.patch_size * self.merge_size
-        try:
+        with request_settings():
             bounds, resample = _pixel_bounds(settings), read_resample(settings)
-        except ValueError as error:
-            raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from None
         ops: tuple[Resize, ...] = ()
         if settings["do_resize"]:
             size = smart_resize(width, height, unit, bounds["shortest_edge"], bounds["longest_edge"])
@@ -142,14 +131,7 @@ class Qwen2VLRule:
                 f"whose product is {merge**2} times the number of features.",
                 param="multi_modal_data",
             )
-        return MediaLayout(PixelPlan(width=0, height=0, views=()), num_features, num_patches=0, numbers=tuple(grid))
-
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
-        images_only(modality)
-        return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
-
-    def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
-        return []
+        return given_features(num_features, tuple(grid))
 
     def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
         """Text counts on all three axes; a picture counts its rows and columns, and takes as many as the longer side.

@@ -93,6 +93,7 @@ class InternViTTower(nn.Module):
     def __init__(self, place: Placement, config: InternViTConfig) -> None:
         super().__init__()
         self.config = config
+        self.unused_weights = config.unused_weights
         self.embeddings = InternViTEmbeddings(place, config)
         self.encoder = ViTEncoder(place, config.vit, lambda: InternViTBlock(place, config))
         self.layernorm = LayerNorm(place, config.vit.hidden_size, config.vit.norm_eps) if config.final_norm else None

@@ -23,6 +23,7 @@ from opsin.layers.norm import LayerNorm, RMSNorm, normed
 from opsin.layers.rope import Rotary
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.towers.patches import Patches
 
 _NORM_EPS = 1e-6
 
@@ -202,10 +203,8 @@ class QwenTower(nn.Module):
 
     def __init__(self, place: Placement, config: QwenViTConfig, norm: PixelNorm) -> None:
         super().__init__()
-        self.kernels = place.kernels
-        self.dtype = place.dtype
         self.config = config
-        self.norm_table_3 = torch.from_numpy(norm.table()).to(place.device)
+        self.patches = Patches(place, config.patch_size, norm)
         size = config.hidden_size // config.num_heads // 2  # of each head, for rows; as much for columns
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
         self.inverse_frequencies = (1.0 / config.rope_theta**exponents).to(place.device)
@@ -225,7 +224,7 @@ class QwenTower(nn.Module):
         blocks_MYX3 = torch.cat([_cut(picture, edge) for picture in pictures])
         if order_M is not None:
             blocks_MYX3 = blocks_MYX3[order_M]
-        x_PD = self.patch_embed(self.kernels.patchify(blocks_MYX3, patch, self.norm_table_3, self.dtype))
+        x_PD = self.patch_embed(self.patches(blocks_MYX3).flatten(0, 1))
         rotary = self._rotary(_upload(packing.positions_P2, device))
         whole = Segments.of(packing.full_lens, device)
         windows = whole if config.window is None else Segments.of(packing.window_lens, device)

@@ -1,0 +1,92 @@
+"""What the rules of picture-taking families do alike. No torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from opsin.errors import RequestError
+from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
+from opsin.types import MediaItem, MediaLayout, Modality, PixelPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRule(ABC):
+    """All of ``MediaRule`` but ``layout``, for pictures that are one run of features each, among tokens at positions
+    0, 1, 2, ... that see what came before them. A family overrides what it does otherwise.
+
+    Attributes:
+        mark: what ``placeholder`` answers.
+        image_token_id: the token whose positions take features.
+        norm: what the tower applies to the uint8 tiles.
+        settings: the processor's settings, complete.
+    """
+
+    mark: Placeholder
+    image_token_id: int
+    norm: PixelNorm
+    settings: Mapping[str, Any]
+
+    @classmethod
+    @abstractmethod
+    def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
+        """Read the rule from a Hugging Face folder.
+
+        Args:
+            config: config.json.
+            processor: as ``ModelFiles.processor``.
+            tokenizer: asked for the ids of the placeholder and what belongs to it.
+
+        Raises:
+            UnsupportedModelError: a tower, processor, key or value that is not implemented, or does not fit another.
+        """
+
+    @abstractmethod
+    def layout(
+        self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
+    ) -> MediaLayout:
+        """As ``MediaRule`` says."""
+
+    def placeholder(self, modality: Modality) -> Placeholder:
+        images_only(modality)
+        return self.mark
+
+    def max_items(self, modality: Modality) -> int | None:
+        return None if modality == "image" else 0
+
+    def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
+        """Features that need nothing beside them."""
+        images_only(modality)
+        if extras:
+            raise RequestError(
+                f"Image embeddings of this model come alone; got {', '.join(sorted(extras))} beside them.",
+                param="multi_modal_data",
+            )
+        return given_features(num_features)
+
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
+        images_only(modality)
+        return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
+
+    def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
+        return []
+
+    def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
+        return None
+
+
+def images_only(modality: Modality) -> None:
+    """Refuse what is not a picture.
+
+    Raises:
+        RequestError: it is a video.
+    """
+    if modality != "image":
+        raise RequestError(f"This model takes images only, not {modality}.", param="multi_modal_data")
+
+
+def given_features(num_features: int, numbers: tuple[int, ...] = ()) -> MediaLayout:
+    """The layout of features that the caller computed: no pixels, nothing for the tower."""
+    return MediaLayout(PixelPlan(width=0, height=0, views=()), num_features, num_patches=0, numbers=numbers)

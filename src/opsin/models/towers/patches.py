@@ -1,0 +1,23 @@
+"""How every tower's input begins: uint8 tiles, cut into patches and normalised."""
+
+from __future__ import annotations
+
+import torch
+
+from opsin.layers import Placement
+from opsin.models.rule import PixelNorm
+
+
+class Patches:
+    """Cuts tiles of one size into patches, row by row."""
+
+    def __init__(self, place: Placement, patch_size: int, norm: PixelNorm) -> None:
+        self.kernels = place.kernels
+        self.dtype = place.dtype
+        self.patch_size = patch_size
+        self.norm_table_3 = torch.from_numpy(norm.table()).to(place.device)
+
+    def __call__(self, tiles_BYX3: torch.Tensor) -> torch.Tensor:
+        """uint8 (tiles, height, width, 3) to (tiles, patches, 3 * patch_size**2) in the model's dtype."""
+        patches_PC = self.kernels.patchify(tiles_BYX3, self.patch_size, self.norm_table_3, self.dtype)
+        return patches_PC.unflatten(0, (len(tiles_BYX3), -1))
