@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -101,9 +102,7 @@ def write_llava(folder: Path, shape: LlavaShape) -> Path:
     tokenizer.save_pretrained(folder)
     model = build_llava(shape, tokenizer)
     model.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(folder)
+    write_generation_config(folder, tokenizer)
     _processor(shape, tokenizer).save_pretrained(folder)
     return folder
 
@@ -137,6 +136,44 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def chatml_template(image: str) -> str:
+    """ChatML, with ``image`` where a message has a picture."""
+    return (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{% if message['content'] is string %}{{ message['content'] }}"
+        "{% else %}{% for part in message['content'] %}"
+        f"{{% if part['type'] == 'image' %}}{image}{{% elif 'text' in part %}}{{{{ part['text'] }}}}{{% endif %}}"
+        "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def write_chatml_tokenizer(folder: Path, signs: Sequence[str], image: str) -> PreTrainedTokenizerFast:
+    """Save a tokenizer that begins no prompt by itself, as Qwen's.
+
+    Args:
+        signs: the family's own special tokens.
+        image: what the chat template writes for a picture.
+    """
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *signs]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(special),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=special,
+        chat_template=chatml_template(image),
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_generation_config(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Save it after the model, which saves one of its own."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    GenerationConfig(**{name: getattr(tokenizer, name) for name in names}).save_pretrained(folder)
 
 
 def build_llava(shape: LlavaShape, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
@@ -214,6 +251,12 @@ def _processor(shape: LlavaShape, tokenizer: PreTrainedTokenizerFast) -> Any:
         chat_template=CHAT_TEMPLATE,
         image_token="<image>",
     )
+
+
+def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
+    """What transformers' processor makes of a prompt, with ``options`` for the pictures."""
+    processor: Any = LlavaProcessor.from_pretrained(folder)
+    return dict(processor(text=text, images=list(images) or None, return_tensors="pt", **options))
 
 
 def session_folder(base: Path, write: Callable[[Path, Any], Path] = write_llava) -> Callable[[Any], Path]:

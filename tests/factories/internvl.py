@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from transformers import (
     AutoTokenizer,
-    GenerationConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -24,19 +23,11 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from tests.factory import VOCAB_SIZE, redraw_weights, train_bpe
+from tests.factory import VOCAB_SIZE, redraw_weights, write_chatml_tokenizer, write_generation_config
 
 PATCH_SIZE = 8
 IMAGE = "<IMG_CONTEXT>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    f"{{% if part['type'] == 'image' %}}{IMAGE}\n{{% elif 'text' in part %}}{{{{ part['text'] }}}}{{% endif %}}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", IMAGE, "<video>")
+_SIGNS = ("<img>", "</img>", IMAGE, "<video>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,18 +56,9 @@ class InternVLShape:
 
 def write_internvl(folder: Path, shape: InternVLShape) -> Path:
     """Save a complete random checkpoint of ``shape`` in ``folder``; the same shape gives the same weights."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_bpe(_SPECIAL),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(_SPECIAL),
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.save_pretrained(folder)
+    tokenizer = write_chatml_tokenizer(folder, _SIGNS, IMAGE + "\n")
     build_internvl(shape, tokenizer).save_pretrained(folder)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    GenerationConfig(**ids).save_pretrained(folder)
+    write_generation_config(folder, tokenizer)
     size = {"height": shape.image_size, "width": shape.image_size}
     GotOcr2ImageProcessorPil(size=size, max_patches=shape.max_patches).save_pretrained(folder)
     return folder
@@ -125,13 +107,14 @@ def build_internvl(shape: InternVLShape, tokenizer: PreTrainedTokenizerFast) -> 
     return model
 
 
-def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = ()) -> dict[str, torch.Tensor]:
-    """What transformers' ``InternVLProcessor`` makes of a prompt."""
+def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
+    """What transformers' ``InternVLProcessor`` makes of a prompt, with ``options`` for the pictures."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs: dict[str, Any] = {}
     if images:
         pictures: Any = GotOcr2ImageProcessorPil.from_pretrained(folder)  # its stubs refuse its own arguments
-        made = dict(pictures(list(images), crop_to_patches=True, return_tensors="pt"))  # as InternVLProcessor asks
+        options = {"crop_to_patches": True} | options  # as InternVLProcessor asks
+        made = dict(pictures(list(images), return_tensors="pt", **options))
         config = InternVLConfig.from_pretrained(folder)
         processor: Any = SimpleNamespace(
             image_token=IMAGE,

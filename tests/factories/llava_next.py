@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from tests.factory import CHAT_TEMPLATE, LlavaShape, build_llava, build_tokenizer, redraw_weights
+from tests.factory import (
+    CHAT_TEMPLATE,
+    LlavaShape,
+    build_llava,
+    build_tokenizer,
+    redraw_weights,
+    write_generation_config,
+)
 
 TILE = 32
 PINPOINTS = ((TILE, 2 * TILE), (2 * TILE, TILE), (2 * TILE, 2 * TILE), (3 * TILE, TILE), (TILE, 3 * TILE))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LlavaNextShape(LlavaShape):
-    """Attributes:
-    module_names: tensors are named after transformers 5's modules, ``model.image_newline``, not as on the hub.
-    """
-
-    module_names: bool = False
-
-
-def write_llava_next(folder: Path, shape: LlavaNextShape) -> Path:
+def write_llava_next(folder: Path, shape: LlavaShape) -> Path:
     """Save a complete random checkpoint of ``shape`` in ``folder``; the same shape gives the same weights."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder)
-    model = build_llava_next(shape)
-    model.save_pretrained(folder)
-    if shape.module_names:
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        assert weights.keys() != load_file(folder / "model.safetensors").keys()
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    GenerationConfig(bos_token_id=ids[0], eos_token_id=ids[1], pad_token_id=ids[2]).save_pretrained(folder)
+    build_llava_next(shape).save_pretrained(folder)
+    write_generation_config(folder, tokenizer)
     build_processor(shape).save_pretrained(folder)
     return folder
 
 
-def build_llava_next(shape: LlavaNextShape) -> Any:
+def build_llava_next(shape: LlavaShape) -> Any:
     """The transformers model, in eval mode."""
     config = build_llava(shape, build_tokenizer()).config
     model = LlavaNextForConditionalGeneration(
@@ -61,7 +52,7 @@ def build_llava_next(shape: LlavaNextShape) -> Any:
     return model.to(getattr(torch, shape.dtype))
 
 
-def build_processor(shape: LlavaNextShape, **settings: Any) -> Any:
+def build_processor(shape: LlavaShape, **settings: Any) -> Any:
     """transformers' processor; ``settings`` are laid over the picture processor's."""
     edge = shape.image_size
     common = {
@@ -80,7 +71,7 @@ def build_processor(shape: LlavaNextShape, **settings: Any) -> Any:
     )
 
 
-def hf_inputs(folder: Path, text: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-    """What transformers' processor makes of a prompt."""
+def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
+    """What transformers' processor makes of a prompt, with ``options`` for the pictures."""
     processor: Any = LlavaNextProcessor.from_pretrained(folder)
-    return dict(processor(text=text, images=images or None, return_tensors="pt"))
+    return dict(processor(text=text, images=list(images) or None, return_tensors="pt", **options))

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from transformers import (
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -27,28 +26,12 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.factory import VOCAB_SIZE, redraw_weights, train_bpe
+from tests.factory import VOCAB_SIZE, redraw_weights, write_chatml_tokenizer, write_generation_config
 
 PATCH_SIZE = 8
 UNIT = 2 * PATCH_SIZE
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    f"{{% if part['type'] == 'image' %}}{IMAGE}{{% elif 'text' in part %}}{{{{ part['text'] }}}}{{% endif %}}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_SIGNS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,18 +59,9 @@ class Qwen2VLShape:
 
 def write_qwen2_vl(folder: Path, shape: Qwen2VLShape) -> Path:
     """Save a complete random checkpoint of ``shape`` in ``folder``; the same shape gives the same weights."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_bpe(_SPECIAL),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(_SPECIAL),
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.save_pretrained(folder)
+    tokenizer = write_chatml_tokenizer(folder, _SIGNS, IMAGE)
     build_qwen2_vl(shape, tokenizer).save_pretrained(folder)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    GenerationConfig(**ids).save_pretrained(folder)
+    write_generation_config(folder, tokenizer)
     size = {"shortest_edge": 4 * UNIT**2, "longest_edge": shape.max_pixels}
     Qwen2VLImageProcessorPil(size=size, patch_size=PATCH_SIZE).save_pretrained(folder)
     if shape.flat:
@@ -152,13 +126,13 @@ def _flatten_config(path: Path) -> None:
     path.write_text(json.dumps(text | config))
 
 
-def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = ()) -> dict[str, torch.Tensor]:
-    """What transformers' ``Qwen2VLProcessor`` makes of a prompt."""
+def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
+    """What transformers' ``Qwen2VLProcessor`` makes of a prompt, with ``options`` for the pictures."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs: dict[str, Any] = {}
     if images:
-        pictures = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        inputs = dict(pictures(list(images), return_tensors="pt"))
+        pictures: Any = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        inputs = dict(pictures(list(images), return_tensors="pt", **options))
         processor: Any = SimpleNamespace(image_processor=pictures, image_token="<|image_pad|>")
         pieces = text.split("<|image_pad|>")
         assert len(pieces) == len(images) + 1

@@ -7,17 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.factories.qwen2_vl import Qwen2VLShape, write_qwen2_vl
+from tests.factories.families import Family
 from tests.factory import LlavaShape, session_folder
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[LlavaShape], Path]:
-    """Shape to checkpoint folder, each written once."""
-    return session_folder(tmp_path_factory.mktemp("checkpoints"))
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family, str], Path]:
+    """Family and name of a shape to checkpoint folder, each written once."""
+    folders: dict[Family, Callable[..., Path]] = {}
+
+    def get(family: Family, name: str) -> Path:
+        if family not in folders:
+            folders[family] = session_folder(tmp_path_factory.mktemp(family.name), family.write)
+        return folders[family](family.shapes[name])
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Qwen2VLShape], Path]:
-    """The same for Qwen2-VL and Qwen2.5-VL."""
-    return session_folder(tmp_path_factory.mktemp("qwen2_vl"), write_qwen2_vl)
+def checkpoint(tiny_llava: Callable[[LlavaShape], Path]) -> Callable[[LlavaShape], Path]:
+    """LLaVA's, by shape."""
+    return tiny_llava

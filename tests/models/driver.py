@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from opsin.config import MediaConfig
+from opsin.kernels import select
 from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.layers import Placement
+from opsin.media.ops import make_tiles
+from opsin.media.source import open_picture
 from opsin.models import resolve
 from opsin.models.hub import find_model
 from opsin.models.load import load_model
-from opsin.models.rule import Positions
+from opsin.models.rule import PixelNorm, Positions
+from opsin.types import MediaItem, MediaLayout
 
 BLOCK_SIZE = 4
+TOLERANCE = 1e-4
+NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass
@@ -46,6 +58,13 @@ class Piece(NamedTuple):
     num_tokens: int
 
 
+class Encodable(NamedTuple):
+    """What ``model.encode`` takes."""
+
+    tiles: list[list[torch.Tensor]]
+    layouts: list[MediaLayout]
+
+
 class Driver:
     """A model with its cache. Blocks are handed out in a shuffled order, so that block tables matter."""
 
@@ -55,7 +74,7 @@ class Driver:
         *,
         dtype: torch.dtype = torch.float32,
         kernels: str = "auto",
-        num_blocks: int = 256,
+        num_blocks: int = 512,
         overrides: dict[str, Any] | None = None,
     ) -> None:
         files = find_model(str(folder), overrides=overrides)
@@ -72,11 +91,24 @@ class Driver:
             for spec in self.model.spec.layers
         ]
 
-    def encode(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Features of uint8 (height, width, 3) pictures that already have the tower's size."""
-        layouts = [self.rule.layout("image", p.shape[1], p.shape[0], 1, {}) for p in pictures]
-        with torch.inference_mode():
-            return self.model.encode([[picture] for picture in pictures], layouts)
+    def items(self, images: Sequence[Image.Image]) -> list[MediaItem]:
+        """Pictures as the rule lays them out."""
+        return [MediaItem(b"", "image", self.rule.layout("image", *image.size, 1, {})) for image in images]
+
+    def read(self, images: Sequence[Image.Image]) -> Encodable:
+        """Tiles as a media worker makes them, and layouts."""
+        layouts = [item.layout for item in self.items(images)]
+        tiles: list[list[torch.Tensor]] = []
+        for image, layout in zip(images, layouts, strict=True):
+            out = np.empty(layout.plan.num_bytes, np.uint8)
+            make_tiles(open_picture(image, MediaConfig()).decode(), layout.plan, out)
+            tiles.append(list(torch.from_numpy(out).view(-1, *layout.plan.tile_sizes[0], 3)))
+        return Encodable(tiles, layouts)
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features of all pictures, packed."""
+        return self.model.encode(*self.read(images))
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -122,13 +154,18 @@ class Driver:
             row.done += num_tokens
         return logits_TV
 
-    def prompt(self, text: str, pictures: Sequence[torch.Tensor] = ()) -> Row:
-        """A row from a prompt whose ``<image>`` marks are expanded."""
-        features = self.encode(pictures) if pictures else None
-        expanded: list[int] = []
+    def prompt(self, text: str, images: Sequence[Image.Image] = ()) -> Row:
+        """A row from a prompt whose placeholders are expanded by the rule."""
+        items = self.items(images)
+        waiting = iter(items)
+        ids: list[int] = []
         for token in self.tokenizer.encode(text):
-            expanded += [token] * (self.rule.num_features if token == self.image_token_id else 1)
-        return Row(expanded, features)
+            if token == self.image_token_id:
+                runs = self.rule.expand("image", 1, next(waiting).layout)
+                ids += [run.token_id for run in runs for _ in range(run.count)]
+            else:
+                ids.append(token)
+        return Row(ids, self.encode(images) if images else None, self.rule.positions(ids, items))
 
     def prefill(self, row: Row) -> torch.Tensor:
         """Logits of all prompt tokens, in one step."""
@@ -154,34 +191,43 @@ class Oracle:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.inference_mode()
-    def logits(self, ids: Sequence[int], pixels: torch.Tensor | None) -> torch.Tensor:
-        """(T, V) in float32."""
-        inputs = {} if pixels is None else {"pixel_values": pixels.to(self.model.dtype)}
-        return self.model(input_ids=torch.tensor([ids]), **inputs).logits[0].float()
+    def logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(T, V) in float32, of what ``hf_inputs`` made."""
+        cast = {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        return self.model(**cast).logits[0].float()
 
     @torch.inference_mode()
-    def generate(self, ids: Sequence[int], pixels: torch.Tensor | None, num_tokens: int) -> list[int]:
-        inputs = {} if pixels is None else {"pixel_values": pixels.to(self.model.dtype)}
-        out = self.model.generate(
-            input_ids=torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            **inputs,
-        )
-        return out[0, len(ids) :].tolist()
+    def features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Of all pictures, packed."""
+        text = ("input_ids", "attention_mask", "mm_token_type_ids")
+        media = {name: x for name, x in inputs.items() if name not in text}
+        return torch.cat(list(self.model.model.get_image_features(**media).pooler_output))
+
+    @torch.inference_mode()
+    def generate(self, inputs: Mapping[str, torch.Tensor], num_tokens: int) -> list[int]:
+        """Greedy tokens."""
+        out = self.model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None)
+        return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def pictures(count: int, size: int, seed: int = 0) -> list[torch.Tensor]:
-    """Random uint8 (size, size, 3) pictures."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=generator) for _ in range(count)]
+def pictures(sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[Image.Image]:
+    """Random pictures of (width, height)."""
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
 
 
-def pixel_values(driver: Driver, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What transformers' processor makes of the tiles: (B, 3, height, width) float32."""
-    norm = driver.rule.norm
-    mean, std = torch.tensor(norm.mean), torch.tensor(norm.std)
-    return ((torch.stack(list(tiles)).float() * norm.scale - mean) / std).permute(0, 3, 1, 2)
+def flip_channels(images: Sequence[Image.Image]) -> list[Image.Image]:
+    return [Image.fromarray(np.asarray(image)[..., ::-1].copy()) for image in images]
+
+
+def copy_with_weights(folder: Path, to: Path, weights: Mapping[str, torch.Tensor]) -> Path:
+    """The checkpoint in ``folder`` with other tensors."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def meta_model(config: Mapping[str, Any], **settings: Any) -> Any:
+    """A family's model without values: it has shapes, and fails where it reads one back from its device."""
+    place = Placement(select(torch.device("cpu"), "reference"), torch.device("meta"), torch.float32)
+    return resolve(config["architectures"]).load_model().from_hf(config, place=place, norm=NORM, **settings)

@@ -19,12 +19,13 @@ from opsin.media.source import open_picture
 from opsin.models.llava_next.model import feature_order
 from opsin.models.llava_next.rule import LlavaNextRule
 from opsin.models.rule import TokenRun
-from tests.factories.llava_next import PINPOINTS, TILE, LlavaNextShape, build_processor
+from tests.factories.llava_next import PINPOINTS, TILE, build_processor
+from tests.factory import LlavaShape
 
 CLIP: dict[str, Any] = {"model_type": "clip_vision_model", "image_size": TILE, "patch_size": 8}
 SIGLIP: dict[str, Any] = CLIP | {"model_type": "siglip_vision_model"}
 GRID = TILE // 8
-PROCESSOR: dict[str, Any] = build_processor(LlavaNextShape()).image_processor.to_dict()
+PROCESSOR: dict[str, Any] = build_processor(LlavaShape()).image_processor.to_dict()
 SIZES = [(1, 1), (1, 40), (2, 300), (300, 2), (32, 32), (64, 64), (65, 63), (96, 32), (33, 101), (200, 113), (640, 481)]
 HUGE = (3000, 2001)
 NARROW = [(1, 5000), (5000, 1)]
@@ -72,7 +73,7 @@ def normalized(rule: LlavaNextRule, image: Image.Image, options: Mapping[str, An
     ids=str,
 )
 def test_pixels_over_sizes_equal_hf(settings: dict[str, Any]) -> None:
-    processor = build_processor(LlavaNextShape(), **settings).image_processor
+    processor = build_processor(LlavaShape(), **settings).image_processor
     rule = make_rule(processor.to_dict(), image_grid_pinpoints=processor.image_grid_pinpoints)
     for size in SIZES:
         image = noise(*size)
@@ -83,14 +84,14 @@ def test_pixels_over_sizes_equal_hf(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("size", [HUGE, *NARROW])
 def test_pixels_of_huge_and_narrow_pictures_equal_hf(size: tuple[int, int]) -> None:
     image = noise(*size)
-    expected = build_processor(LlavaNextShape()).image_processor(image, return_tensors="np")["pixel_values"][0]
+    expected = build_processor(LlavaShape()).image_processor(image, return_tensors="np")["pixel_values"][0]
     np.testing.assert_array_equal(normalized(make_rule(), image), expected)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "P", "CMYK", "YCbCr"])
 def test_pixels_over_modes_equal_hf(mode: str) -> None:
     image = noise(61, 83, "RGB").convert(mode) if mode in ("P", "CMYK", "YCbCr") else noise(61, 83, mode)
-    expected = build_processor(LlavaNextShape()).image_processor(image, return_tensors="np")["pixel_values"][0]
+    expected = build_processor(LlavaShape()).image_processor(image, return_tensors="np")["pixel_values"][0]
     np.testing.assert_array_equal(normalized(make_rule(), image), expected)
 
 
@@ -99,7 +100,7 @@ def test_pixels_over_modes_equal_hf(mode: str) -> None:
 )
 def test_options_per_request_equal_hf(options: dict[str, Any]) -> None:
     image = noise(120, 77)
-    expected = build_processor(LlavaNextShape()).image_processor(image, return_tensors="np", **options)
+    expected = build_processor(LlavaShape()).image_processor(image, return_tensors="np", **options)
     np.testing.assert_array_equal(normalized(make_rule(), image, options), expected["pixel_values"][0])
 
 
@@ -109,7 +110,7 @@ def test_pixels_differ_when_the_resampling_differs() -> None:
 
 
 def test_num_features_over_a_grid_of_sizes_equal_hf() -> None:
-    processor = build_processor(LlavaNextShape())
+    processor = build_processor(LlavaShape())
     rule = make_rule()
     sides = [1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128, 333, 1000, 4097, 100_000]
     for width in sides:
@@ -125,7 +126,7 @@ def test_num_features_of_llava_1_6_equal_hf_at_every_aspect_ratio() -> None:
     """With the hub's tower and pinpoints. The first ones keep a whole number of patches but for a float's error."""
     config = {"image_token_index": 4}
     rule = LlavaNextRule.from_hf(config, {"size": {"shortest_edge": 336}, "crop_size": 336}, Tokenizer())
-    processor = build_processor(LlavaNextShape(), image_grid_pinpoints=[list(p) for p in rule.pinpoints])
+    processor = build_processor(LlavaShape(), image_grid_pinpoints=[list(p) for p in rule.pinpoints])
     processor.patch_size = 14
     rng = np.random.default_rng(0)
     sizes = [(55, 88), (99, 88), (176, 55), (205, 984), (328, 861), *rng.integers(1, 4000, (3000, 2)).tolist()]

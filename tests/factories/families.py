@@ -1,0 +1,255 @@
+"""The table of model families.
+
+One row is all that ``tests/models/test_parity.py`` and ``tests/engine/test_families.py`` need to hold a family to
+transformers. What only one family does is tested in files of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from opsin.errors import MediaError, RequestError
+from opsin.types import MediaLayout
+from tests import factory
+from tests.factories import hub_configs, internvl, llava_next, qwen2_vl
+from tests.factories.internvl import InternVLShape
+from tests.factories.qwen2_vl import Qwen2VLShape
+from tests.factory import LlavaShape
+
+Size = tuple[int, int]  # width, height
+WINDOW = (("use_sliding_window", True), ("sliding_window", 12), ("max_window_layers", 1))  # Qwen2's
+FEATURE_SIZES: tuple[Size, ...] = (
+    *((16, 16), (300, 40), (48, 48), (48, 48), (96, 49), (40, 300), (1, 1), (640, 480), (7, 30)),
+    *((1, 150), (150, 1), (32, 32), (500, 470)),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Family:
+    """What the tests must know of a family; ``shapes`` are named, and all of them compared with transformers.
+
+    Attributes:
+        write: writes a tiny checkpoint of a shape.
+        hf_inputs: what transformers' processor makes of a prompt and its pictures.
+        image: what a prompt writes for a picture.
+        paged: shapes that run in chunks and in mixed batches.
+        towers: shapes whose towers differ: features over sizes, half precision, parameters.
+        served: shapes that run through ``LLM``.
+        hub_configs: config.json by checkpoint.
+        sizes: of the two pictures that logits are compared on.
+        feature_sizes: of pictures whose features are compared, extreme ones among them.
+        asked: sizes of pictures by prompt; the second prompt has two pictures, and the fourth begins as the first.
+        num_blocks: of 4 tokens; so few that some of ``asked`` are preempted, enough for the longest.
+        options: a request's ``mm_processor_kwargs``, and what they are for transformers' processor.
+        embeddings: from features and layouts of pictures, the spellings in which a prompt takes features.
+        bad_embeddings: features that are refused, and words of the error.
+        refused: pictures' size, options, and how such a request is refused.
+    """
+
+    name: str
+    write: Callable[[Path, Any], Path]
+    hf_inputs: Callable[..., dict[str, torch.Tensor]]
+    image: str = "<image>"
+    shapes: Mapping[str, Any]
+    paged: Sequence[str]
+    towers: Sequence[str]
+    served: Sequence[str]
+    hub_configs: Mapping[str, Mapping[str, Any]]
+    sizes: Sequence[Size] = ((90, 70), (200, 33))
+    feature_sizes: Sequence[Size] = FEATURE_SIZES
+    asked: Sequence[Sequence[Size]] = (
+        *([(90, 70)], [(200, 33), (40, 60)], [], [(90, 70)], [(30, 30), (30, 30), (33, 200)], [(640, 480)]),
+    )
+    num_blocks: int = 40
+    options: Sequence[tuple[dict[str, Any], dict[str, Any]]]
+    embeddings: Callable[[list[torch.Tensor], list[MediaLayout]], list[Any]] = field(
+        default=lambda parts, layouts: [parts, {"image_embeds": parts}]
+    )
+    bad_embeddings: Callable[[list[torch.Tensor], list[MediaLayout]], tuple[Any, str]]
+    refused: Sequence[tuple[Size, dict[str, Any], type[Exception], str]] = ()
+
+    @property
+    def question(self) -> str:
+        """A prompt about two pictures."""
+        return f"USER: {self.image}\nWhat is in the picture, and {self.image} in this one? ASSISTANT:"
+
+    def pictures_inputs(self, folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """``hf_inputs`` of pictures alone."""
+        return self.hf_inputs(folder, self.image * len(images), list(images))
+
+
+def over(pick: Callable[[Family], Sequence[str] | Mapping[str, Any]]) -> Any:
+    """Run a test over (family, name) for each name that ``pick`` finds in a row of the table."""
+    cases = [pytest.param(row, name, id=f"{row.name}-{name}") for row in FAMILIES for name in pick(row)]
+    return pytest.mark.parametrize(("family", "name"), cases)
+
+
+LLAVA = Family(
+    name="llava",
+    write=factory.write_llava,
+    hf_inputs=factory.hf_inputs,
+    shapes={
+        "mha": LlavaShape(),
+        "gqa": LlavaShape(num_kv_heads=2),
+        "mqa-3-layers": LlavaShape(num_kv_heads=1, num_layers=3),
+        "tied": LlavaShape(tied=True),
+        "odd-size": LlavaShape(image_size=44),
+        "full-last-layer": LlavaShape(strategy="full", feature_layer=-1),
+        "several-layers": LlavaShape(feature_layer=(-2, 0, 3)),
+        "siglip": LlavaShape(tower="siglip", strategy="full", feature_layer=-1),
+        "siglip-default": LlavaShape(tower="siglip"),
+        "qwen2": LlavaShape(text="qwen2", num_kv_heads=2),
+        "qwen2-window": LlavaShape(text="qwen2", num_kv_heads=2, text_extra=WINDOW),
+        "mistral": LlavaShape(text="mistral", num_kv_heads=2),
+        "mistral-window": LlavaShape(text="mistral", num_kv_heads=2, window=12),
+        "head-dim": LlavaShape(text_extra=(("head_dim", 24),)),
+        "biases": LlavaShape(text_extra=(("attention_bias", True), ("mlp_bias", True))),
+        "llama3-rope": LlavaShape(
+            text_extra=(
+                (
+                    "rope_parameters",
+                    {
+                        "rope_type": "llama3",
+                        "rope_theta": 10000.0,
+                        "factor": 8.0,
+                        "low_freq_factor": 1.0,
+                        "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 64,
+                    },
+                ),
+            )
+        ),
+    },
+    paged=("gqa", "mistral-window", "qwen2-window"),
+    towers=("gqa", "siglip"),
+    served=("siglip",),  # and CLIP's in tests/engine/test_offline.py
+    hub_configs=hub_configs.LLAVA,
+    num_blocks=26,
+    options=[({"resample": 0}, {"resample": 0})],
+    bad_embeddings=lambda parts, layouts: ({"image_embeds": parts, "image_grid_thw": [1, 1]}, "image_grid_thw"),
+    refused=[((90, 70), {"num_crops": 4}, RequestError, "num_crops")],
+)
+
+
+def _next_embeddings(parts: list[torch.Tensor], layouts: list[MediaLayout]) -> list[Any]:
+    sizes = torch.tensor([(layout.plan.height, layout.plan.width) for layout in layouts])
+    return [parts, {"image_embeds": parts}, {"image_embeds": parts, "image_sizes": sizes}]
+
+
+def _next_bad_embeddings(parts: list[torch.Tensor], layouts: list[MediaLayout]) -> tuple[Any, str]:
+    *_, sized = _next_embeddings(parts, layouts)
+    return sized | {"image_sizes": sized["image_sizes"].flip(0)}, "newlines included"
+
+
+LLAVA_NEXT = Family(
+    name="llava_next",
+    write=llava_next.write_llava_next,
+    hf_inputs=llava_next.hf_inputs,
+    shapes={
+        "mha": LlavaShape(),
+        "llama": LlavaShape(num_kv_heads=2),
+        "mistral": LlavaShape(text="mistral", num_kv_heads=2, num_layers=3),
+        "mistral-2-layers": LlavaShape(text="mistral", num_kv_heads=2),
+        "mistral-window": LlavaShape(text="mistral", num_kv_heads=2, window=12),
+        "qwen2-tied": LlavaShape(text="qwen2", num_kv_heads=2, tied=True),
+        "several-layers": LlavaShape(feature_layer=(-2, 0, 3)),
+        "siglip": LlavaShape(tower="siglip", strategy="full", feature_layer=-1),
+    },
+    paged=("mha", "mistral-window"),
+    towers=("mha", "siglip"),
+    served=("llama", "mistral-2-layers"),
+    hub_configs=hub_configs.LLAVA_NEXT,
+    sizes=((90, 60), (40, 100)),  # mosaics of four and three tiles, rows and columns of which are cut
+    feature_sizes=(*FEATURE_SIZES, (1, 900), (900, 1)),
+    asked=([(90, 60)], [(200, 33), (40, 100)], [], [(90, 60)], [(30, 30), (30, 30), (900, 1)], [(640, 480)]),
+    num_blocks=70,
+    options=[({"resample": 0}, {"resample": 0})],
+    embeddings=_next_embeddings,
+    bad_embeddings=_next_bad_embeddings,
+    refused=[((90, 60), {"image_grid_pinpoints": [[32, 32]]}, RequestError, "cannot change image_grid_pinpoints")],
+)
+
+
+def _qwen_embeddings(parts: list[torch.Tensor], layouts: list[MediaLayout]) -> list[Any]:
+    grids = torch.tensor([layout.numbers for layout in layouts])
+    return [{"image_embeds": given, "image_grid_thw": grids} for given in (torch.cat(parts), parts)]
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mrope_section": [2, 3, 3],
+}
+QWEN2_VL = Family(
+    name="qwen2_vl",
+    write=qwen2_vl.write_qwen2_vl,
+    hf_inputs=qwen2_vl.hf_inputs,
+    image=qwen2_vl.IMAGE,
+    shapes={
+        "qwen2": Qwen2VLShape(),
+        "qwen2-mha-3-layers": Qwen2VLShape(num_kv_heads=4, num_layers=3),
+        "qwen2-mqa-tied": Qwen2VLShape(num_kv_heads=1, tied=True),
+        "qwen2-flat": Qwen2VLShape(flat=True),
+        "qwen2-flat-tied": Qwen2VLShape(flat=True, tied=True),
+        "qwen2-yarn": Qwen2VLShape(text_extra=(("rope_parameters", YARN),)),
+        "qwen2-window": Qwen2VLShape(text_extra=WINDOW),
+        "qwen2.5": Qwen2VLShape(version="2.5"),
+        "qwen2.5-tied": Qwen2VLShape(version="2.5", tied=True),
+    },
+    paged=("qwen2", "qwen2-window", "qwen2.5"),
+    towers=("qwen2", "qwen2.5"),
+    served=("qwen2", "qwen2.5"),
+    hub_configs=hub_configs.QWEN2_VL,
+    options=[({}, {}), ({"max_pixels": 1024}, {"size": {"shortest_edge": 1024, "longest_edge": 1024}})],
+    embeddings=_qwen_embeddings,
+    bad_embeddings=lambda parts, layouts: (parts, "image_grid_thw"),
+    refused=[((900, 3), {}, MediaError, "200 times")],
+)
+
+INTERNVL = Family(
+    name="internvl",
+    write=internvl.write_internvl,
+    hf_inputs=internvl.hf_inputs,
+    image=internvl.IMAGE,
+    shapes={
+        "qwen2": InternVLShape(),
+        "qwen2-tied-mqa": InternVLShape(num_kv_heads=1, tied=True),
+        "qwen2-window": InternVLShape(text_extra=WINDOW),
+        "llama": InternVLShape(text="llama", num_kv_heads=4, num_layers=3),
+        "llama-6b": InternVLShape(text="llama", vision_extra=(("norm_type", "rms_norm"), ("use_qk_norm", True))),
+        "internvit-300m": InternVLShape(vision_extra=(("attention_bias", True),)),
+        "internvit-6b": InternVLShape(vision_extra=(("norm_type", "rms_norm"), ("use_qk_norm", True))),
+        "no-positions": InternVLShape(vision_extra=(("use_absolute_position_embeddings", False),)),
+        "final-norm": InternVLShape(vision_extra=(("use_mean_pooling", False),)),
+        "last-layer-by-number": InternVLShape(feature_layer=3, vision_extra=(("use_mean_pooling", False),)),
+        "earlier-layer": InternVLShape(feature_layer=-2),
+        "first-layer-mask-token": InternVLShape(feature_layer=1, vision_extra=(("use_mask_token", True),)),
+        "ratio-1": InternVLShape(image_size=16, downsample_ratio=1.0),
+        "ratio-quarter": InternVLShape(downsample_ratio=0.25),
+        "large-tile": InternVLShape(image_size=64, max_patches=3),
+        "dynamic-ntk": InternVLShape(
+            text_extra=(("rope_parameters", {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),)
+        ),
+    },
+    paged=("qwen2", "qwen2-window"),
+    towers=("internvit-300m", "internvit-6b"),
+    served=("internvit-300m", "llama-6b"),
+    hub_configs=hub_configs.INTERNVL,
+    options=[
+        (options, options)
+        for options in ({"max_patches": 6}, {"max_patches": 4}, {"max_patches": 1}, {"crop_to_patches": False})
+    ],
+    bad_embeddings=lambda parts, layouts: ([parts[0][:-1], parts[1]], "whole tiles of 4"),
+    refused=[((90, 70), {"max_patches": 0}, RequestError, "max_patches 0")],
+)
+
+FAMILIES = (LLAVA, LLAVA_NEXT, QWEN2_VL, INTERNVL)
