@@ -26,7 +26,7 @@ from opsin.media.fetcher import Fetcher
 from opsin.media.pool import default_num_workers
 from opsin.outputs import PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
-from opsin.processing.chat import ChatPrompt, MediaReference
+from opsin.processing.chat import ChatOptions, MediaReference
 from opsin.processing.jinja import ContentFormat
 from opsin.processing.output import OutputKind
 from opsin.processing.processor import ProcessedRequest
@@ -202,33 +202,15 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
-        chat_template: str | None = None,
-        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str = "",
+        **options: Unpack[ChatOptions],
     ) -> ProcessedRequest:
         """Render a conversation, fetch its pictures, and go on as ``prepare``. A slow host delays this caller alone.
 
-        Args:
-            chat_template: jinja text, never a path: it may come from the network.
+        ``chat_template`` is jinja text here, never a path, since it may come from the network.
         """
-
-        def render() -> ChatPrompt:
-            return self._front.render_chat(
-                messages,
-                chat_template=chat_template,
-                chat_template_content_format=chat_template_content_format,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-
-        chat = await self._beside(render)
+        chat = await self._beside(lambda: self._front.inputs.render_chat(messages, **options))
         fetched = await self._fetch(chat.media)
         prompt = await self._beside(lambda: self._front.open_chat(chat, fetched, mm_processor_kwargs, cache_salt))
         return await self._process(prompt, params, request_id, priority)

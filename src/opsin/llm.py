@@ -19,10 +19,12 @@ from tqdm.auto import tqdm
 from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.beam import beam_search
 from opsin.engine.build import build_front
+from opsin.engine.front import template_text
 from opsin.errors import OpsinError, RequestError
 from opsin.inputs import PromptType
 from opsin.outputs import BeamSearchOutput, PoolingRequestOutput, RequestOutput
 from opsin.params import BeamSearchParams, PoolingParams, SamplingParams
+from opsin.processing.chat import ChatOptions
 from opsin.processing.jinja import ContentFormat
 from opsin.processing.prompts import Prompt
 from opsin.runner.executor import MemoryPlan
@@ -128,20 +130,17 @@ class LLM:
             [messages] if not messages or isinstance(messages[0], Mapping) else list(messages),
         )
 
-        def reader(conversation: Sequence[Message]) -> Callable[[], Prompt]:
-            return lambda: self._front.read_chat(
-                conversation,
-                chat_template=chat_template,
-                chat_template_content_format=chat_template_content_format,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-                mm_processor_kwargs=mm_processor_kwargs,
-            )
-
+        options = ChatOptions(
+            chat_template=template_text(chat_template),
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        readers = [lambda c=c: self._front.read_chat(c, mm_processor_kwargs, **options) for c in conversations]
         params = _paired(sampling_params, len(conversations), SamplingParams, self.get_default_sampling_params)
-        outputs = self._run([reader(c) for c in conversations], params, None, use_tqdm, return_exceptions)
+        outputs = self._run(readers, params, None, use_tqdm, return_exceptions)
         return cast("list[RequestOutput]", outputs)
 
     def beam_search(

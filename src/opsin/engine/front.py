@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from opsin.config import MediaConfig
 from opsin.engine.core import EngineCore
@@ -21,9 +21,9 @@ from opsin.errors import ConfigError, EngineDeadError, MediaError, RequestError
 from opsin.media.fetch import fetch
 from opsin.outputs import PoolingRequestOutput, RequestOutput, Thumbnails
 from opsin.params import PoolingParams, SamplingParams
-from opsin.processing.chat import ChatPrompt, MediaReference
+from opsin.processing.chat import ChatOptions, ChatPrompt, MediaReference
 from opsin.processing.embeddings import GivenFeatures
-from opsin.processing.jinja import ContentFormat, read_template
+from opsin.processing.jinja import read_template
 from opsin.processing.output import OutputBatch, OutputKind, OutputProcessor, failure_of
 from opsin.processing.processor import InputProcessor, ProcessedRequest
 from opsin.processing.prompts import MediaInput, Prompt
@@ -73,59 +73,16 @@ class Front:
     def read_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        *,
-        chat_template: str | None = None,
-        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Prompt:
         """Render a conversation, fetch what its URLs name, and open its pictures.
-
-        Args:
-            chat_template: jinja text, or the path of a file of it, instead of the model's own.
 
         Raises:
             RequestError, MediaError: what is wrong with it.
         """
-        chat = self.render_chat(
-            messages,
-            chat_template=template_text(chat_template),
-            chat_template_content_format=chat_template_content_format,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        chat = self.inputs.render_chat(messages, **options)
         return self.open_chat(chat, self._fetch(chat.media), mm_processor_kwargs)
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        chat_template: str | None = None,
-        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> ChatPrompt:
-        """The first half of ``read_chat``: a URL stays a URL. Any thread may call it.
-
-        Args:
-            chat_template: jinja text, never a path: it may come from the network.
-        """
-        return self.inputs.render_chat(
-            messages,
-            chat_template=chat_template,
-            chat_template_content_format=chat_template_content_format,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-        )
 
     def open_chat(
         self,
@@ -134,7 +91,7 @@ class Front:
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str = "",
     ) -> Prompt:
-        """The second half of ``read_chat``. Any thread may call it.
+        """The second half of ``read_chat``, behind ``inputs.render_chat``. Any thread may call both.
 
         Args:
             fetched: per item of ``chat.media`` the bytes behind it, where it is a URL.

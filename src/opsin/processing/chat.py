@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from opsin.errors import RequestError
 from opsin.processing.jinja import ChatTemplate, ContentFormat
@@ -50,6 +50,25 @@ class MediaReference:
     param: str
     uuid: str | None = None
     is_embedding: bool = False
+
+
+class ChatOptions(TypedDict, total=False):
+    """How a conversation becomes a prompt; names and defaults are vLLM's.
+
+    Keys:
+        chat_template: jinja text instead of the model's own template.
+        chat_template_content_format: whether the template takes content as text or as parts; "auto" asks it.
+        continue_final_message: go on with the last message instead of answering it.
+        chat_template_kwargs: more variables for the template; they cannot replace its own.
+    """
+
+    chat_template: str | None
+    chat_template_content_format: Literal["auto"] | ContentFormat
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, Unpack
 
 from opsin.inputs import PromptType
 from opsin.outputs import PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
-from opsin.processing.jinja import ContentFormat
+from opsin.processing.chat import ChatOptions
 from opsin.processing.output import OutputKind
 from opsin.processing.processor import ProcessedRequest
 
@@ -40,14 +40,9 @@ class EngineClient(Protocol):
         request_id: str | None = None,
         *,
         priority: int = 0,
-        chat_template: str | None = None,
-        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str = "",
+        **options: Unpack[ChatOptions],
     ) -> ProcessedRequest:
         """Render a conversation, fetch its pictures, and go on as ``prepare``."""
         ...
