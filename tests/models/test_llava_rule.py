@@ -189,6 +189,8 @@ def test_from_hf_of_what_is_not_implemented_is_refused(
         ({"crop_size": 42}, "takes 56 x 56"),
         ({"crop_size": {"shortest_edge": 56}}, "crop_size"),
         ({"size": {"shortest_edge": 0}}, "at least 1"),
+        ({"resample": [1]}, r"resample is \[1\]"),
+        ({"do_resize": "no"}, "true or false"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(options: dict[str, Any], reason: str) -> None:

@@ -141,6 +141,11 @@ def with_options(
             f"{', '.join(sorted(set(settings) - fixed))}.",
             param="mm_processor_kwargs",
         )
+    for key, value in options.items():
+        if isinstance(settings[key], bool) and not isinstance(value, bool | None):
+            raise RequestError(
+                f"mm_processor_kwargs: {key} is {value!r}; it is true or false.", param="mm_processor_kwargs"
+            )
     changed = sorted(key for key in fixed & set(options) if options[key] not in (None, settings[key]))
     if changed:
         raise RequestError(
@@ -171,7 +176,7 @@ def per_channel(key: str, settings: Mapping[str, Any]) -> tuple[float, float, fl
 def read_resample(settings: Mapping[str, Any]) -> Resample:
     """The filter that Pillow's number names. ``ValueError`` where it is not implemented."""
     resample = settings["resample"]
-    if resample not in _RESAMPLE:
+    if not isinstance(resample, int) or resample not in _RESAMPLE:
         raise ValueError(f"resample is {resample!r}; implemented are {_RESAMPLE}.")
     return _RESAMPLE[resample]
 
