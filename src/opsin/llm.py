@@ -10,7 +10,9 @@ import itertools
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any, Literal, Self, TypeVar, Unpack, cast
 
@@ -34,6 +36,7 @@ Output = RequestOutput | PoolingRequestOutput
 P = TypeVar("P", SamplingParams, PoolingParams)
 Message = Mapping[str, Any]
 
+_NUM_READERS = 4
 _MAX_SHOWN = 32  # outputs of larger calls keep no pictures for notebooks: a data set's would fill the memory
 _QUEUE_FACTOR = 2  # requests handed to the engine ahead of those that can run, so that decoding pictures keeps ahead
 
@@ -140,7 +143,8 @@ class LLM:
         )
         readers = [lambda c=c: self._front.read_chat(c, mm_processor_kwargs, **options) for c in conversations]
         params = _paired(sampling_params, len(conversations), SamplingParams, self.get_default_sampling_params)
-        outputs = self._run(readers, params, None, use_tqdm, return_exceptions)
+        with _ReadAhead(readers) as ahead:
+            outputs = self._run(ahead, params, None, use_tqdm, return_exceptions)
         return cast("list[RequestOutput]", outputs)
 
     def beam_search(
@@ -279,6 +283,31 @@ class LLM:
             if progress is not None:
                 progress.close()
         return [result for result in results if result is not None]
+
+
+class _ReadAhead:
+    """Reads the next prompts on a few threads beside the steps of those before them: their pictures may be far away.
+
+    Entered, it gives one reader per prompt, to be called in order.
+    """
+
+    def __init__(self, readers: Sequence[Callable[[], Prompt]]) -> None:
+        self._readers = readers
+        self._jobs: deque[Future[Prompt]] = deque()
+        self._num_begun = 0
+        self._threads = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="opsin-read")
+
+    def __enter__(self) -> list[Callable[[], Prompt]]:
+        return [self._next] * len(self._readers)
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def _next(self) -> Prompt:
+        while len(self._jobs) < 2 * _NUM_READERS and self._num_begun < len(self._readers):
+            self._jobs.append(self._threads.submit(self._readers[self._num_begun]))
+            self._num_begun += 1
+        return self._jobs.popleft().result()
 
 
 class _Progress:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import http.server
 import io
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,40 @@ def test_chat_fetches_data_urls_and_allowed_files(folder: Path, tmp_path: Path, 
         with pytest.raises(RequestError) as refused:
             llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False)
         assert refused.value.param == "messages.0.content.0.image_url"
+
+
+def test_chat_fetches_the_pictures_of_several_conversations_at_once(folder: Path, expected: list[list[int]]):
+    picture_bytes = io.BytesIO()
+    picture(1).save(picture_bytes, "PNG")
+    together = threading.Barrier(3)  # nobody is served before three have asked
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            together.wait(timeout=20)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(picture_bytes.getvalue())))
+            self.end_headers()
+            self.wfile.write(picture_bytes.getvalue())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            del format, args
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        conversations: list[Any] = []
+        for i in range(3):
+            url = f"http://127.0.0.1:{server.server_address[1]}/{i}.png"
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+            conversations.append([{"role": "user", "content": content}])
+        settings: Any = {"media_workers": 0, "allow_private_media_hosts": True, "image_fetch_timeout_s": 20.0}
+        with LLM(str(folder), **settings) as llm:
+            assert ids(llm.chat(conversations, GREEDY, use_tqdm=False)) == expected[:1] * 3
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_generate_repeated_prompt_hits_the_prefix_cache_and_decodes_nothing(llm: LLM):
