@@ -40,8 +40,13 @@ class VisionLanguageModel(Protocol):
         positions_AT: torch.Tensor,
         attention: AttentionInputs,
         caches: Sequence[LayerCache],
+        extra_TE: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the decoder, writing this step's keys and values into ``caches``.
+
+        Args:
+            extra_TE: where features are wider than D, their further columns, zeros at positions without features: what
+                deeper layers add (Qwen3-VL's deepstack). None when no position of the step has any.
 
         Returns:
             (T, D), after the final norm.

@@ -68,8 +68,10 @@ class PictureModel(nn.Module, ABC):
         positions_AT: torch.Tensor,
         attention: AttentionInputs,
         caches: Sequence[LayerCache],
+        extra_TE: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D) after the final norm."""
+        """(T, D) after the final norm. Features are D wide here, so nothing is left for deeper layers."""
+        assert extra_TE is None
         return self.decoder(hidden_TD, positions_AT, attention, caches)
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:

@@ -75,8 +75,8 @@ class ModelRunner:
 
         inputs = build_inputs(plan.rows, self._slots, self.block_size)
         hidden_TD = self.model.embed(inputs.ids_T)
-        self.vision.scatter(hidden_TD, plan.rows, inputs.row_starts)
-        hidden_TD = self.model.forward(hidden_TD, inputs.positions_AT, inputs.attention, self._caches)
+        extra_TE = self.vision.scatter(hidden_TD, plan.rows, inputs.row_starts)
+        hidden_TD = self.model.forward(hidden_TD, inputs.positions_AT, inputs.attention, self._caches, extra_TE)
         return self._emit(plan, inputs, hidden_TD)
 
     def _emit(self, plan: StepPlan, inputs: StepInputs, hidden_TD: torch.Tensor) -> LaunchedStep:

@@ -49,13 +49,26 @@ class VisionStore:
             # A slice would keep the whole pack alive after the other items are dropped.
             self._features[item.feature_id] = part_MW.clone() if len(pictures) > 1 else part_MW
 
-    def scatter(self, hidden_TD: torch.Tensor, rows: Sequence[RowPlan], row_starts: Sequence[int]) -> None:
-        """Overwrite placeholder positions' embeddings with the features that the rows use; in place."""
+    def scatter(
+        self, hidden_TD: torch.Tensor, rows: Sequence[RowPlan], row_starts: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Overwrite placeholder positions' embeddings with the features that the rows use; in place.
+
+        Returns:
+            extra_TE: the columns of features wider than D, for deeper layers, and zeros elsewhere; None without any.
+        """
+        extra_TE = None
+        num_tokens, width = hidden_TD.shape
         for row, row_start in zip(rows, row_starts, strict=True):
             for use in row.features:
-                begin = row_start + use.offset
+                at = slice(row_start + use.offset, row_start + use.offset + use.length)
                 source = self._features[use.feature_id][use.feature_start : use.feature_start + use.length]
-                hidden_TD[begin : begin + use.length] = source
+                hidden_TD[at] = source[:, :width]
+                if source.shape[1] > width:
+                    if extra_TE is None:
+                        extra_TE = hidden_TD.new_zeros(num_tokens, source.shape[1] - width)
+                    extra_TE[at] = source[:, width:]
+        return extra_TE
 
     @property
     def num_features_held(self) -> int:
