@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.kind in ("single-image", "all"):
         ask(client, model, "What is in the picture?", pictures[:1])
     if args.kind in ("multi-image", "all"):
-        ask(client, model, "What is in each picture?", pictures)
+        ask(client, model, "Which picture has more animals?", pictures)
     if args.kind in ("stream", "all"):
         ask(client, model, "What is in the picture?", pictures[-1:], stream=True)
 

@@ -31,7 +31,6 @@ from opsin.processing.jinja import ContentFormat
 from opsin.processing.output import OutputKind
 from opsin.processing.processor import ProcessedRequest
 from opsin.processing.prompts import Prompt
-from opsin.processing.tokenizer import Tokenizer
 from opsin.runner.executor import MemoryPlan
 from opsin.types import ModelSpec
 
@@ -284,8 +283,9 @@ class AsyncLLM:
         """Gauges and counters by name, as of now; counters end in ``_total``."""
         return {**self._front.core.stats(), "num_pictures_decoded_total": self._front.num_pictures_decoded}
 
-    def get_tokenizer(self) -> Tokenizer:
-        return self._front.inputs.tokenizer
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer of the model."""
+        return self._front.inputs.tokenizer.hf
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``generate`` uses when it is given none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,9 @@ def folder(tiny_llava: Callable[[LlavaShape], Path]) -> Path:
     return tiny_llava(LlavaShape(num_kv_heads=2))
 
 
-@pytest.fixture(scope="session")
-def make_llm(folder: Path) -> Iterator[Callable[..., LLM]]:
-    """``make_llm(**settings)``: an engine over the tiny checkpoint, one for each set of settings."""
+@contextlib.contextmanager
+def engines_over(folder: Path) -> Iterator[Callable[..., LLM]]:
+    """``make(**settings)``: an engine over a checkpoint, one for each set of settings, all shut down in the end."""
     from opsin import LLM
 
     made: dict[str, LLM] = {}
@@ -35,9 +36,18 @@ def make_llm(folder: Path) -> Iterator[Callable[..., LLM]]:
             made[key] = LLM(str(folder), media_workers=0, **settings)
         return made[key]
 
-    yield make
-    for llm in made.values():
-        llm.shutdown()
+    try:
+        yield make
+    finally:
+        for llm in made.values():
+            llm.shutdown()
+
+
+@pytest.fixture(scope="session")
+def make_llm(folder: Path) -> Iterator[Callable[..., LLM]]:
+    """Engines over the tiny checkpoint."""
+    with engines_over(folder) as make:
+        yield make
 
 
 @pytest.fixture

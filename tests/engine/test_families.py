@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from opsin import LLM, BeamSearchParams, MediaError, RequestError, SamplingParams
 from opsin.media.ops import make_tiles
 from opsin.types import MediaLayout
-from tests.engine.conftest import assert_idle, hf_model, picture
+from tests.engine.conftest import assert_idle, engines_over, hf_model, picture
 from tests.factories.families import FAMILIES, Family, Size
 
 MAX_TOKENS = 12
@@ -83,24 +83,9 @@ def expected(served: Served, prompt_ids: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def make_llm(served: Served) -> Iterator[Callable[..., LLM]]:
-    made: dict[str, LLM] = {}
-
-    def make(**settings: Any) -> LLM:
-        key = repr(sorted(settings.items()))
-        if key not in made:
-            made[key] = LLM(str(served.folder), media_workers=0, **settings)
-        return made[key]
-
-    yield make
-    for llm in made.values():
-        llm.shutdown()
-
-
-@pytest.fixture
-def llm(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
-    engine = make_llm()
-    yield engine
-    assert_idle(engine)
+    """In place of the room's own, and so beneath its ``llm`` too."""
+    with engines_over(served.folder) as make:
+        yield make
 
 
 def test_generate_equals_transformers_batched_and_alone(

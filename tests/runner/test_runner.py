@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,9 @@ class Recorder:
     def __init__(self) -> None:
         self.hidden_TD = torch.empty(0)
         self.extra_TE: torch.Tensor | None = None
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        return iter(())
 
     def encode(self, tiles: Any, layouts: Any) -> torch.Tensor:
         raise AssertionError("only embeddings are given")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +18,10 @@ class VisionLanguageModel(Protocol):
     """
 
     spec: ModelSpec
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The weights, as ``torch.nn.Module`` gives them."""
+        ...
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """Run tower and projector on the pictures of many requests, packed.

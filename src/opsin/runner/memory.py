@@ -56,7 +56,7 @@ def plan_memory(
     Raises:
         ConfigError: one request of ``max_model_len`` tokens would not fit.
     """
-    weight_bytes = sum(p.numel() * p.element_size() for p in runner.model.parameters())  # type: ignore[attr-defined]
+    weight_bytes = sum(p.numel() * p.element_size() for p in runner.model.parameters())
     on_gpu = runner.device.type == "cuda"
     if on_gpu:
         peak = _measure_gpu(runner, max_num_tokens, max_num_seqs, max_model_len, layouts)

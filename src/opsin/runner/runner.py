@@ -134,7 +134,7 @@ class ModelRunner:
         assert isinstance(slot.params, SamplingParams)
         assert slot.params.prompt_logprobs is not None
         targets = slot.prompt_token_ids[row.start + 1 : row.start + row.num_tokens + 1]
-        return prompt_logprobs(hidden_TD[begin:], targets, slot.params.prompt_logprobs, self.model)
+        return prompt_logprobs(hidden_TD[begin:], targets, slot.params.prompt_logprobs, self.model.logits)
 
 
 def pool_last(hidden_D: torch.Tensor, params: PoolingParams) -> torch.Tensor:

@@ -7,7 +7,7 @@ vLLM's: allowed ids, bad words, bias and minimum length, penalties, temperature,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,17 +115,17 @@ def logprob_lists(
 
 
 def prompt_logprobs(
-    hidden_TD: torch.Tensor, targets: Sequence[int], count: int, logits_of: torch.nn.Module | object
+    hidden_TD: torch.Tensor, targets: Sequence[int], count: int, logits_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[PositionLogprobs]:
     """Log-probabilities of ``targets[i]`` after position i; a few positions' logits at a time.
 
     Args:
-        logits_of: the model; its ``logits`` maps (B, D) to (B, V).
+        logits_of: maps (B, D) to (B, V).
     """
     result: list[PositionLogprobs] = []
     for begin in range(0, len(targets), _PROMPT_LOGPROBS_ROWS):
         chunk = list(targets[begin : begin + _PROMPT_LOGPROBS_ROWS])
-        logits = logits_of.logits(hidden_TD[begin : begin + len(chunk)])  # type: ignore[union-attr]
+        logits = logits_of(hidden_TD[begin : begin + len(chunk)])
         chosen = _device_ints(chunk, logits.device)
         top = top_logprobs(logits.log_softmax(dim=-1), chosen, count)
         result += [entry for entry in logprob_lists(top, chunk, [count] * len(chunk)) if entry is not None]
