@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from opsin import (
     LLM,
@@ -306,6 +308,33 @@ def test_generate_ends_discovered_late_leave_the_same_answers(make_llm: Callable
         assert_idle(engine)
     assert told[0] == told[1] == told[2]
     assert {reason for _, _, reason, _ in told[0]} == {"stop"}
+
+
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_generate_two_steps_deep_and_preempted_equals_one_step_deep(data: st.DataObject, make_llm: Callable[..., LLM]):
+    """Random lengths, end tokens and stop strings, most of them found when a further step is under way."""
+    shallow = make_llm()
+    deep = make_llm(pipeline_depth=2, num_gpu_blocks_override=26, block_size=4)
+    chosen = data.draw(st.lists(st.sampled_from(range(len(PROMPTS))), min_size=2, max_size=6))
+    params = []
+    for index in chosen:
+        free = shallow.generate(
+            PROMPTS[index], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False
+        )
+        text, token_ids = free[0].outputs[0].text, free[0].outputs[0].token_ids
+        at = data.draw(st.integers(0, max(0, len(text) - 2)))
+        stop = data.draw(st.sampled_from([[], [text[at : at + 2]]]))
+        ends = data.draw(st.lists(st.sampled_from(token_ids), max_size=2))
+        length = data.draw(st.integers(1, 16))
+        params.append(SamplingParams(temperature=0, max_tokens=length, stop=stop, stop_token_ids=ends, ignore_eos=True))
+    prompts = [PROMPTS[index] for index in chosen]
+    told = []
+    for engine in (shallow, deep):
+        answers = [output.outputs[0] for output in engine.generate(prompts, params, use_tqdm=False)]
+        told.append([(answer.text, answer.token_ids, answer.finish_reason, answer.stop_reason) for answer in answers])
+        assert_idle(engine)
+    assert told[0] == told[1]
 
 
 def test_generate_stop_token_ends_the_answer(llm: LLM, expected: list[list[int]]):
