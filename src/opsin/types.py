@@ -2,8 +2,8 @@
 
 Everything is a msgspec struct, so that each message can cross a process border as bytes. Three groups:
 
-* media, from sizes alone: ``PixelPlan`` (what a media worker must make) and ``MediaLayout`` (what a family's
-  rule says about one item);
+* media, from sizes alone: ``PixelPlan`` (what a media worker must make), ``Clip`` (a video and the frames chosen of
+  it) and ``MediaLayout`` (what a family's rule says about one item);
 * requests: ``EngineRequest`` in, ``RequestUpdate`` out;
 * steps: ``StepPlan`` (scheduler to runner: slots and counts, never sampled values) and ``StepResult`` (back).
 """
@@ -18,6 +18,9 @@ from opsin.params import PoolingParams, SamplingParams
 
 Modality = Literal["image", "video"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+DEFAULT_FPS = 24.0
+"""What Hugging Face's processors take a video's speed for when nobody tells it."""
 
 # ---------------------------------------------------------------------------------------------- media
 
@@ -93,6 +96,45 @@ class PixelPlan(msgspec.Struct, frozen=True):
         return [(v.height, v.width) for v in self.views for _ in range(v.rows * v.cols)]
 
 
+class Clip(msgspec.Struct, frozen=True):
+    """A video as its rule sees it, before anything is decoded.
+
+    Attributes:
+        width: of the upright frames; likewise ``height``.
+        num_frames: frames that there are to take.
+        frames: indices of those chosen for the model, ascending.
+        fps: frames per second of the recording; None where nobody said.
+        recorded: index in the recording of each frame that there is, where they are a selection from it already; empty
+            where they are all of it. ``num_recorded`` is then how many it had.
+    """
+
+    width: int
+    height: int
+    num_frames: int
+    frames: tuple[int, ...]
+    fps: float | None = None
+    recorded: tuple[int, ...] = ()
+    num_recorded: int = 0
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Seconds into the recording of each of ``frames``; counted at ``DEFAULT_FPS`` where its speed is unknown."""
+        fps = self.fps or DEFAULT_FPS
+        return tuple((self.recorded[i] if self.recorded else i) / fps for i in self.frames)
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the recording."""
+        return (self.num_recorded or self.num_frames) / (self.fps or DEFAULT_FPS)
+
+    @property
+    def chosen_fps(self) -> float:
+        """Chosen frames per second of the recording; ``DEFAULT_FPS`` where its speed is unknown."""
+        if self.fps is None:
+            return DEFAULT_FPS
+        return len(self.frames) / (self.num_recorded or self.num_frames) * self.fps
+
+
 class MediaLayout(msgspec.Struct, frozen=True):
     """A rule's verdict on one item, from its size alone.
 
@@ -101,12 +143,14 @@ class MediaLayout(msgspec.Struct, frozen=True):
         num_features: rows that the projector returns for the item.
         num_patches: work for the vision tower, in patches; the unit of the vision budget.
         numbers: what else the family's model needs (a patch grid, tile rows and columns).
+        times: seconds, where positions or the text around a video's frames depend on them.
     """
 
     plan: PixelPlan
     num_features: int
     num_patches: int
     numbers: tuple[int, ...] = ()
+    times: tuple[float, ...] = ()
 
 
 class MediaItem(msgspec.Struct, frozen=True):
@@ -189,13 +233,17 @@ PositionLogprobs = list[TokenLogprob]
 
 
 class RequestUpdate(msgspec.Struct, kw_only=True):
-    """What one committed step did for one request."""
+    """What one committed step did for one request.
+
+    ``values`` are what a pooling task read at several positions, in their order: float32 numbers as bytes.
+    """
 
     request_id: str
     token_ids: list[int] = []
     logprobs: list[PositionLogprobs] | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     embedding: list[float] | None = None
+    values: list[bytes] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
@@ -239,6 +287,7 @@ class RowPlan(msgspec.Struct, frozen=True, array_like=True):
         new_blocks: KV blocks appended to the slot's table before the row runs.
         emits: the row ends at the last known token, so it samples (or pools).
         features: rows of media features that replace token embeddings, sorted by offset.
+        mask: one bit per token that may be drawn, little-endian, in whole 32-bit words; None allows all.
     """
 
     slot: int
@@ -247,6 +296,7 @@ class RowPlan(msgspec.Struct, frozen=True, array_like=True):
     new_blocks: tuple[int, ...]
     emits: bool
     features: tuple[FeatureUse, ...] = ()
+    mask: bytes | None = None
 
 
 class EncodeItem(msgspec.Struct, frozen=True, array_like=True):
@@ -279,6 +329,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 class RowResult(msgspec.Struct, array_like=True):
     """What one row brought: a token where it emits, prompt logprobs where asked, an embedding where it pools.
 
+    ``values`` holds what is read at single positions of the prompt, float32 numbers as bytes, by position.
     ``error`` is set when this row alone failed (logits that are not finite, say).
     """
 
@@ -286,6 +337,7 @@ class RowResult(msgspec.Struct, array_like=True):
     logprobs: PositionLogprobs | None = None
     prompt_logprobs: list[PositionLogprobs] | None = None
     embedding: list[float] | None = None
+    values: dict[int, bytes] | None = None
     error: str | None = None
 
 

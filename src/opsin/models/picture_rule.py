@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from opsin.errors import RequestError
 from opsin.models.rule import PixelNorm, Placeholder, Positions, TokenIds, TokenRun
-from opsin.types import MediaItem, MediaLayout, Modality, PixelPlan
+from opsin.types import Clip, MediaItem, MediaLayout, Modality, PixelPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,10 @@ class PictureRule(ABC):
     ) -> MediaLayout:
         """As ``MediaRule`` says."""
 
+    def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
+        """None: a family that takes videos overrides it, ``placeholder``, ``max_items`` and ``expand``."""
+        raise no_videos()
+
     def placeholder(self, modality: Modality) -> Placeholder:
         images_only(modality)
         return self.mark
@@ -66,7 +70,7 @@ class PictureRule(ABC):
             )
         return given_features(num_features)
 
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
         images_only(modality)
         return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
 
@@ -84,7 +88,12 @@ def images_only(modality: Modality) -> None:
         RequestError: it is a video.
     """
     if modality != "image":
-        raise RequestError(f"This model takes images only, not {modality}.", param="multi_modal_data")
+        raise no_videos()
+
+
+def no_videos() -> RequestError:
+    """What is raised where a video comes to a model that takes none."""
+    return RequestError("This model takes images only, not video.", param="multi_modal_data")
 
 
 def given_features(num_features: int, numbers: tuple[int, ...] = ()) -> MediaLayout:

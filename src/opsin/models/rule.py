@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from opsin.types import MediaItem, MediaLayout, Modality
+from opsin.types import Clip, MediaItem, MediaLayout, Modality
 
 
 class TokenRun(NamedTuple):
@@ -89,10 +89,10 @@ class MediaRule(Protocol):
     def layout(
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
-        """Pixels to make and features to expect for an upright source of this size.
+        """Pixels to make and features to expect for an upright picture of this size; videos have ``video_layout``.
 
         Args:
-            num_frames: frames already chosen for a video, 1 for pictures.
+            num_frames: 1.
             options: ``mm_processor_kwargs``: per-request settings that override the processor config's.
 
         Raises:
@@ -101,12 +101,26 @@ class MediaRule(Protocol):
         """
         ...
 
+    def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
+        """The same for a video. ``plan.frames`` are the frames to decode: ``clip.frames``, others that the family's own
+        sampling picks of ``clip.num_frames``, or the last one twice where frames go in pairs.
+
+        Raises:
+            RequestError: the family takes no videos, or an unknown option.
+            MediaError: a size or a number of frames that this family cannot take.
+        """
+        ...
+
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         """The layout of features that the caller computed; ``extras`` are the keys given beside them."""
         ...
 
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
-        """The prompt tokens that replace the ``index``-th (from 1) placeholder; its features sum to the layout's."""
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
+        """What replaces the ``index``-th (from 1) placeholder: tokens, whose features sum to the layout's, and text.
+
+        Text is tokenised as a processor would: at the ends together with the prompt's own, in between by itself, so
+        there it must stand between special tokens.
+        """
         ...
 
     def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:

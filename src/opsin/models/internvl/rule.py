@@ -166,7 +166,7 @@ class InternVLRule(PictureRule):
             )
         return layout
 
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
         features = super().expand(modality, index, layout)
         return [TokenRun(self.start_token_id), *features, TokenRun(self.end_token_id)]
 
