@@ -9,8 +9,9 @@ Names, defaults and meanings are vLLM's (and OpenAI's where vLLM follows it). Un
 from __future__ import annotations
 
 import copy
+import json as jsonlib
 import math
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import msgspec
 
@@ -20,6 +21,57 @@ MAX_N = 16
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_TOKEN_LIST = 4096
+MAX_CHOICES = 64
+
+PoolingTask = Literal["embed", "token_embed", "pick", "classify", "token_classify", "score"]
+MAX_GRAMMAR_CHARS = 2**17
+
+
+class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What an answer must look like; exactly one constraint.
+
+    Attributes:
+        json: a JSON schema, as text or as a dict (kept as text).
+        regex: the whole answer matches it (Rust's ``regex`` syntax).
+        choice: the answer is one of these strings.
+        grammar: context-free, in Lark's or in GBNF's notation.
+        json_object: any JSON object.
+        disable_any_whitespace: JSON in its most compact form.
+        whitespace_pattern: regular expression of the white space that JSON may have between its parts.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        given += ["json_object"] * bool(self.json_object)
+        if len(given) != 1:
+            self._refuse(
+                f"has {' and '.join(given) or 'no constraint'}",
+                "exactly one of json, regex, choice, grammar, json_object",
+            )
+        if isinstance(self.json, dict):
+            self.json = jsonlib.dumps(self.json)
+        for name in ("json", "regex", "grammar", "whitespace_pattern"):
+            text = getattr(self, name)
+            if text is not None and not (isinstance(text, str) and 0 < len(text) <= MAX_GRAMMAR_CHARS):
+                self._refuse(f"has a {name} that is not", f"text of 1 to {MAX_GRAMMAR_CHARS} characters")
+        words = self.choice
+        if words is not None and not (
+            isinstance(words, list) and words and all(isinstance(word, str) and word for word in words)
+        ):
+            self._refuse(f"has choice {words!r}", "a non-empty list of non-empty strings")
+        if words is not None and sum(map(len, words)) > MAX_GRAMMAR_CHARS:
+            self._refuse("has choices that are too long", f"at most {MAX_GRAMMAR_CHARS} characters together")
+
+    def _refuse(self, got: str, expected: str) -> None:
+        raise RequestError(f"structured_outputs {got}; it must have {expected}.", param="structured_outputs")
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="sampling"):
@@ -35,6 +87,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         logit_bias: token id to a value in [-100, 100] added to its logit.
         bad_words: strings that must not be produced.
         detokenize: False skips text, so stop strings cannot be used either.
+        structured_outputs: what the answer must look like. Needs ``pip install "opsin[structured]"``.
     """
 
     n: int = 1
@@ -62,6 +115,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # OpenAI allows a bare string
@@ -112,6 +166,19 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
             f"None or at most {MAX_TOKEN_LIST} non-empty lists of token ids",
         )
         self._whole("truncate_prompt_tokens", 1, optional=True)
+        if isinstance(self.structured_outputs, dict):
+            try:
+                self.structured_outputs = StructuredOutputsParams(**self.structured_outputs)
+            except TypeError as error:  # a name that it does not have
+                raise RequestError(f"structured_outputs: {error}.", param="structured_outputs") from None
+        self._require(
+            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams),
+            "structured_outputs",
+            "None or StructuredOutputsParams",
+        )
+        self._require(
+            self.structured_outputs is None or self.min_tokens == 0, "min_tokens", "0 with structured_outputs"
+        )
 
     @property
     def greedy(self) -> bool:
@@ -154,22 +221,45 @@ def _is_id_list(value: object) -> bool:
 
 
 class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="pooling"):
-    """How to turn hidden states into an embedding.
+    """How to turn hidden states into numbers, where no text is generated.
 
     Attributes:
-        dimensions: cut the vector to this length before normalising (Matryoshka models only).
-        normalize: L2-normalise the result.
+        task: "embed" is the last token's vector, "token_embed" every token's; "pick" weighs ``choices`` against one
+            another. The others need a head that no served architecture has.
+        dimensions: cut the vectors to this length before normalising (Matryoshka models only).
+        normalize: L2-normalise the vectors.
+        choices: the answers to weigh, for "pick".
+        targets: (position, token ids) pairs by position: whose log-probabilities are told behind which position of the
+            prompt. The input processor fills it in.
     """
 
-    task: Literal["embed", "classify", "score"] = "embed"
+    task: PoolingTask = "embed"
     dimensions: int | None = None
     normalize: bool = True
+    choices: list[str] = []
+    targets: list[tuple[int, list[int]]] = []
 
     def __post_init__(self) -> None:
         if self.dimensions is not None and not (isinstance(self.dimensions, int) and self.dimensions >= 1):
             raise RequestError(
                 f"dimensions is {self.dimensions!r}; it must be a whole number at least 1, or None.", param="dimensions"
             )
+        if self.task == "pick":
+            self._check_choices()
+        elif self.choices:
+            raise RequestError(f"choices go with the task 'pick', not with {self.task!r}.", param="choices")
+
+    def _check_choices(self) -> None:
+        choices: object = self.choices
+        if not isinstance(choices, list | tuple) or not all(isinstance(c, str) and c.strip() for c in choices):
+            raise RequestError("choices must be a list of texts, none of them empty.", param="choices")
+        if not 2 <= len(self.choices) <= MAX_CHOICES:
+            raise RequestError(
+                f"choices has {len(self.choices)} entries; give between 2 and {MAX_CHOICES}.", param="choices"
+            )
+        twice = next((choice for choice in self.choices if self.choices.count(choice) > 1), None)
+        if twice is not None:
+            raise RequestError(f"choices holds {twice!r} more than once; they must differ.", param="choices")
 
 
 class BeamSearchParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from opsin.runner.pooling import RowValues
 from opsin.runner.sampler import SampledTokens, logprob_lists
 from opsin.types import PositionLogprobs, RowResult, StepResult
 
@@ -20,6 +21,7 @@ class LaunchedStep:
         sampled: what was drawn, if anything.
         sampled_rows: the result that each draw belongs to, and how many log-probabilities it wants.
         pooled: results with the vector that each of them gets.
+        values: what is read at single positions of rows.
     """
 
     def __init__(
@@ -29,14 +31,17 @@ class LaunchedStep:
         sampled: SampledTokens | None = None,
         sampled_rows: Sequence[tuple[RowResult, int | None]] = (),
         pooled: Sequence[tuple[RowResult, torch.Tensor]] = (),
+        values: Sequence[RowValues] = (),
     ) -> None:
         self._step = step
         self._results = results
         self._rows = sampled_rows
         self._sampled = None if sampled is None else _to_host(sampled)
         self._pooled = [(result, _copy(vector_D)) for result, vector_D in pooled]
+        self._values = [(row, _copy(row.values_PK)) for row in values]
         self._copied: torch.cuda.Event | None = None
-        on_gpu = (sampled is not None and sampled.ids_B.is_cuda) or any(vector.is_cuda for _, vector in pooled)
+        tensors = [vector_D for _, vector_D in pooled] + [row.values_PK for row in values]
+        on_gpu = (sampled is not None and sampled.ids_B.is_cuda) or any(tensor.is_cuda for tensor in tensors)
         if on_gpu:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -50,6 +55,9 @@ class LaunchedStep:
                 result.embedding = vector_D.tolist()
             else:
                 result.error = _NOT_FINITE
+        for row, values_PK in self._values:
+            if not row.settle(values_PK):
+                row.result.error = _NOT_FINITE
         if self._sampled is not None:
             ids = self._sampled.ids_B.tolist()
             finite = self._sampled.finite_B.tolist()

@@ -14,6 +14,7 @@ from opsin.params import PoolingParams, SamplingParams
 from opsin.runner.executor import Payload
 from opsin.runner.inputs import StepInputs, build_inputs
 from opsin.runner.launched import LaunchedStep
+from opsin.runner.pooling import RowValues, pool, read_row
 from opsin.runner.sampler import SampleRow, prompt_logprobs, sample
 from opsin.runner.slots import SlotTable
 from opsin.runner.vision import VisionStore
@@ -86,11 +87,16 @@ class ModelRunner:
         sample_at: list[int] = []  # index among the emitting rows
         pooled_at: list[tuple[int, int]] = []  # (index among all rows, index among the emitting rows)
         sampled_results: list[RowResult] = []
+        values: list[RowValues] = []
         emitting = 0
         for b, (row, begin) in enumerate(zip(plan.rows, inputs.row_starts, strict=True)):
             slot = self._slots[row.slot]
             if isinstance(slot.params, SamplingParams) and slot.params.prompt_logprobs is not None:
                 results[b].prompt_logprobs = self._score_prompt(row, begin, hidden_TD)
+            elif isinstance(slot.params, PoolingParams):
+                own_TD = hidden_TD[begin : begin + row.num_tokens]
+                read = read_row(results[b], row, own_TD, slot.params, self.model.logits)
+                values += [] if read is None else [read]
             if not row.emits:
                 continue
             if isinstance(slot.params, PoolingParams):
@@ -106,18 +112,20 @@ class ModelRunner:
                         params=slot.params,
                         seed=slot.seed,
                         stop_token_ids=slot.stop_token_ids,
+                        mask=row.mask,
                     )
                 )
             emitting += 1
         if not emitting:
-            return LaunchedStep(plan.step, results)
+            return LaunchedStep(plan.step, results, values=values)
 
         last_ED = hidden_TD[inputs.emit_index_E]
         pooled: list[tuple[RowResult, torch.Tensor]] = []
         for b, e in pooled_at:
             params = self._slots[plan.rows[b].slot].params
             assert isinstance(params, PoolingParams)
-            pooled.append((results[b], pool_last(last_ED[e], params)))
+            if params.task == "embed":
+                pooled.append((results[b], pool(last_ED[e], params)))
         sampled = None
         if sample_rows:
             if pooled_at:
@@ -127,7 +135,8 @@ class ModelRunner:
             ends = torch.tensor([row.num_tokens for row in sample_rows], device=self.device)
             self._slots.tokens_SL[slots, ends] = sampled.ids_B
         counts = [row.params.logprobs for row in sample_rows]
-        return LaunchedStep(plan.step, results, sampled, list(zip(sampled_results, counts, strict=True)), pooled)
+        sampled_rows = list(zip(sampled_results, counts, strict=True))
+        return LaunchedStep(plan.step, results, sampled, sampled_rows, pooled, values)
 
     def _score_prompt(self, row: RowPlan, begin: int, hidden_TD: torch.Tensor) -> list[PositionLogprobs]:
         slot = self._slots[row.slot]
@@ -135,11 +144,3 @@ class ModelRunner:
         assert slot.params.prompt_logprobs is not None
         targets = slot.prompt_token_ids[row.start + 1 : row.start + row.num_tokens + 1]
         return prompt_logprobs(hidden_TD[begin:], targets, slot.params.prompt_logprobs, self.model.logits)
-
-
-def pool_last(hidden_D: torch.Tensor, params: PoolingParams) -> torch.Tensor:
-    """The last token's final hidden state in float32, cut to ``dimensions`` and then normalised."""
-    vector_D = hidden_D.float()
-    if params.dimensions is not None:
-        vector_D = vector_D[: params.dimensions]
-    return torch.nn.functional.normalize(vector_D, dim=-1) if params.normalize else vector_D

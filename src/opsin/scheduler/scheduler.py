@@ -28,10 +28,9 @@ from opsin.cache.blocks import BlockPool
 from opsin.cache.features import FeatureCache, Order
 from opsin.cache.prefix import BlockHasher
 from opsin.errors import RequestError
-from opsin.params import SamplingParams
 from opsin.scheduler.admission import check_fits
 from opsin.scheduler.limits import SchedulerLimits
-from opsin.scheduler.sequence import Sequence
+from opsin.scheduler.sequence import Grammar, Sequence
 from opsin.types import (
     EngineRequest,
     FinishReason,
@@ -88,15 +87,15 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------ requests
 
-    def add(self, request: EngineRequest) -> None:
-        """Put a request in line.
+    def add(self, request: EngineRequest, grammar: Grammar | None = None) -> None:
+        """Put a request in line; ``grammar`` says what its answer must look like.
 
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
             RequestError: it could never run within this engine's limits, or its id is in use.
         """
         priority = request.priority if self.limits.policy == "priority" else 0
-        seq = Sequence(request, (priority, self._num_added), self.limits)
+        seq = Sequence(request, (priority, self._num_added), self.limits, grammar)
         if request.request_id in self._by_id:
             raise RequestError(f"Request id {request.request_id!r} is in use; ids of unfinished requests must differ.")
         check_fits(seq, self.limits)
@@ -228,12 +227,13 @@ class Scheduler:
             new_blocks = tuple(seq.blocks[seq.num_sent_blocks :])
             seq.num_sent_blocks = len(seq.blocks)
         emits = start + num_tokens == seq.num_tokens
+        mask = seq.grammar.mask if emits and seq.grammar is not None else None
         if start >= seq.num_prompt:
             seq.num_computed += num_tokens
-            row = RowPlan(seq.slot, start, num_tokens, new_blocks, emits)
+            row = RowPlan(seq.slot, start, num_tokens, new_blocks, emits, (), mask)
         else:
             uses = seq.feature_uses(num_tokens, self._features)
-            row = RowPlan(seq.slot, start, num_tokens, new_blocks, emits, uses)
+            row = RowPlan(seq.slot, start, num_tokens, new_blocks, emits, uses, mask)
             seq.advance(self._features, start + num_tokens)
             self._register(seq)
         if emits:
@@ -263,6 +263,7 @@ class Scheduler:
                 begin = row.start + 1
                 entries = row_result.prompt_logprobs[: seq.num_prompt - begin]
                 seq.prompt_logprobs[begin : begin + len(entries)] = entries
+            seq.values.update(row_result.values or {})
             if row.emits:
                 updates.append(self._commit_emission(seq, row_result))
         return updates
@@ -271,18 +272,18 @@ class Scheduler:
         if seq.pools:
             update = self._finish(seq, "stop")
             update.embedding = result.embedding
+            update.values = seq.values_in_order()
             return update
         token = result.token_id
         assert token is not None, "a row that emits brings a token"
-        seq.tokens.append(token)
+        reason = seq.accept(token)
         self._register(seq)
-        params = seq.request.params
-        assert isinstance(params, SamplingParams)
-        if token in seq.request.stop_token_ids and len(seq.tokens) - seq.num_prompt > params.min_tokens:
-            update = self._finish(seq, "stop")
-            update.stop_token_id = token
-        elif len(seq.tokens) >= seq.limit:
-            update = self._finish(seq, "length")
+        if reason == "error":
+            assert seq.grammar is not None
+            return self._finish(seq, "error", seq.grammar.error)
+        if reason is not None:
+            update = self._finish(seq, reason)
+            update.stop_token_id = token if token in seq.request.stop_token_ids and reason == "stop" else None
         else:
             update = RequestUpdate(request_id=seq.request.request_id, num_cached_tokens=seq.num_cached_tokens)
         update.token_ids = [token]
@@ -460,12 +461,12 @@ class Scheduler:
         self._unpark(seq)  # it may now lack an earlier item than the one it is parked on
 
     def _extend_hits(self, seq: Sequence) -> None:
-        """Share blocks that others computed, from where ``seq`` stands; its last token is always left to compute."""
+        """Share blocks that others computed, from where ``seq`` stands, up to the first position that is read."""
         hasher, block_size = seq.hasher, self.limits.block_size
         if hasher is None or seq.num_computed != len(seq.blocks) * block_size:
             return
         held = len(seq.blocks)
-        last = (len(seq.tokens) - 1) // block_size
+        last = seq.num_shareable // block_size
         found: list[int] = []
         while held + len(found) < last:
             block = self._pool.find(hasher.digest(held + len(found)))

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from opsin.cache.features import FeatureCache, Lease, Order
 from opsin.cache.prefix import BlockHasher
-from opsin.params import PoolingParams
+from opsin.params import PoolingParams, SamplingParams
 from opsin.scheduler.limits import SchedulerLimits
-from opsin.types import EngineRequest, FeatureUse, MediaItem, PositionLogprobs
+from opsin.types import EngineRequest, FeatureUse, FinishReason, MediaItem, PositionLogprobs
+
+
+class Grammar(Protocol):
+    """What holds an answer to a form, token by token; ``opsin.processing.grammar.Grammar`` is one.
+
+    Attributes:
+        mask: the tokens that may come next, as ``RowPlan.mask``; None when the answer is complete.
+        error: why ``accept`` refused.
+    """
+
+    mask: bytes | None
+    error: str | None
+
+    def accept(self, token_id: int) -> bool: ...
 
 
 class Extent(NamedTuple):
@@ -39,10 +53,16 @@ class Sequence:
         leased: keys of the items leased from the feature cache.
         parked_on: key of the item without which it cannot start, while that is missing.
         prompt_logprobs: collected until the first token is reported; None when not asked for, or reported.
+        first_read: the first prompt position whose hidden state is asked for; None when only the last token's is.
+        values: what was read so far, by position.
+        grammar: what the answer must look like. Its next token is drawn only once all those before are known.
     """
 
-    def __init__(self, request: EngineRequest, order: Order, limits: SchedulerLimits) -> None:
+    def __init__(
+        self, request: EngineRequest, order: Order, limits: SchedulerLimits, grammar: Grammar | None = None
+    ) -> None:
         self.request = request
+        self.grammar = grammar
         self.block_size = limits.block_size
         self.order = order
         self.tokens = list(request.prompt_token_ids)
@@ -50,8 +70,14 @@ class Sequence:
         params = request.params
         self.pools = isinstance(params, PoolingParams)
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
+        self.first_read: int | None = None
+        self.values: dict[int, bytes] = {}
         if isinstance(params, PoolingParams):
             self.limit = self.num_prompt + 1
+            if params.task == "token_embed":
+                self.first_read = 0
+            elif params.targets:
+                self.first_read = params.targets[0][0]
         else:
             self.limit = min(self.num_prompt + (params.max_tokens or limits.context_len), limits.context_len)
             if params.prompt_logprobs is not None:
@@ -77,7 +103,32 @@ class Sequence:
     @property
     def is_runnable(self) -> bool:
         """It has a position to compute, by counts alone."""
-        return self.num_computed < self.num_tokens < self.limit
+        return self.num_computed < self.num_tokens < self.limit and (
+            self.grammar is None or self.num_tokens == len(self.tokens)
+        )
+
+    def accept(self, token: int) -> FinishReason | None:
+        """Take in a token that was drawn; why the answer ends with it, if it does."""
+        self.tokens.append(token)
+        params = self.request.params
+        assert isinstance(params, SamplingParams)
+        if token in self.request.stop_token_ids and len(self.tokens) - self.num_prompt > params.min_tokens:
+            return "stop"
+        if self.grammar is not None:
+            if not self.grammar.accept(token):
+                return "error"
+            if self.grammar.mask is None:
+                return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
+
+    @property
+    def num_shareable(self) -> int:
+        """Leading positions that others' blocks may stand for; the rest is computed whatever is cached."""
+        return len(self.tokens) - 1 if self.first_read is None else self.first_read
+
+    def values_in_order(self) -> list[bytes] | None:
+        """What was read, by rising position; None where nothing was asked for."""
+        return [self.values[position] for position in sorted(self.values)] or None
 
     def reset(self) -> None:
         """Forget what was computed; tokens stay."""
