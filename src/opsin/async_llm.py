@@ -70,11 +70,10 @@ class AsyncLLM:
 
     def __init__(self, model: str = "demo", **settings: Unpack[EngineSettings]) -> None:
         self.config = EngineConfig.from_flat({"model": model, **settings})
-        self._wake = threading.Event()
         media = self.config.media
         if media.media_workers is None:  # strangers' pictures are decoded in processes that may die
             media = replace(media, media_workers=default_num_workers())
-        self._front = build_front(replace(self.config, media=media), self._wake)
+        self._front = build_front(replace(self.config, media=media))
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callers: dict[str, _Caller] = {}  # the engine thread's own
         self._ids = itertools.count()
@@ -257,7 +256,7 @@ class AsyncLLM:
     @property
     def memory_plan(self) -> MemoryPlan:
         """Where the device's memory goes, in bytes."""
-        return self._front.core.executor.memory
+        return self._front.engine.facts.memory
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -272,7 +271,7 @@ class AsyncLLM:
     @property
     def max_num_seqs(self) -> int:
         """Requests that run at once."""
-        return self._front.max_num_seqs
+        return self._front.engine.facts.max_num_seqs
 
     @property
     def is_running(self) -> bool:
@@ -281,7 +280,7 @@ class AsyncLLM:
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters by name, as of now; counters end in ``_total``."""
-        return {**self._front.core.stats(), "num_pictures_decoded_total": self._front.num_pictures_decoded}
+        return self._front.engine.stats()
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model."""
@@ -338,15 +337,15 @@ class AsyncLLM:
             if self._dead is not None:
                 return False
             self._work.put(work)
-        self._wake.set()
+        self._front.engine.wake()
         return True
 
     # --------------------------------------------------------------------------- on the engine's thread
 
     def _run(self) -> None:
         try:
-            while self._do_posted_work(wait=self._front.num_unfinished == 0 and not self._front.core.has_work):
-                if self._front.core.has_work:
+            while self._do_posted_work(wait=self._front.num_unfinished == 0 and not self._front.engine.has_work):
+                if self._front.engine.has_work:
                     self._deliver()
         except EngineDeadError as error:
             self._die(error)

@@ -54,7 +54,7 @@ class LLM:
 
     def __init__(self, model: str = "demo", **settings: Unpack[EngineSettings]) -> None:
         self.config = EngineConfig.from_flat({"model": model, **settings})
-        self._front = build_front(self.config, threading.Event())
+        self._front = build_front(self.config)
         self._ids = itertools.count()
         self._turn = threading.Lock()  # threads that share an engine take turns; ``AsyncLLM`` batches them
 
@@ -196,7 +196,7 @@ class LLM:
     @property
     def memory_plan(self) -> MemoryPlan:
         """Where the device's memory goes, in bytes."""
-        return self._front.core.executor.memory
+        return self._front.engine.facts.memory
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -213,7 +213,7 @@ class LLM:
 
     def stats(self) -> dict[str, float]:
         """The engine's gauges and counters by name."""
-        return self._front.core.stats()
+        return self._front.engine.stats()
 
     def shutdown(self) -> None:
         """Stop the media workers and free the device's memory."""
@@ -238,16 +238,20 @@ class LLM:
         front = self._front
         results: list[Output | OpsinError | None] = [None] * len(readers)
         index_of: dict[str, int] = {}
-        most_waiting = _QUEUE_FACTOR * front.max_num_seqs
+        most_waiting = _QUEUE_FACTOR * front.engine.facts.max_num_seqs
         position = 0
-        progress = _Progress(len(readers), front.num_pictures_decoded) if use_tqdm else None
+
+        def num_decoded() -> int:
+            return int(front.engine.stats()["num_pictures_decoded_total"])
+
+        progress = _Progress(len(readers), num_decoded()) if use_tqdm else None
 
         def settle(request_id: str, result: Output | OpsinError) -> None:
             if isinstance(result, OpsinError) and not return_exceptions:
                 raise result
             results[index_of.pop(request_id)] = result
             if progress is not None:
-                progress.advance(result, front.num_pictures_decoded)
+                progress.advance(result, num_decoded())
 
         self._turn.acquire()
         try:

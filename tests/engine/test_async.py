@@ -29,7 +29,7 @@ async def collect(engine: AsyncLLM, prompt: Any, kind: Any = "cumulative", reque
 async def idle(engine: AsyncLLM) -> bool:
     """Whether everything has come back, given the engine's thread a moment to notice what was posted."""
     for _ in range(200):
-        stats = engine._front.core.stats()
+        stats = engine._front.engine.stats()
         if not (stats["num_requests_running"] or stats["num_requests_waiting"] or stats["kv_blocks_used"]):
             return True
         await asyncio.sleep(0.01)
@@ -145,7 +145,7 @@ def test_failing_step_tells_every_caller(
     def broken(plan):
         raise RuntimeError("kernel fault")
 
-    monkeypatch.setattr(engine._front.core.executor, "launch", broken)
+    monkeypatch.setattr(engine._front.engine.core.executor, "launch", broken)
 
     async def run():
         return await asyncio.gather(*(collect(engine, asked(i)) for i in range(3)), return_exceptions=True)

@@ -144,7 +144,7 @@ def test_beam_search_equals_transformers(llm: LLM, served: Served):
 
 def encoded(llm: LLM, prompt: Any) -> tuple[list[torch.Tensor], list[MediaLayout]]:
     """Features of each of a prompt's pictures, computed by hand."""
-    model: Any = llm._front.core.executor._runner.model  # type: ignore[attr-defined]
+    model: Any = llm._front.engine.core.executor._runner.model  # type: ignore[attr-defined]
     processed = llm._front.inputs.process("probe", llm._front.read_prompt(prompt), GREEDY)
     layouts = [item.layout for item in processed.request.media]
     tiles: list[list[torch.Tensor]] = []

@@ -102,7 +102,7 @@ def test_generate_under_any_budget_gives_the_same_tokens(
 def test_generate_with_plans_and_results_sent_as_bytes_gives_the_same_tokens(
     llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ):
-    executor: Any = llm._front.core.executor
+    executor: Any = llm._front.engine.core.executor
     launch, sent = executor.launch, 0
 
     class Reply:
@@ -181,11 +181,11 @@ def test_chat_fetches_the_pictures_of_several_conversations_at_once(folder: Path
 def test_generate_repeated_prompt_hits_the_prefix_cache_and_decodes_nothing(llm: LLM):
     prompt = asked(77, 78)
     first = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
-    decoded = llm._front.num_pictures_decoded
+    decoded = llm.stats()["num_pictures_decoded_total"]
     second = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
     assert second.outputs[0].token_ids == first.outputs[0].token_ids
     assert second.num_cached_tokens > 0
-    assert llm._front.num_pictures_decoded == decoded
+    assert llm.stats()["num_pictures_decoded_total"] == decoded
 
 
 def test_generate_other_cache_salt_shares_nothing(llm: LLM):
@@ -204,7 +204,7 @@ def test_generate_swapped_pictures_change_the_answer(llm: LLM):
 
 
 def test_generate_embeddings_equal_the_picture(llm: LLM, expected: list[list[int]]):
-    executor: Any = llm._front.core.executor
+    executor: Any = llm._front.engine.core.executor
     model = executor._runner.model
     request = llm._front.inputs.process("probe", llm._front.read_prompt(PROMPTS[1]), GREEDY)
     layouts = [item.layout for item in request.request.media]

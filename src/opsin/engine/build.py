@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from opsin.config import DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
+from opsin.engine.checkpoint import Checkpoint
 from opsin.engine.core import EngineCore
+from opsin.engine.engine import EngineFacts
 from opsin.engine.feeder import MediaFeeder
 from opsin.engine.front import Front
+from opsin.engine.local import LocalEngine
 from opsin.errors import ConfigError
 from opsin.media.pool import MediaPool
-from opsin.models import resolve
-from opsin.models.hub import ModelFiles, find_model
+from opsin.models.hub import ModelFiles
 from opsin.models.load import load_model
 from opsin.models.rule import MediaRule
-from opsin.processing.jinja import read_template
+from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.output import OutputProcessor
-from opsin.processing.processor import InputProcessor
-from opsin.processing.tokenizer import Tokenizer
 from opsin.runner.inline import InlineExecutor
 from opsin.runner.memory import describe, plan_memory
 from opsin.runner.runner import ModelRunner
@@ -59,24 +57,27 @@ class Budgets:
         )
 
 
-def build_front(config: EngineConfig, wake: threading.Event) -> Front:
-    """Load the model, plan the memory, and connect every part.
+def build_front(config: EngineConfig) -> Front:
+    """Everything in this process: the engine runs in the thread that steps the front.
+
+    Raises:
+        ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
+    """
+    checkpoint = Checkpoint.open(config)
+    engine = build_engine(config, checkpoint)
+    inputs = checkpoint.processor(config, engine.facts, engine.grammars)
+    return Front(engine, inputs, OutputProcessor(checkpoint.tokenizer), config.media, config.model.runner)
+
+
+def build_engine(config: EngineConfig, checkpoint: Checkpoint) -> LocalEngine:
+    """Load the model, plan the memory, and connect the engine's parts.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
     """
     if config.device.num_threads is not None:
         torch.set_num_threads(config.device.num_threads)
-    dummy = config.model.load_format == "dummy"
-    files = find_model(
-        config.model.model,
-        revision=config.model.revision,
-        overrides=config.model.hf_overrides,
-        weights=not dummy,
-    )
-    family = resolve(files.config.get("architectures"))  # first: what is not supported should be said at once
-    tokenizer = Tokenizer.from_folder(_tokenizer_folder(config.model, files), files.generation_config)
-    rule = family.load_rule().from_hf(files.config, files.processor, tokenizer)
+    files, tokenizer, rule = checkpoint.files, checkpoint.tokenizer, checkpoint.rule
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.model, files, device)
     model = load_model(
@@ -118,7 +119,8 @@ def build_front(config: EngineConfig, wake: threading.Event) -> Front:
     logger.info("%s on %s in %s", config.model.model, device, str(dtype).removeprefix("torch."))
     logger.info("Memory plan:\n%s", describe(memory, spec, max_model_len))
 
-    feeder = MediaFeeder(MediaPool(config.media, on_finished=wake.set))
+    news = threading.Event()
+    feeder = MediaFeeder(MediaPool(config.media, on_finished=news.set))
     scheduler = Scheduler(
         SchedulerLimits(
             max_num_seqs=budgets.max_num_seqs,
@@ -136,20 +138,19 @@ def build_front(config: EngineConfig, wake: threading.Event) -> Front:
         ),
         on_finish=feeder.release,
     )
-    core = EngineCore(scheduler, InlineExecutor(runner, memory), pipeline_depth=budgets.pipeline_depth)
-    inputs = InputProcessor(
-        tokenizer,
-        rule,
-        spec,
-        media=config.media,
-        max_model_len=max_model_len,
-        generation_config=files.generation_config,
-        default_seed=config.model.seed,
-        model_type=str(files.config.get("model_type", "")),
-        folder=files.folder,
-        chat_template=None if config.model.chat_template is None else read_template(config.model.chat_template),
+    grammars = GrammarCompiler(tokenizer, spec.vocab_size)
+    core = EngineCore(
+        scheduler, InlineExecutor(runner, memory), pipeline_depth=budgets.pipeline_depth, grammars=grammars
     )
-    return Front(core, inputs, OutputProcessor(tokenizer), feeder, config.media, config.model.runner, wake)
+    facts = EngineFacts(
+        spec=spec,
+        max_model_len=max_model_len,
+        max_num_seqs=budgets.max_num_seqs,
+        memory=memory,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return LocalEngine(core, feeder, facts, news, grammars)
 
 
 def resolve_device(config: DeviceConfig) -> torch.device:
@@ -180,14 +181,6 @@ def resolve_dtype(config: ModelConfig, files: ModelFiles, device: torch.device) 
         return torch.bfloat16
     native_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native_bf16 and files.dtype in ("bfloat16", "float16") else torch.float32
-
-
-def _tokenizer_folder(config: ModelConfig, files: ModelFiles) -> Path:
-    if config.tokenizer is None:
-        return files.folder
-    if os.path.isdir(config.tokenizer):
-        return Path(config.tokenizer)
-    return find_model(config.tokenizer, weights=False).folder
 
 
 def fill_budget(rule: MediaRule, max_patches: int, side: int, options: Mapping[str, Any]) -> Sequence[MediaLayout]:

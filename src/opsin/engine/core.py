@@ -19,7 +19,9 @@ import logging
 from collections import deque
 from typing import NamedTuple
 
-from opsin.errors import EngineDeadError
+from opsin.errors import EngineDeadError, RequestError
+from opsin.params import SamplingParams
+from opsin.processing.grammar import Grammar, GrammarCompiler
 from opsin.runner.executor import Executor, Payload, PendingStep
 from opsin.scheduler import Scheduler
 from opsin.types import EngineRequest, MediaNeed, RequestUpdate, StepPlan
@@ -33,10 +35,22 @@ class _Flight(NamedTuple):
 
 
 class EngineCore:
-    """Single-threaded: whoever owns it calls everything from one thread."""
+    """Single-threaded: whoever owns it calls everything from one thread.
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, *, pipeline_depth: int) -> None:
+    Args:
+        grammars: compiles what ``structured_outputs`` ask for.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        pipeline_depth: int,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         self.executor = executor
+        self._grammars = grammars
         self._scheduler = scheduler
         self._depth = pipeline_depth
         self._in_flight: deque[_Flight] = deque()
@@ -55,7 +69,15 @@ class EngineCore:
             EngineDeadError: the engine has stopped.
         """
         self._require_alive()
-        self._scheduler.add(request)
+        self._scheduler.add(request, self._grammar(request))
+
+    def _grammar(self, request: EngineRequest) -> Grammar | None:
+        params = request.params
+        if not isinstance(params, SamplingParams) or params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("This engine takes no structured_outputs.", param="structured_outputs")
+        return self._grammars.compile(params.structured_outputs)
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown and finished ones are ignored.
@@ -87,9 +109,9 @@ class EngineCore:
     # --------------------------------------------------------------------------------------- steps
 
     @property
-    def max_num_seqs(self) -> int:
-        """Requests that run at once."""
-        return self._scheduler.limits.max_num_seqs
+    def is_alive(self) -> bool:
+        """No step has failed, and it was not shut down."""
+        return self._dead is None
 
     @property
     def has_work(self) -> bool:

@@ -1,22 +1,20 @@
 """Callers' requests to the engine and back: prompts in, outputs out. One thread drives it.
 
 ``LLM`` calls it directly; ``AsyncLLM`` keeps it on a thread of its own. Everything that touches text or pictures
-happens on this side of ``EngineCore``, which sees ids, keys and pixels.
+happens on this side of the ``Engine``, which sees ids, keys and pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal, Unpack
 
 from opsin.config import MediaConfig
-from opsin.engine.core import EngineCore
-from opsin.engine.feeder import MediaFeeder
+from opsin.engine.engine import Engine
 from opsin.errors import ConfigError, EngineDeadError, MediaError, RequestError
 from opsin.media.fetch import fetch
 from opsin.outputs import PoolingRequestOutput, RequestOutput, Thumbnails
@@ -30,35 +28,24 @@ from opsin.processing.prompts import MediaInput, Prompt
 from opsin.types import EngineRequest, RequestUpdate
 
 _FETCH_THREADS = 8
-_STALL_WAIT_S = 0.2  # between looks at Ctrl-C while pictures are being decoded
-_MAX_IDLE_STEPS = 3
 
 
 class Front:
-    """Input processor, engine, media feeder and output processor, working as one.
-
-    Args:
-        wake: set by whoever has news for this thread (the media pool, callers on other threads).
-    """
+    """Input processor, engine and output processor, working as one."""
 
     def __init__(
         self,
-        core: EngineCore,
+        engine: Engine,
         inputs: InputProcessor,
         outputs: OutputProcessor,
-        feeder: MediaFeeder,
         media: MediaConfig,
         runner: Literal["auto", "generate", "pooling"],
-        wake: threading.Event,
     ) -> None:
-        self.core = core
+        self.engine = engine
         self.inputs = inputs
-        self.wake = wake
         self._outputs = outputs
-        self._feeder = feeder
         self._media = media
         self._runner = runner
-        self._num_idle_steps = 0
 
     # ----------------------------------------------------------------------------------- prompts
 
@@ -164,7 +151,7 @@ class Front:
         children = self._outputs.add(processed, kind, thumbnails=Thumbnails(shown) if shown else None)
         try:
             for child in children:
-                self._add(child, processed)
+                self.engine.add(child, processed.sources)
         except Exception:
             self.abort(request_id)
             raise
@@ -176,21 +163,12 @@ class Front:
         """
         ids, output = self._outputs.abort(request_id)
         for child_id in ids:
-            self.core.abort(child_id)
+            self.engine.abort(child_id)
         return output
-
-    @property
-    def max_num_seqs(self) -> int:
-        """Requests that the engine runs at once."""
-        return self.core.max_num_seqs
 
     @property
     def num_unfinished(self) -> int:
         return self._outputs.num_unfinished
-
-    @property
-    def num_pictures_decoded(self) -> int:
-        return self._feeder.num_decoded
 
     # ------------------------------------------------------------------------------------- steps
 
@@ -200,9 +178,9 @@ class Front:
         Raises:
             EngineDeadError: the engine failed; no request will be answered any more.
         """
-        batch = self._outputs.update(self._advance())
+        batch = self._outputs.update(self.engine.step())
         for child_id in batch.aborts:
-            self.core.abort(child_id)
+            self.engine.abort(child_id)
         return batch
 
     def run(self, requests: Sequence[tuple[EngineRequest, ProcessedRequest]]) -> dict[str, RequestUpdate]:
@@ -221,9 +199,9 @@ class Front:
         answers: dict[str, RequestUpdate] = {}
         try:
             for request, processed in requests:
-                self._add(request, processed)
+                self.engine.add(request, processed.sources)
             while pending:
-                for update in self._advance():
+                for update in self.engine.step():
                     if update.error is not None:
                         raise failure_of(update)
                     if update.finish_reason is not None:
@@ -231,43 +209,19 @@ class Front:
                         pending.discard(update.request_id)
         finally:
             for request_id in pending:
-                self.core.abort(request_id)
+                self.engine.abort(request_id)
         return answers
 
     def come_to_rest(self) -> None:
         """Commit the steps still in flight behind requests that have ended, so that nothing is held any more."""
         with contextlib.suppress(EngineDeadError):  # then there is nothing left to commit
-            while self.core.has_work and not self.num_unfinished:
-                self._advance()
+            while self.engine.has_work and not self.num_unfinished:
+                self.engine.step()
 
     def close(self) -> None:
-        self._feeder.close()
-        self.core.shutdown()
+        self.engine.close()
 
     # ------------------------------------------------------------------------------------ inside
-
-    def _add(self, request: EngineRequest, processed: ProcessedRequest) -> None:
-        self._feeder.hold(request, processed.sources)
-        try:
-            self.core.add(request)
-        except Exception:
-            self._feeder.release(request.request_id)
-            raise
-
-    def _advance(self) -> list[RequestUpdate]:
-        self.wake.clear()  # before looking, so that news in between is not slept through
-        self._feeder.pump(self.core)
-        updates = self.core.step()
-        if not self.core.is_stalled or updates or not self.core.has_work:
-            self._num_idle_steps = 0
-        elif self._feeder.is_waiting:
-            self._num_idle_steps = 0
-            self.wake.wait(_STALL_WAIT_S)
-        else:  # a need may have come up in this very step; but the same again would go on for ever
-            self._num_idle_steps += 1
-            if self._num_idle_steps > _MAX_IDLE_STEPS:
-                raise EngineDeadError("Requests are unfinished, but nothing can run and nothing is waited for.")
-        return updates
 
     def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
         """The bytes behind each reference that is a URL, several at a time."""

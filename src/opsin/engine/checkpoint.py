@@ -1,0 +1,83 @@
+"""A model's folder, opened as far as prompts need it: configuration, tokenizer, rule. No weights, no device."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opsin.config import EngineConfig, ModelConfig
+from opsin.engine.engine import EngineFacts
+from opsin.models import Family, resolve
+from opsin.models.hub import ModelFiles, find_model
+from opsin.processing.grammar import GrammarCompiler
+from opsin.processing.jinja import read_template
+from opsin.processing.processor import InputProcessor
+from opsin.processing.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What both halves of an engine read of a model: the one that makes requests, and the one that runs them."""
+
+    files: ModelFiles
+    family: Family
+    tokenizer: Tokenizer
+    rule: Any  # the family's, which is a MediaRule
+
+    @classmethod
+    def open(cls, config: EngineConfig) -> Checkpoint:
+        """Find the model, download it if need be, and open its tokenizer and rule.
+
+        Raises:
+            ConfigError, UnsupportedModelError: what is wrong, and what to do.
+        """
+        files, family = find(config.model)
+        tokenizer = Tokenizer.from_folder(_tokenizer_folder(config.model, files), files.generation_config)
+        rule = family.load_rule().from_hf(files.config, files.processor, tokenizer)
+        return cls(files, family, tokenizer, rule)
+
+    def processor(self, config: EngineConfig, facts: EngineFacts, grammars: GrammarCompiler) -> InputProcessor:
+        """What makes requests for an engine.
+
+        Args:
+            facts: the engine's.
+        """
+        given = config.model.chat_template
+        return InputProcessor(
+            self.tokenizer,
+            self.rule,
+            facts.spec,
+            media=config.media,
+            max_model_len=facts.max_model_len,
+            generation_config=self.files.generation_config,
+            default_seed=config.model.seed,
+            model_type=str(self.files.config.get("model_type", "")),
+            folder=self.files.folder,
+            chat_template=None if given is None else read_template(given),
+            grammars=grammars,
+        )
+
+
+def find(config: ModelConfig) -> tuple[ModelFiles, Family]:
+    """A model's files and family; what is not supported is said here, before anything large is loaded.
+
+    Raises:
+        ConfigError, UnsupportedModelError: what is wrong, and what to do.
+    """
+    files = find_model(
+        config.model,
+        revision=config.revision,
+        overrides=config.hf_overrides,
+        weights=config.load_format != "dummy",
+    )
+    return files, resolve(files.config.get("architectures"))
+
+
+def _tokenizer_folder(config: ModelConfig, files: ModelFiles) -> Path:
+    if config.tokenizer is None:
+        return files.folder
+    if os.path.isdir(config.tokenizer):
+        return Path(config.tokenizer)
+    return find_model(config.tokenizer, weights=False).folder

@@ -1,0 +1,86 @@
+"""An engine in the caller's own thread: ``EngineCore`` and its media feeder, working as one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from opsin.engine.core import EngineCore
+from opsin.engine.engine import EngineFacts
+from opsin.engine.feeder import MediaFeeder
+from opsin.errors import EngineDeadError
+from opsin.processing.grammar import GrammarCompiler
+from opsin.processing.prompts import MediaSource
+from opsin.types import EngineRequest, RequestUpdate
+
+_STALL_WAIT_S = 0.2  # between looks at Ctrl-C while pictures are being decoded
+_MAX_IDLE_STEPS = 3
+
+
+class LocalEngine:
+    """Implements ``Engine``.
+
+    Args:
+        news: set by whoever has something for this thread (the media pool, callers on other threads).
+        grammars: the compiler of ``core``; any thread may have a grammar compiled before ``add`` needs it.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        feeder: MediaFeeder,
+        facts: EngineFacts,
+        news: threading.Event,
+        grammars: GrammarCompiler,
+    ) -> None:
+        self.core = core
+        self.feeder = feeder
+        self.facts = facts
+        self.grammars = grammars
+        self._news = news
+        self._num_idle_steps = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.core.is_alive
+
+    @property
+    def has_work(self) -> bool:
+        return self.core.has_work
+
+    def add(self, request: EngineRequest, sources: Sequence[MediaSource]) -> None:
+        self.feeder.hold(request, sources)
+        try:
+            self.core.add(request)
+        except Exception:
+            self.feeder.release(request.request_id)
+            raise
+
+    def abort(self, request_id: str) -> None:
+        self.core.abort(request_id)
+
+    def step(self) -> list[RequestUpdate]:
+        """One step; waits a moment if pictures are being decoded and nothing else can be done."""
+        self._news.clear()  # before looking, so that news in between is not slept through
+        self.feeder.pump(self.core)
+        updates = self.core.step()
+        if not self.core.is_stalled or updates or not self.core.has_work:
+            self._num_idle_steps = 0
+        elif self.feeder.is_waiting:
+            self._num_idle_steps = 0
+            self._news.wait(_STALL_WAIT_S)
+        else:  # a need may have come up in this very step; but the same again would go on for ever
+            self._num_idle_steps += 1
+            if self._num_idle_steps > _MAX_IDLE_STEPS:
+                raise EngineDeadError("Requests are unfinished, but nothing can run and nothing is waited for.")
+        return updates
+
+    def wake(self) -> None:
+        self._news.set()
+
+    def stats(self) -> dict[str, float]:
+        return {**self.core.stats(), "num_pictures_decoded_total": self.feeder.num_decoded}
+
+    def close(self) -> None:
+        self.feeder.close()
+        self.core.shutdown()
