@@ -54,6 +54,18 @@ def test_decoder_config_mistral_window(extra, expected):
     assert windows({"model_type": "mistral", "num_hidden_layers": 2, **extra}) == [expected] * 2
 
 
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [({}, None), ({"sliding_window": 4096}, None), ({"sliding_window": 7}, 7)],
+    ids=["absent", "as-long-as-the-context", "given"],
+)
+def test_decoder_config_phi3_takes_its_own_defaults_and_window(extra, expected):
+    config = DecoderConfig.from_hf({"model_type": "phi3", **extra})
+    assert [layer.window for layer in config.layers] == [expected] * 32
+    assert (config.hidden_size, config.intermediate_size, config.layers[0].num_kv_heads) == (3072, 8192, 32)
+    assert (config.vocab_size, config.max_position, config.norm_eps, config.qkv_bias) == (32064, 4096, 1e-5, False)
+
+
 def test_decoder_config_qwen2_window_only_where_switched_on():
     config = {"model_type": "qwen2", "num_hidden_layers": 3, "sliding_window": 7, "max_window_layers": 1}
     assert windows(config) == [None] * 3
@@ -67,7 +79,7 @@ def test_decoder_config_qwen2_window_only_where_switched_on():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type is 'gpt2'; implemented are llama, mistral, qwen2"),
+        ({"model_type": "gpt2"}, r"model_type is 'gpt2'; implemented are .*llama, mistral"),
         ({"model_type": "llama", "attn_logit_softcapping": 50.0}, r"text_config\.attn_logit_softcapping is 50\.0"),
         ({"model_type": "llama", "quantization_config": {"bits": 4}}, r"text_config\.quantization_config"),
         ({"model_type": "llama", "is_encoder_decoder": True}, r"text_config\.is_encoder_decoder is True"),

@@ -66,7 +66,7 @@ class DecoderConfig:
         dialect = _DIALECTS[model_type]
         num_layers = config.take("num_hidden_layers", 32)
         num_heads = config.take("num_attention_heads", 32)
-        hidden_size = config.take("hidden_size", 4096)
+        hidden_size = config.take("hidden_size", dialect.hidden_size)
         head_dim = config.take("head_dim", hidden_size // num_heads)
         num_kv_heads = config.take("num_key_value_heads", dialect.num_kv_heads or num_heads)
         max_position = config.take("max_position_embeddings", dialect.max_position)
@@ -82,7 +82,7 @@ class DecoderConfig:
                 LayerSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
                 for window in dialect.windows(config, num_layers)
             ),
-            norm_eps=config.take("rms_norm_eps", 1e-6),
+            norm_eps=config.take("rms_norm_eps", dialect.norm_eps),
             hidden_act=config.choose("hidden_act", tuple(ACTIVATIONS), "silu"),
             qkv_bias=qkv_bias,
             output_bias=output_bias,
@@ -100,8 +100,10 @@ class _Dialect:
     """How one HF model type spells what is common: its config class's defaults, and where it keeps the rest."""
 
     vocab_size: int = 32000
+    hidden_size: int = 4096
     intermediate_size: int
     max_position: int
+    norm_eps: float = 1e-6
     num_kv_heads: int | None = None
     attention_bias: Callable[[StrictConfig], tuple[bool, bool]]
     windows: Callable[[StrictConfig, int], Sequence[int | None]]
@@ -120,6 +122,12 @@ def _same_window(config: StrictConfig, num_layers: int) -> Sequence[int | None]:
     """Mistral: a window means one on every layer. Absent is 4096, null is none: here the two differ."""
     window = config.take("sliding_window") if "sliding_window" in config else 4096
     return [window] * num_layers
+
+
+def _window_if_given(config: StrictConfig, num_layers: int) -> Sequence[int | None]:
+    """Phi-3: on every layer; the 128k checkpoints' holds more than their longest context, and so is none."""
+    window, longest = config.take("sliding_window"), config.take("max_position_embeddings", 4096)
+    return [None if window is None or window >= longest else window] * num_layers
 
 
 def _late_windows(config: StrictConfig, num_layers: int) -> Sequence[int | None]:
@@ -146,6 +154,15 @@ _DIALECTS: dict[str, _Dialect] = {
         num_kv_heads=8,
         attention_bias=lambda config: (False, False),
         windows=_same_window,
+    ),
+    "phi3": _Dialect(
+        vocab_size=32064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        max_position=4096,
+        norm_eps=1e-5,
+        attention_bias=lambda config: (False, False),
+        windows=_window_if_given,
     ),
     "qwen2": _Dialect(
         vocab_size=151936,
