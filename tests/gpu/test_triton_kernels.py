@@ -104,13 +104,18 @@ def test_paged_attention_equals_reference(kernels: Any, dtype: torch.dtype, head
     num_tokens = starts[-1]
     q = rand(num_tokens, heads, size, dtype=dtype)
     k, v = rand(num_tokens, kv, size, dtype=dtype, seed=1), rand(num_tokens, kv, size, dtype=dtype, seed=2)
-    visible_end = positions + 1
+    visible_end, visible_begin = positions + 1, positions.clone()
     for row, (query_len, context_len) in enumerate(rows):
         if query_len > 30:  # ten tokens that see one another
             first = context_len - query_len + 5
             at = starts[row] + 5
             visible_end[at : at + 10] = first + 10
-    for window, visible in ((None, None), (24, None), (None, visible_end)):
+            visible_begin[at : at + 10] = first
+    cases = (
+        *((None, None, None, None), (24, None, None, None), (None, visible_end, None, None)),
+        *((6, visible_end, None, None), (6, visible_end, visible_begin, None), (24, None, None, 5.0)),
+    )
+    for window, visible, begin, softcap in cases:
         cache = LayerCache(*(rand(num_blocks, page, kv, size, dtype=dtype, seed=s) for s in (3, 4)))
         inputs = AttentionInputs(
             query_start_B1=torch.tensor(starts, dtype=torch.int32, device="cuda"),
@@ -120,11 +125,12 @@ def test_paged_attention_equals_reference(kernels: Any, dtype: torch.dtype, head
             query_lens=query_lens,
             context_lens=context_lens,
             visible_end_T=None if visible is None else visible.int().cuda(),
+            visible_begin_T=None if begin is None else begin.int().cuda(),
         )
         twin = LayerCache(cache.key.clone(), cache.value.clone())
         kernels.write_kv(k, v, cache, inputs.slot_mapping_T)
         reference.write_kv(k, v, twin, inputs.slot_mapping_T)
         assert torch.equal(cache.key, twin.key)
         assert torch.equal(cache.value, twin.value)
-        got = kernels.paged_attention(q, k, v, cache, inputs, size**-0.5, window)
-        assert_close(got, reference.paged_attention(q, k, v, twin, inputs, size**-0.5, window))
+        got = kernels.paged_attention(q, k, v, cache, inputs, size**-0.5, window, softcap)
+        assert_close(got, reference.paged_attention(q, k, v, twin, inputs, size**-0.5, window, softcap))

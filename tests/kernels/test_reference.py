@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -21,7 +22,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-def _step(lens: list[tuple[int, int]], visible_end: list[int] | None = None):
+def _step(lens: list[tuple[int, int]], visible_end: list[int] | None = None, visible_begin: list[int] | None = None):
     """A step of rows (query_len, context_len) with every row's keys and values, past ones included, in a cache."""
     num_blocks = sum(-(-context // BLOCK) for _, context in lens) + 1
     order = (torch.randperm(num_blocks - 1) + 1).tolist()
@@ -43,11 +44,12 @@ def _step(lens: list[tuple[int, int]], visible_end: list[int] | None = None):
         query_lens=tuple(q for q, _ in lens),
         context_lens=tuple(c for _, c in lens),
         visible_end_T=None if visible_end is None else torch.tensor(visible_end, dtype=torch.int32),
+        visible_begin_T=None if visible_begin is None else torch.tensor(visible_begin, dtype=torch.int32),
     )
     return cache, inputs, keys, values
 
 
-def _expected(q_TNH, inputs: AttentionInputs, keys, values, scale, window):
+def _expected(q_TNH, inputs: AttentionInputs, keys, values, scale, window, softcap=math.inf):
     """Softmax attention, one token and one head at a time, in float64."""
     out = []
     t = 0
@@ -55,11 +57,15 @@ def _expected(q_TNH, inputs: AttentionInputs, keys, values, scale, window):
         for position in range(context - query, context):
             end = position + 1 if inputs.visible_end_T is None else int(inputs.visible_end_T[t])
             begin = 0 if window is None else max(0, position - window + 1)
+            if inputs.visible_begin_T is not None:
+                begin = min(begin, int(inputs.visible_begin_T[t]))
             heads = []
             for n in range(HEADS):
                 k = keys[b][begin:end, n // (HEADS // KV_HEADS)].double()
                 v = values[b][begin:end, n // (HEADS // KV_HEADS)].double()
-                heads.append(((k @ q_TNH[t, n].double()) * scale).softmax(0) @ v)
+                scores = (k @ q_TNH[t, n].double()) * scale
+                capped = scores if softcap == math.inf else softcap * (scores / softcap).tanh()
+                heads.append(capped.softmax(0) @ v)
             out.append(torch.stack(heads))
             t += 1
     return torch.stack(out).float()
@@ -77,6 +83,39 @@ def test_paged_attention_of_mixed_rows_equals_formula(lens, window):
     k_TKH, v_TKH = (torch.cat([x[-q:] for x, (q, _) in zip(xs, lens, strict=True)]) for xs in (keys, values))
     out = reference.paged_attention(q_TNH, k_TKH, v_TKH, cache, inputs, 0.3, window)
     torch.testing.assert_close(out, _expected(q_TNH, inputs, keys, values, 0.3, window), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.4, 50.0])
+@pytest.mark.parametrize("window", [None, 3])
+def test_paged_attention_with_bent_scores_equals_formula(softcap, window):
+    lens = [(1, 6), (4, 4), (3, 11), (1, 1)]
+    cache, inputs, keys, values = _step(lens)
+    q_TNH = torch.randn(9, HEADS, HEAD_DIM)
+    k_TKH, v_TKH = (torch.cat([x[-q:] for x, (q, _) in zip(xs, lens, strict=True)]) for xs in (keys, values))
+    out = reference.paged_attention(q_TNH, k_TKH, v_TKH, cache, inputs, 0.3, window, softcap)
+    expected = _expected(q_TNH, inputs, keys, values, 0.3, window, softcap)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    straight = _expected(q_TNH, inputs, keys, values, 0.3, window)
+    assert (expected - straight).abs().max() > (0.1 if softcap < 1 else 0)
+
+
+@pytest.mark.parametrize("window", [2, 5])
+def test_paged_attention_sees_a_range_from_its_begin_whatever_the_window(window):
+    """Row 0 is a whole prompt whose tokens 1..5 see one another; row 1 decodes; row 2 continues with a span 6..8."""
+    lens = [(7, 7), (1, 5), (4, 9)]
+    ends = [1, 6, 6, 6, 6, 6, 7, 5, 6, 9, 9, 9]
+    begins = [0, 1, 1, 1, 1, 1, 6, 4, 5, 6, 6, 6]
+    cache, inputs, keys, values = _step(lens, ends, begins)
+    q_TNH = torch.randn(12, HEADS, HEAD_DIM)
+    k_TKH, v_TKH = (torch.cat([x[-q:] for x, (q, _) in zip(xs, lens, strict=True)]) for xs in (keys, values))
+    out = reference.paged_attention(q_TNH, k_TKH, v_TKH, cache, inputs, 0.3, window)
+    torch.testing.assert_close(out, _expected(q_TNH, inputs, keys, values, 0.3, window), atol=1e-5, rtol=1e-5)
+    cut = reference.paged_attention(
+        q_TNH, k_TKH, v_TKH, cache, dataclasses.replace(inputs, visible_begin_T=None), 0.3, window
+    )
+    positions = [*range(7), 4, *range(5, 9)]
+    further = [begin <= position - window for begin, position in zip(begins, positions, strict=True)]
+    assert ((out - cut).abs().amax((1, 2)) > 1e-4).tolist() == further
 
 
 @pytest.mark.parametrize("window", [None, 5])

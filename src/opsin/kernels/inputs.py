@@ -34,6 +34,8 @@ class AttentionInputs:
         block_tables_BL: int32, block ids per row; entries past the context are 0, the scratch block.
         slot_mapping_T: int64, block * block_size + offset where each token's key and value are written.
         visible_end_T: int32; token t sees positions below visible_end_T[t]. None is causal: own position + 1.
+        visible_begin_T: int32; token t sees positions from visible_begin_T[t] on although a layer's window ends later.
+            None leaves it to the window.
     """
 
     query_start_B1: torch.Tensor
@@ -43,6 +45,7 @@ class AttentionInputs:
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     visible_end_T: torch.Tensor | None = None
+    visible_begin_T: torch.Tensor | None = None
 
     @property
     def is_decode(self) -> bool:

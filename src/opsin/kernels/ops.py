@@ -77,11 +77,16 @@ class PagedAttention(Protocol):
         inputs: AttentionInputs,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Attention of each row's tokens over its context: (T, N, H).
 
-        Token t sees positions in (position - window, visible_end), its own included. ``k_TKH`` and ``v_TKH`` are this
-        step's, already written to ``cache``, for rows that need nothing older.
+        Token t sees positions in (position - window, visible_end), its own included, and those from visible_begin on
+        where that is lower. ``k_TKH`` and ``v_TKH`` are this step's, already written to ``cache``, for rows that need
+        nothing older.
+
+        Args:
+            softcap: scores are bent into (-softcap, softcap) by tanh, arXiv:2408.00118.
         """
         ...
 

@@ -102,6 +102,7 @@ def paged_attention(
     inputs: AttentionInputs,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """One SDPA call per row.
 
@@ -115,11 +116,15 @@ def paged_attention(
         if query_len == context_len:
             first, k_CKH, v_CKH = 0, k_TKH[begin:end], v_TKH[begin:end]
         else:
-            first = 0 if window is None else max(0, context_len - query_len + 1 - window)
+            in_window = window is not None and inputs.visible_begin_T is None
+            first = max(0, context_len - query_len + 1 - window) if in_window else 0
             k_CKH, v_CKH = _gather(cache, inputs.block_tables_BL[b], first, context_len)
-        visible_end = None if inputs.visible_end_T is None else inputs.visible_end_T[begin:end]
-        mask_TC = _mask(query_len, context_len, first, window, visible_end, q_TNH.device)
-        out_TNH[begin:end] = _row_attention(q_TNH[begin:end], k_CKH, v_CKH, mask_TC, scale)
+        visible_begin, visible_end = (
+            None if visible is None else visible[begin:end]
+            for visible in (inputs.visible_begin_T, inputs.visible_end_T)
+        )
+        mask_TC = _mask(query_len, context_len, first, window, visible_begin, visible_end, q_TNH.device)
+        out_TNH[begin:end] = _row_attention(q_TNH[begin:end], k_CKH, v_CKH, mask_TC, scale, softcap)
         begin = end
     return out_TNH
 
@@ -142,24 +147,32 @@ def _mask(
     context_len: int,
     first: int,
     window: int | None,
+    visible_begin_T: torch.Tensor | None,
     visible_end_T: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor | None:
     """Boolean (T, C) over keys [first, context_len); None where SDPA's own causal rule, or no mask, says the same."""
-    if query_len == 1 and visible_end_T is None:
+    is_causal = visible_begin_T is None and visible_end_T is None
+    if query_len == 1 and is_causal:
         return None  # the last position sees all that was gathered; the window has cut the rest away
-    if query_len == context_len and visible_end_T is None and (window is None or window >= context_len):
+    if query_len == context_len and is_causal and (window is None or window >= context_len):
         return None
     key_C = torch.arange(first, context_len, device=device)
     query_T1 = torch.arange(context_len - query_len, context_len, device=device).unsqueeze(1)
     mask_TC = key_C <= query_T1 if visible_end_T is None else key_C < visible_end_T.unsqueeze(1)
     if window is not None:
-        mask_TC &= key_C > query_T1 - window
+        recent_TC = key_C > query_T1 - window
+        mask_TC &= recent_TC if visible_begin_T is None else recent_TC | (key_C >= visible_begin_T.unsqueeze(1))
     return mask_TC
 
 
 def _row_attention(
-    q_TNH: torch.Tensor, k_CKH: torch.Tensor, v_CKH: torch.Tensor, mask_TC: torch.Tensor | None, scale: float
+    q_TNH: torch.Tensor,
+    k_CKH: torch.Tensor,
+    v_CKH: torch.Tensor,
+    mask_TC: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Grouped-query attention of one row: (T, N, H).
 
@@ -170,6 +183,8 @@ def _row_attention(
     num_kv_heads = k_CKH.shape[1]
     group = num_heads // num_kv_heads
     k_KCH, v_KCH = k_CKH.transpose(0, 1), v_CKH.transpose(0, 1)
+    if softcap is not None:
+        return _capped_attention(q_TNH, k_KCH, v_KCH, mask_TC, scale, softcap)
     if num_tokens == 1:
         q_1KGH = q_TNH.reshape(1, num_kv_heads, group, head_dim)
         mask = None if mask_TC is None else mask_TC.expand(group, -1)
@@ -181,6 +196,27 @@ def _row_attention(
         q_KGTH, k_KGCH, v_KGCH, attn_mask=mask_TC, is_causal=mask_TC is None, scale=scale
     )
     return out_KGTH.flatten(0, 1).transpose(0, 1)
+
+
+def _capped_attention(
+    q_TNH: torch.Tensor,
+    k_KCH: torch.Tensor,
+    v_KCH: torch.Tensor,
+    mask_TC: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """``_row_attention`` written out in float32, since SDPA cannot bend scores."""
+    num_tokens, num_keys = len(q_TNH), k_KCH.shape[1]
+    q_KGTH = q_TNH.transpose(0, 1).unflatten(0, (len(k_KCH), -1)).float()
+    scores_KGTC = q_KGTH @ k_KCH.float().transpose(-1, -2).unsqueeze(1) * scale
+    scores_KGTC = torch.tanh(scores_KGTC / softcap) * softcap
+    if mask_TC is None and num_tokens > 1:
+        mask_TC = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=q_TNH.device).tril()
+    if mask_TC is not None:
+        scores_KGTC = scores_KGTC.masked_fill(~mask_TC, -torch.inf)
+    out_KGTH = scores_KGTC.softmax(-1) @ v_KCH.float().unsqueeze(1)
+    return out_KGTH.flatten(0, 1).transpose(0, 1).to(q_TNH.dtype)
 
 
 def varlen_attention(

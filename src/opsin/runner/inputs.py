@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ def build_inputs(rows: Sequence[RowPlan], table: SlotTable, block_size: int) -> 
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
     flat_index_T = to_device(slot_T * table.tokens_SL.shape[1] + index_T)
+    visible = _visible(rows, table, index_T, query_start_B1)
     attention = AttentionInputs(
         query_start_B1=to_device(query_start_B1.astype(np.int32)),
         context_lens_B=to_device(context_B.astype(np.int32)),
@@ -66,7 +68,8 @@ def build_inputs(rows: Sequence[RowPlan], table: SlotTable, block_size: int) -> 
         slot_mapping_T=to_device(slot_mapping_T),
         query_lens=tuple(len_B.tolist()),
         context_lens=tuple(context_B.tolist()),
-        visible_end_T=_visible_end(rows, table, index_T, query_start_B1, to_device),
+        visible_end_T=None if visible is None else to_device(visible.end_T),
+        visible_begin_T=None if visible is None else to_device(visible.begin_T),
     )
     return StepInputs(
         ids_T=table.tokens_SL.view(-1)[flat_index_T],
@@ -94,9 +97,18 @@ def _positions(
     return positions_AT
 
 
-def _visible_end(rows, table, index_T, query_start_B1, to_device) -> torch.Tensor | None:
-    """int32 (T,): where each token's view ends, if any token of the step sees past itself."""
-    visible_end_T = None
+class _Visible(NamedTuple):
+    """int32: where each token's view ends, and where it begins at the latest, whatever a layer's window."""
+
+    begin_T: np.ndarray
+    end_T: np.ndarray
+
+
+def _visible(
+    rows: Sequence[RowPlan], table: SlotTable, index_T: np.ndarray, query_start_B1: np.ndarray
+) -> _Visible | None:
+    """The views of a step's tokens, if any token is in a range whose tokens see one another."""
+    visible = None
     for b, row in enumerate(rows):
         end = row.start + row.num_tokens
         for span_start, span_end in table[row.slot].bidirectional:
@@ -104,8 +116,9 @@ def _visible_end(rows, table, index_T, query_start_B1, to_device) -> torch.Tenso
                 continue
             assert row.start <= span_start, "a chunk begins inside a bidirectional range"
             assert span_end <= end, "a chunk ends inside a bidirectional range"
-            if visible_end_T is None:
-                visible_end_T = (index_T + 1).astype(np.int32)
+            if visible is None:
+                visible = _Visible(index_T.astype(np.int32), (index_T + 1).astype(np.int32))
             first = query_start_B1[b] - row.start
-            visible_end_T[first + span_start : first + span_end] = span_end
-    return None if visible_end_T is None else to_device(visible_end_T)
+            visible.begin_T[first + span_start : first + span_end] = span_start
+            visible.end_T[first + span_start : first + span_end] = span_end
+    return visible

@@ -25,11 +25,12 @@ _PROGRAMS_WANTED = 264  # two for each of an H100's 132 multiprocessors
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, key_ptr, value_ptr, out_ptr, partial_ptr, lse_ptr, table_ptr, start_ptr, context_ptr, visible_ptr,
-    num_rows, table_stride, q_stride_t, q_stride_h, scale_log2, window, split_keys,
+    q_ptr, key_ptr, value_ptr, out_ptr, partial_ptr, lse_ptr, table_ptr, start_ptr, context_ptr, visible_ptr, begin_ptr,
+    num_rows, table_stride, q_stride_t, q_stride_h, scale_log2, cap_log2, window, split_keys,
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_VISIBLE: tl.constexpr, NUM_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_BEGIN: tl.constexpr,
+    HAS_CAP: tl.constexpr, NUM_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -69,7 +70,10 @@ def _attention_kernel(
     key_end = tl.max(visible, axis=0)
     key_begin = 0
     if HAS_WINDOW:
-        key_begin = tl.maximum(context - query_len + begin - window + 1, 0) // BLOCK_N * BLOCK_N
+        oldest = position - window + 1
+        if HAS_BEGIN:
+            oldest = tl.minimum(oldest, tl.load(begin_ptr + flat, mask=is_query, other=0))
+        key_begin = tl.maximum(tl.min(tl.where(is_query, oldest, context), axis=0), 0) // BLOCK_N * BLOCK_N
     if NUM_SPLITS > 1:
         key_begin = tl.maximum(key_begin, split * split_keys)
         key_end = tl.minimum(key_end, (split + 1) * split_keys)
@@ -85,9 +89,11 @@ def _attention_kernel(
         kv_mask = in_range[:, None] & in_head[None, :]
         key = tl.load(key_ptr + base[:, None] + h[None, :], mask=kv_mask, other=0.0)
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale_log2
+        if HAS_CAP:  # the scale holds 1 / cap in place of log2(e); tanh(x) is 2 sigmoid(2 x) - 1
+            score = cap_log2 * (2.0 * tl.sigmoid(2.0 * score) - 1.0)
         seen = in_range[None, :] & (n[None, :] < visible[:, None])
         if HAS_WINDOW:
-            seen = seen & (n[None, :] > position[:, None] - window)
+            seen = seen & (n[None, :] >= oldest[:, None])
         score = tl.where(seen, score, float("-inf"))
         new_best = tl.maximum(best, tl.max(score, axis=1))
         # A row that has seen nothing yet has -inf as its best; 0 stands in, so that no -inf - -inf arises.
@@ -135,6 +141,7 @@ def paged_attention(
     inputs: AttentionInputs,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """As ``reference.paged_attention``; keys and values are read from the cache alone."""
     num_tokens, num_heads, size = q_TNH.shape
@@ -162,16 +169,17 @@ def paged_attention(
         partial = torch.empty((*shape, size), dtype=torch.float32, device=q_TNH.device)
         lse = torch.empty(shape, dtype=torch.float32, device=q_TNH.device)
     block_h = max(16, triton.next_power_of_2(size))
-    visible = inputs.visible_end_T
+    visible, begin = inputs.visible_end_T, inputs.visible_begin_T
     _attention_kernel[(num_programs, num_kv, num_splits)](
         q_TNH, cache.key, cache.value, out_TNH, partial, lse,
         inputs.block_tables_BL, inputs.query_start_B1, inputs.context_lens_B,
-        inputs.query_start_B1 if visible is None else visible,
+        inputs.query_start_B1 if visible is None else visible, inputs.query_start_B1 if begin is None else begin,
         num_rows, inputs.block_tables_BL.stride(0), q_TNH.stride(0), q_TNH.stride(1),
-        scale * _LOG2_E, window or 0, split_keys,
+        scale * _LOG2_E if softcap is None else scale / softcap, (softcap or 0.0) * _LOG2_E, window or 0, split_keys,
         NUM_KV=num_kv, GROUP=group, SIZE=size, PAGE=cache.key.shape[1], BLOCK_Q=block_q,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_H=block_h,
-        HAS_WINDOW=window is not None, HAS_VISIBLE=visible is not None, NUM_SPLITS=num_splits,
+        HAS_WINDOW=window is not None, HAS_VISIBLE=visible is not None, HAS_BEGIN=begin is not None,
+        HAS_CAP=softcap is not None, NUM_SPLITS=num_splits,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         num_warps=4 if block_m <= 64 else 8, num_stages=2,
     )  # fmt: skip
