@@ -203,9 +203,6 @@ def test_usage_details_when_enabled(engine: AsyncLLM):
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_regex": "a+"}, "guided_regex"),
-        ({"structured_outputs": {"json": {}}}, "structured_outputs"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),

@@ -74,6 +74,10 @@ class Tokenizer:
         hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return cls(hf, generation_config)
 
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json."""
+        return self._backend.to_str()
+
     # ------------------------------------------------------------------------------------------ text to ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

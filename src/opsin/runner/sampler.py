@@ -29,6 +29,7 @@ class SampleRow:
         num_tokens: how many ids of that row are known before this draw.
         num_prompt_tokens: how many of those are the prompt.
         stop_token_ids: masked until ``params.min_tokens`` are generated.
+        mask: as ``RowPlan.mask``.
     """
 
     slot: int
@@ -37,6 +38,7 @@ class SampleRow:
     params: SamplingParams
     seed: int
     stop_token_ids: frozenset[int]
+    mask: bytes | None = None
 
     @property
     def num_generated(self) -> int:
@@ -71,6 +73,7 @@ def sample(logits_BV: torch.Tensor, rows: Sequence[SampleRow], tokens_SL: torch.
     raw_BV = logits_BV.log_softmax(dim=-1) if max_logprobs is not None else None
     finite_B = logits_BV.amax(dim=-1).isfinite()
 
+    _keep_allowed(logits_BV, rows)
     _mask_and_bias(logits_BV, rows, tokens_SL)
     _penalise(logits_BV, rows, tokens_SL)
     ids_B = logits_BV.argmax(dim=-1)
@@ -130,6 +133,20 @@ def prompt_logprobs(
         top = top_logprobs(logits.log_softmax(dim=-1), chosen, count)
         result += [entry for entry in logprob_lists(top, chunk, [count] * len(chunk)) if entry is not None]
     return result
+
+
+def _keep_allowed(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+    """Leave the tokens that a grammar allows, for the rows that have one."""
+    masked = [b for b, row in enumerate(rows) if row.mask is not None]
+    if not masked:
+        return
+    device = logits_BV.device
+    packed = np.stack([np.frombuffer(row.mask, np.uint8) for row in rows if row.mask is not None])
+    bytes_MW = torch.from_numpy(packed).to(device, non_blocking=True)
+    bits_MV = bytes_MW[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    banned_MV = bits_MV.flatten(1)[:, : logits_BV.shape[1]] == 0
+    index = _device_ints(masked, device)
+    logits_BV[index] = logits_BV[index].masked_fill(banned_MV, _NEG_INF)
 
 
 def _mask_and_bias(logits_BV: torch.Tensor, rows: Sequence[SampleRow], tokens_SL: torch.Tensor) -> None:

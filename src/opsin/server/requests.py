@@ -55,7 +55,9 @@ class SamplingRequest(Request, kw_only=True):
 
     Attributes:
         stream: send the answer while it grows, as server-sent events.
-        structured_outputs: not supported yet; so are the three that begin with ``guided_``, and ``use_beam_search``.
+        response_format: OpenAI's way to ask for JSON: {"type": "json_object"}, or "json_schema" with its schema.
+        structured_outputs: as ``opsin.params.StructuredOutputsParams``; those that begin with ``guided_`` are its
+            former spelling. ``use_beam_search`` is not supported yet.
     """
 
     n: int | None = None

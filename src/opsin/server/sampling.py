@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from opsin.errors import RequestError
 from opsin.params import SamplingParams
+from opsin.server.constraints import constraint_of
 from opsin.server.requests import ChatCompletionRequest, CompletionRequest, SamplingRequest
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -23,21 +23,8 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False and value != []
 
 
-def _is_structured(value: Any) -> bool:
-    return value is not None and not (isinstance(value, Mapping) and value.get("type") == "text")
-
-
-_NOT_YET: Mapping[str, Callable[[Any], bool]] = {
-    "response_format": _is_structured,
-    **dict.fromkeys(
-        (
-            *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-            *("use_beam_search", "functions", "function_call", "audio", "echo", "suffix"),
-        ),
-        _is_set,
-    ),
-}
-"""Fields that would change the answer, with what asks for that; to ignore them would be to answer something else."""
+_NOT_YET = ("use_beam_search", "functions", "function_call", "audio", "echo", "suffix")
+"""Fields that would change the answer, to ignore them would be to answer something else."""
 
 
 def refuse_unsupported(request: SamplingRequest) -> None:
@@ -46,8 +33,8 @@ def refuse_unsupported(request: SamplingRequest) -> None:
     Raises:
         RequestError: ``param`` is the field.
     """
-    for name, asks in _NOT_YET.items():
-        if asks(getattr(request, name, None)):
+    for name in _NOT_YET:
+        if _is_set(getattr(request, name, None)):
             raise RequestError(f"{name} is not supported yet; leave it out.", param=name)
     if isinstance(request, ChatCompletionRequest):
         if request.tool_choice not in (None, "none", "auto") or (request.tools and request.tool_choice != "none"):
@@ -89,6 +76,7 @@ def sampling_params(request: ChatCompletionRequest | CompletionRequest, defaults
     else:
         given.setdefault("max_tokens", _DEFAULT_COMPLETION_TOKENS)
         given["logprobs"] = request.logprobs
+    given["structured_outputs"] = constraint_of(request)
     try:
         return msgspec.structs.replace(copy.deepcopy(defaults), **given)
     except RequestError as error:

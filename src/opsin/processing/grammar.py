@@ -1,0 +1,154 @@
+"""Structured outputs: which tokens may come next, for answers that must be JSON, match a pattern, or be one of a few.
+
+llguidance (an extra) does the parsing: it walks the tokens as a trie against the grammar, so that the mask of a step
+takes microseconds to a few milliseconds, and it bounds its own work by counted steps, so that no grammar can hold the
+engine up. Masks are made when a token is committed, while the device runs the next step.
+"""
+
+# llguidance is not typed.
+# pyright: basic
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+from opsin.errors import RequestError
+from opsin.params import StructuredOutputsParams
+from opsin.processing.tokenizer import Tokenizer
+
+_MAX_COMPILED = 64
+_WHITESPACE = r"( |\n {0,24})?"  # a weak model may otherwise write white space without end
+
+
+class Grammar:
+    """Where one answer stands in its grammar.
+
+    Attributes:
+        mask: bit ``i`` (little-endian, padded to whole 32-bit words) says whether token ``i`` may come next; None when
+            the answer is complete and can only end.
+        error: why the last token was not accepted.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+        self.error: str | None = None
+        self.mask: bytes | None = self._next_mask()
+
+    def accept(self, token_id: int) -> bool:
+        """Take in the next token; False, with ``error``, when the answer cannot go on from here."""
+        if not self._matcher.consume_token(token_id):
+            self.error = (
+                "No token that the model may choose fits structured_outputs here; look at the other parameters."
+            )
+            return False
+        self.mask = self._next_mask()
+        return self.error is None
+
+    def _next_mask(self) -> bytes | None:
+        if self._matcher.is_stopped() and not self._matcher.is_error():
+            return None
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self.error = f"structured_outputs cannot be followed any further: {_first_line(self._matcher.get_error())}"
+        return mask
+
+
+class GrammarCompiler:
+    """Makes the grammars of one model's requests. Any thread may call it.
+
+    Args:
+        vocab_size: of the logits, which may be wider than the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._vocabulary: Any = None
+        self._compiled: dict[bytes, Any] = {}
+
+    def compile(self, params: StructuredOutputsParams) -> Grammar:
+        """A grammar at its start.
+
+        Raises:
+            RequestError: it is malformed or too large, uses what llguidance lacks, or llguidance is not installed.
+        """
+        text = _grammar_text(params)
+        matcher = self._compiled.get(text)
+        if matcher is None:
+            matcher = self._compile(text)
+            with self._lock:
+                if len(self._compiled) >= _MAX_COMPILED:
+                    del self._compiled[next(iter(self._compiled))]
+                self._compiled[text] = matcher
+        grammar = Grammar(matcher.deep_copy())
+        if grammar.error is not None:
+            raise RequestError(grammar.error, param="structured_outputs")
+        return grammar
+
+    def _compile(self, text: str) -> Any:
+        llguidance = _import()
+        with self._lock:
+            if self._vocabulary is None:  # about a second for 150,000 tokens
+                self._vocabulary = llguidance.LLTokenizer(
+                    self._tokenizer.to_json(),
+                    n_vocab=self._vocab_size,
+                    eos_token=sorted(self._tokenizer.eos_token_ids) or None,
+                )
+        matcher = llguidance.LLMatcher(self._vocabulary, text, log_level=0)
+        if matcher.is_error():
+            reason = _first_line(matcher.get_error())
+            raise RequestError(f"structured_outputs is not usable: {reason}.", param="structured_outputs")
+        return matcher
+
+
+def _grammar_text(params: StructuredOutputsParams) -> str:
+    llguidance = _import()
+    if params.regex is not None:
+        return llguidance.LLMatcher.grammar_from_regex(params.regex)
+    if params.choice is not None:
+        return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, params.choice)))
+    if params.grammar is not None:
+        try:
+            return llguidance.grammar_from("grammar", params.grammar)
+        except ValueError as error:
+            raise RequestError(
+                f"structured_outputs has an unreadable grammar: {error}", param="structured_outputs"
+            ) from None
+    schema = '{"type": "object"}' if params.json is None else params.json
+    _check_json(schema)
+    spacing = {"whitespace_pattern": params.whitespace_pattern or _WHITESPACE}
+    if params.disable_any_whitespace:
+        spacing = {"whitespace_flexible": False}
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=spacing)
+
+
+def _check_json(schema: str | dict[str, Any]) -> None:
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict | bool):
+        raise RequestError("structured_outputs has a json that is not a JSON schema.", param="structured_outputs")
+
+
+def _quoted(word: str) -> str:
+    """A Lark string; it spells escapes as JSON does."""
+    return json.dumps(word, ensure_ascii=False)
+
+
+def _first_line(message: str) -> str:
+    return message.strip().split("\n", 1)[0].rstrip(".")
+
+
+def _import() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise RequestError(
+            'structured_outputs needs llguidance, which is not installed here: pip install "opsin[structured]".',
+            param="structured_outputs",
+        ) from None
+    return llguidance

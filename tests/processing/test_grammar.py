@@ -1,0 +1,124 @@
+"""Grammars: which tokens they allow, when an answer is complete, and which constraints are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opsin import RequestError, SamplingParams
+from opsin.models.hub import find_model
+from opsin.params import StructuredOutputsParams
+from opsin.processing.grammar import Grammar, GrammarCompiler
+from opsin.processing.tokenizer import Tokenizer
+
+VOCAB_SIZE = 1024
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(find_model("demo", weights=False).folder)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, VOCAB_SIZE + 7)
+
+
+def allowed(grammar: Grammar) -> set[int]:
+    assert grammar.mask is not None
+    return set(np.flatnonzero(np.unpackbits(np.frombuffer(grammar.mask, np.uint8), bitorder="little")).tolist())
+
+
+def feed(grammar: Grammar, tokenizer: Tokenizer, text: str) -> None:
+    for token in tokenizer.encode_plain(text):
+        assert token in allowed(grammar)
+        assert grammar.accept(token)
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"choice": ["red circle", "blue"]}, "red circle"),
+        ({"choice": ['say "hi"', "a\\b"]}, 'say "hi"'),
+        ({"regex": "[0-9]{3}-x"}, "123-x"),
+        ({"grammar": 'root ::= "a" ("b" | "c")'}, "ac"),
+        ({"grammar": 'start: "a" ("b" | "c")'}, "ab"),
+        ({"json": {"type": "object", "properties": {"n": {"const": 4}}, "required": ["n"]}}, '{"n": 4}'),
+        ({"json": '{"const": "yes"}'}, '"yes"'),
+        ({"json_object": True}, '{"colour": ["red", 1]}'),
+        ({"json_object": True, "disable_any_whitespace": True}, '{"a":1}'),
+    ],
+)
+def test_grammar_text_that_fits_is_allowed_to_its_end(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, params: dict[str, Any], text: str
+):
+    grammar = compiler.compile(StructuredOutputsParams(**params))
+    feed(grammar, tokenizer, text)
+    assert grammar.mask is None
+
+
+def test_grammar_answer_that_may_go_on_allows_every_end_token(compiler: GrammarCompiler, tokenizer: Tokenizer):
+    grammar = compiler.compile(StructuredOutputsParams(regex="(ab)+"))
+    assert not allowed(grammar) & tokenizer.eos_token_ids
+    feed(grammar, tokenizer, "ab")
+    assert tokenizer.eos_token_ids <= allowed(grammar)
+
+
+def test_grammar_token_outside_is_not_accepted(compiler: GrammarCompiler, tokenizer: Tokenizer):
+    grammar = compiler.compile(StructuredOutputsParams(choice=["yes", "no"]))
+    assert not grammar.accept(tokenizer.encode_plain("7")[0])
+    assert grammar.error is not None
+
+
+def test_grammar_mask_covers_logits_wider_than_the_vocabulary_and_allows_none_there(compiler: GrammarCompiler):
+    grammar = compiler.compile(StructuredOutputsParams(regex="[^x]+"))
+    assert grammar.mask is not None
+    assert len(grammar.mask) * 8 >= VOCAB_SIZE + 7
+    assert max(allowed(grammar)) < VOCAB_SIZE
+
+
+def test_grammar_compiled_twice_starts_afresh(compiler: GrammarCompiler, tokenizer: Tokenizer):
+    params = StructuredOutputsParams(choice=["yes", "no"])
+    feed(compiler.compile(params), tokenizer, "yes")
+    feed(compiler.compile(params), tokenizer, "no")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"json": "not json"}, "not a JSON schema"),
+        ({"json": "[" * 100_000}, "not a JSON schema"),
+        ({"json": {"type": "objekt"}}, "objekt"),
+        ({"json": {"$ref": "http://example.org/schema"}}, "not usable"),
+        ({"regex": "((("}, "not usable"),
+        ({"regex": ""}, "regex that is not"),
+        ({"grammar": "start: nowhere"}, "not usable"),
+    ],
+)
+def test_compile_malformed_constraint_is_refused(compiler: GrammarCompiler, params: dict[str, Any], message: str):
+    with pytest.raises(RequestError, match=message) as caught:
+        compiler.compile(StructuredOutputsParams(**params))
+    assert caught.value.param == "structured_outputs"
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({}, "exactly one"),
+        ({"regex": "a", "choice": ["a"]}, "exactly one"),
+        ({"choice": []}, "non-empty list"),
+        ({"choice": ["a", ""]}, "non-empty strings"),
+        ({"choice": ["a" * 2**18]}, "characters together"),
+        ({"schema": "{}"}, "schema"),
+    ],
+)
+def test_params_constraint_that_says_nothing_clear_is_refused(params: dict[str, Any], message: str):
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(structured_outputs=params)  # pyright: ignore[reportArgumentType]
+
+
+def test_params_min_tokens_with_a_constraint_is_refused():
+    with pytest.raises(RequestError, match="min_tokens"):
+        SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), min_tokens=2)
