@@ -18,8 +18,9 @@ from PIL import Image
 from opsin.errors import MediaError, RequestError
 from opsin.types import MediaLayout
 from tests import factory
-from tests.factories import hub_configs, internvl, llava_next, qwen2_vl
+from tests.factories import hub_configs, internvl, llava_next, llava_onevision, qwen2_vl
 from tests.factories.internvl import InternVLShape
+from tests.factories.llava_onevision import OnevisionShape
 from tests.factories.qwen2_vl import Qwen2VLShape
 from tests.factory import LlavaShape
 
@@ -176,6 +177,31 @@ LLAVA_NEXT = Family(
     refused=[((90, 60), {"image_grid_pinpoints": [[32, 32]]}, RequestError, "cannot change image_grid_pinpoints")],
 )
 
+LLAVA_ONEVISION = Family(
+    name="llava_onevision",
+    write=llava_onevision.write_llava_onevision,
+    hf_inputs=llava_onevision.hf_inputs,
+    shapes={
+        "qwen2": OnevisionShape(),
+        "qwen2-tied": OnevisionShape(tied=True, num_kv_heads=1),
+        "qwen2-window": OnevisionShape(text_extra=WINDOW),
+        "one-tile-3-layers": OnevisionShape(max_tiles=1, num_layers=3),
+        "never-shrunk": OnevisionShape(max_tiles=9),
+    },
+    paged=("qwen2", "qwen2-window"),
+    towers=("qwen2", "never-shrunk"),
+    served=("qwen2",),
+    hub_configs=hub_configs.LLAVA_ONEVISION,
+    sizes=((96, 90), (40, 100)),  # a mosaic of nine tiles, shrunk, and one of three
+    feature_sizes=(*FEATURE_SIZES, (1, 900), (900, 1)),
+    asked=([(90, 60)], [(200, 33), (40, 100)], [], [(90, 60)], [(30, 30), (30, 30), (900, 1)], [(640, 480)]),
+    num_blocks=70,
+    options=[({"resample": 0}, {"resample": 0})],
+    embeddings=_next_embeddings,
+    bad_embeddings=_next_bad_embeddings,
+    refused=[((90, 60), {"vision_aspect_ratio": "anyres_max_2"}, RequestError, "cannot change vision_aspect_ratio")],
+)
+
 
 def _qwen_embeddings(parts: list[torch.Tensor], layouts: list[MediaLayout]) -> list[Any]:
     grids = torch.tensor([layout.numbers for layout in layouts])
@@ -252,4 +278,4 @@ INTERNVL = Family(
     refused=[((90, 70), {"max_patches": 0}, RequestError, "max_patches 0")],
 )
 
-FAMILIES = (LLAVA, LLAVA_NEXT, QWEN2_VL, INTERNVL)
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL)

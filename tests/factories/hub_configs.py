@@ -84,6 +84,74 @@ LLAVA_NEXT: dict[str, dict[str, Any]] = {
     },
 }
 
+_SIGLIP_SO400M: dict[str, Any] = {
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 26,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+_ONEVISION: dict[str, Any] = {
+    "architectures": ["LlavaOnevisionForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_grid_pinpoints": [[384 * rows, 384 * cols] for rows in range(1, 7) for cols in range(1, 7)],
+    "image_token_index": 151646,
+    "model_type": "llava_onevision",
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.45.0.dev0",
+    "use_image_newline_parameter": True,
+    "video_token_index": 151647,
+    "vision_aspect_ratio": "anyres_max_9",
+    "vision_config": _SIGLIP_SO400M,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+}
+LLAVA_ONEVISION: dict[str, dict[str, Any]] = {
+    "qwen2-0.5b-ov": _ONEVISION
+    | {
+        "text_config": {
+            "_name_or_path": "Qwen/Qwen2-0.5B-Instruct",
+            "architectures": ["Qwen2ForCausalLM"],
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_window_layers": 24,
+            "model_type": "qwen2",
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 152000,
+        },
+    },
+    "qwen2-7b-ov": _ONEVISION
+    | {
+        "text_config": {
+            "_name_or_path": "Qwen/Qwen2-7B-Instruct",
+            "architectures": ["Qwen2ForCausalLM"],
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "model_type": "qwen2",
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rope_theta": 1000000.0,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 152128,
+        },
+    },
+}
+
 _QWEN_TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_token_id": 151654}
 _QWEN_TOKENS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
 _QWEN_TEXT = {

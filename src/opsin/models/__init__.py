@@ -43,6 +43,7 @@ MODELS: tuple[Family, ...] = (
     _family("InternVLForConditionalGeneration", "internvl", "InternVL"),
     _family("LlavaForConditionalGeneration", "llava", "Llava"),
     _family("LlavaNextForConditionalGeneration", "llava_next", "LlavaNext"),
+    _family("LlavaOnevisionForConditionalGeneration", "llava_onevision", "LlavaOnevision"),
     _family("Qwen2VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
     _family("Qwen2_5_VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
 )

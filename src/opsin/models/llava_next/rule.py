@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.models.picture_rule import PictureRule, given_features, images_only
@@ -40,21 +40,29 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
         "aspect_ratio_setting": "anyres",
     }
 }
-_FIXED = frozenset({"image_grid_pinpoints", "aspect_ratio_setting"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaNextRule(PictureRule):
-    """The ``MediaRule`` of ``LlavaNextForConditionalGeneration``.
+    """The ``MediaRule`` of ``LlavaNextForConditionalGeneration``; its class variables are what its kin has otherwise.
 
     A layout's tiles are the overview, then the mosaic row by row. Its ``numbers`` are the mosaic's (rows, columns) in
     tiles, then how many of its patch rows, and of its patch columns, are cut off at either end because they see
     padding. The features are the overview's patches, then the rest of the mosaic row by row, a newline after each row.
 
     Attributes:
+        family: its name, for errors.
+        processors: the picture processors it takes, as ``read_settings`` wants them; the first is the default.
+        config_defaults: what an absent key of config.json says.
+        fixed: settings that no request changes.
         image_size: edge of a tile, in pixels.
         pinpoints: the resolutions to choose from, as (height, width).
     """
+
+    family: ClassVar[str] = "LLaVA-NeXT"
+    processors: ClassVar[Mapping[str, Mapping[str, Any]]] = _PROCESSORS
+    config_defaults: ClassVar[Mapping[str, Any]] = {"image_grid_pinpoints": _PINPOINTS}
+    fixed: ClassVar[frozenset[str]] = frozenset({"image_grid_pinpoints", "aspect_ratio_setting"})
 
     image_size: int
     patch_size: int
@@ -62,19 +70,19 @@ class LlavaNextRule(PictureRule):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
-        tower = read_square_tower(config, family="LLaVA-NeXT")
+        config = {**cls.config_defaults, **{key: value for key, value in config.items() if value is not None}}
+        tower = read_square_tower(config, family=cls.family)
         if tower.num_features != tower.num_patches:
             raise UnsupportedModelError(
                 f"vision_feature_select_strategy is {config.get('vision_feature_select_strategy', 'default')!r}; the "
                 "mosaic needs exactly one feature per patch: 'default' with a CLIP tower, 'full' with a SigLIP tower."
             )
-        name, settings = read_settings(processor, _PROCESSORS, default="LlavaNextImageProcessor", family="LLaVA-NeXT")
-        if settings["aspect_ratio_setting"] != "anyres":
+        name, settings = read_settings(processor, cls.processors, default=next(iter(cls.processors)), family=cls.family)
+        if settings.get("aspect_ratio_setting", "anyres") != "anyres":
             raise UnsupportedModelError(
                 f"aspect_ratio_setting is {settings['aspect_ratio_setting']!r}; only 'anyres' is implemented."
             )
-        given = settings["image_grid_pinpoints"]
-        built = config.get("image_grid_pinpoints") or _PINPOINTS
+        given, built = settings["image_grid_pinpoints"], config["image_grid_pinpoints"]
         if _pairs(given) != _pairs(built):
             raise UnsupportedModelError(
                 f"The {name} config has image_grid_pinpoints {given}, but config.json has {built}."
@@ -99,7 +107,7 @@ class LlavaNextRule(PictureRule):
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
         images_only(modality)
-        settings = with_options(self.settings, options, fixed=_FIXED)
+        settings = with_options(self.settings, options, fixed=self.fixed)
         edge = self.image_size
         with request_settings():
             _check_sizes(settings, edge)
@@ -111,13 +119,19 @@ class LlavaNextRule(PictureRule):
         rows, cols = canvas_height // edge, canvas_width // edge
         overview = View((Resize(edge, edge, resample),), edge, edge)
         mosaic = View((Resize(inner_width, inner_height, resample), pad), edge, edge, rows, cols)
-        num_features, cuts = self._count(width, height, rows, cols)
+        grid = edge // self.patch_size
+        cut_rows, cut_cols = unpad(width, height, rows * grid, cols * grid)
+        shown_rows, shown_cols = self.shown(rows * grid - 2 * cut_rows, cols * grid - 2 * cut_cols)
         return MediaLayout(
             plan=PixelPlan(width=width, height=height, views=(overview, mosaic)),
-            num_features=num_features,
-            num_patches=(1 + rows * cols) * (edge // self.patch_size) ** 2,
-            numbers=(rows, cols, *cuts),
+            num_features=grid**2 + shown_rows * (shown_cols + 1),
+            num_patches=(1 + rows * cols) * grid**2,
+            numbers=(rows, cols, cut_rows, cut_cols),
         )
+
+    def shown(self, rows: int, cols: int) -> tuple[int, int]:
+        """How many of the mosaic's rows and columns of patches, padding left out, become features."""
+        return rows, cols
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         """Features as the model makes them, newlines included. ``image_sizes``, (height, width) each as Hugging Face's
@@ -139,13 +153,6 @@ class LlavaNextRule(PictureRule):
                     param="multi_modal_data",
                 )
         return given_features(num_features)
-
-    def _count(self, width: int, height: int, rows: int, cols: int) -> tuple[int, tuple[int, int]]:
-        """(features of the picture, patch rows and columns to cut at either end of its mosaic)."""
-        grid = self.image_size // self.patch_size
-        cut_rows, cut_cols = unpad(width, height, rows * grid, cols * grid)
-        kept_rows, kept_cols = rows * grid - 2 * cut_rows, cols * grid - 2 * cut_cols
-        return grid**2 + kept_rows * (kept_cols + 1), (cut_rows, cut_cols)
 
 
 def best_resolution(width: int, height: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -184,12 +191,12 @@ def _fitted(width: int, height: int, canvas_width: int, canvas_height: int) -> t
 
 def _check_sizes(settings: Mapping[str, Any], edge: int) -> None:
     """``ValueError`` unless overview and tiles are cut at the tower's size; then resizing and cropping them change
-    nothing, whether the settings ask for it or not."""
-    for key in ("size", "crop_size"):
-        made = set(read_size(settings, key).values())
-        if made != {edge}:
+    nothing, whether the settings ask for it or not. Without a crop size, tiles have that of the overview."""
+    crop = None if settings["crop_size"] is None else read_size(settings, "crop_size")
+    for key, size in (("size", read_size(settings, "size")), ("crop_size", crop)):
+        if size is not None and set(size.values()) != {edge}:
             raise ValueError(f"{key} is {settings[key]!r}; the vision tower takes {edge} x {edge}.")
-    if "shortest_edge" in read_size(settings, "crop_size"):
+    if crop is not None and "shortest_edge" in crop:
         raise ValueError(f"crop_size is {settings['crop_size']!r}; it must name a height and a width.")
 
 

@@ -1,0 +1,1 @@
+"""LLaVA-OneVision: LLaVA-NeXT's tiles at up to six times the size, mosaics shrunk where they grow too large."""
