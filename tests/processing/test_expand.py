@@ -10,7 +10,7 @@ from opsin.errors import RequestError
 from opsin.models.rule import Placeholder, Positions, TokenRun
 from opsin.processing import expand
 from opsin.processing.neutral import Rendered
-from opsin.types import FeatureSpan, MediaItem, MediaLayout, Modality, PixelPlan
+from opsin.types import Clip, FeatureSpan, MediaItem, MediaLayout, Modality, PixelPlan
 from tests.processing import vocabularies
 
 ROW, END, FEATURE, CLIP = 300, 301, 302, 303
@@ -33,10 +33,13 @@ class RowsRule:
     ) -> MediaLayout:
         return MediaLayout(PixelPlan(width, height, ()), 4, 4)
 
+    def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
+        return MediaLayout(PixelPlan(clip.width, clip.height, ()), 2, 2)
+
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         return MediaLayout(PixelPlan(0, 0, ()), num_features, 0)
 
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
         if modality == "video":
             return [TokenRun(CLIP, 1, True), TokenRun(CLIP, 1, True)]
         return [TokenRun(FEATURE, 2, True), TokenRun(ROW), TokenRun(FEATURE, 2, True), TokenRun(END, index)]
@@ -56,6 +59,10 @@ def item(modality: Modality) -> MediaItem:
     return MediaItem(b"k", modality, RULE.layout(modality, 1, 1, 1, {}))
 
 
+def written(media: Sequence[MediaItem]) -> list[expand.Written]:
+    return expand.write(media, RULE, TOKENIZER)
+
+
 def ids(text: str) -> list[int]:
     return TOKENIZER.encode(text, add_special_tokens=False)
 
@@ -69,7 +76,7 @@ def test_placeholders_cut_from_text_and_from_ids_keep_their_order() -> None:
     media = [item("image"), item("image"), item("video")]
     order = expand.order_by_slots(slotted.slots, media)
     assert order == [0, 2, 1]
-    expanded = expand.expand(slotted, [media[i] for i in order], RULE)
+    expanded = expand.expand(slotted, written([media[i] for i in order]))
 
     first = [FEATURE, FEATURE, ROW, FEATURE, FEATURE, END]
     head = [1, *ids("the ")]
@@ -85,7 +92,7 @@ def test_placeholders_cut_from_text_and_from_ids_keep_their_order() -> None:
     assert expanded.ranges == [(at, at + 6), (clip, clip + 2), (last, last + 7)]
     for span in expanded.spans:
         assert set(expanded.token_ids[span.start : span.start + span.length]) <= {FEATURE, CLIP}
-    assert expand.match_expanded(expanded.token_ids, [media[i] for i in order], RULE) == expanded
+    assert expand.match_expanded(expanded.token_ids, written([media[i] for i in order])) == expanded
 
 
 def test_placeholder_that_a_user_wrote_is_no_slot() -> None:
@@ -101,8 +108,8 @@ def test_placeholder_that_a_user_wrote_is_no_slot() -> None:
 def test_expanded_ids_that_do_not_fit_are_not_matched(change: str) -> None:
     good = [9, FEATURE, FEATURE, ROW, FEATURE, FEATURE, END, 9]
     bad = {"drop": good[:4] + good[5:], "alter": [*good[:3], 9, *good[4:]], "repeat": [*good, FEATURE]}[change]
-    assert expand.match_expanded(good, [item("image")], RULE) is not None
-    assert expand.match_expanded(bad, [item("image")], RULE) is None
+    assert expand.match_expanded(good, written([item("image")])) is not None
+    assert expand.match_expanded(bad, written([item("image")])) is None
 
 
 def test_counts_are_checked_per_modality() -> None:
@@ -114,6 +121,44 @@ def test_ten_thousand_placeholders_expand_at_once() -> None:
     prompt = [2] * 10_000
     media = [item("video")] * len(prompt)
     slotted = expand.cut(prompt, PLACEHOLDERS)
-    expanded = expand.expand(slotted, media, RULE)
+    expanded = expand.expand(slotted, written(media))
     assert len(expanded.token_ids) == 20_000
-    assert expand.match_expanded(expanded.token_ids, media, RULE) == expanded
+    assert expand.match_expanded(expanded.token_ids, written(media)) == expanded
+
+
+class CaptionedRule(RowsRule):
+    """Clips with words around every frame."""
+
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
+        if modality == "image":
+            return super().expand(modality, index, layout)
+        frame = TokenRun(CLIP, 1, True)
+        return [f"fox {index}: ", TokenRun(ROW), frame, TokenRun(END), "\nfox:", TokenRun(ROW), frame, " dog"]
+
+
+def test_texts_of_an_item_are_tokenised_with_the_prompt_around_them() -> None:
+    text = "the quick</s>s and</s> </s>"
+    typed = text.index("</s>")  # as a user wrote it; the other two are places
+    prompt = Rendered(text, [(typed, typed + 4)])
+    media = [item("video"), item("video")]
+    texts = expand.write(media, CaptionedRule(), TOKENIZER)
+    spoken = expand.with_texts(prompt, PLACEHOLDERS, {"image": [], "video": texts})
+    assert spoken.text == "the quick</s>s andfox 1: </s> dog fox 2: </s> dog"
+    assert [spoken.text[start:end] for start, end in spoken.plain] == ["</s>"]
+    slotted = expand.tokenize(spoken, PLACEHOLDERS, TOKENIZER, add_special_tokens=False)
+    expanded = expand.expand(slotted, texts)
+    clip = [ROW, CLIP, END, *ids("\nfox:"), ROW, CLIP]
+    between, behind = ids(" dog fox 2: "), ids(" dog")
+    assert expanded.token_ids[-len(behind) - len(clip) :] == [*clip, *behind]
+    assert expanded.token_ids == [*slotted.pieces[0], *clip, *between, *clip, *behind]
+    assert TOKENIZER.decode(slotted.pieces[0]) == "the quick</s>s andfox 1: "
+    assert expand.match_expanded(expanded.token_ids, texts) == expanded
+
+
+def test_texts_of_an_item_in_a_prompt_of_ids_are_tokens_of_their_own() -> None:
+    (text,) = expand.write([item("video")], CaptionedRule(), TOKENIZER)
+    slotted = expand.cut([9, 2, 9], PLACEHOLDERS)
+    expanded = expand.expand(slotted, [text.with_texts(TOKENIZER)])
+    clip = [ROW, CLIP, END, *ids("\nfox:"), ROW, CLIP]
+    assert expanded.token_ids == [9, *ids("fox 1: "), *clip, *ids(" dog"), 9]
+    assert [span.length for span in expanded.spans] == [1, 1]

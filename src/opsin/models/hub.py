@@ -28,15 +28,14 @@ class ModelFiles:
         config: config.json, with the caller's overrides laid over it.
         generation_config: generation_config.json, or empty.
         processor: the picture processor's settings, whether they were in preprocessor_config.json or in
-            processor_config.json, whose other settings are laid over them.
-        video_processor: the same for videos, or empty.
+            processor_config.json, whose other settings are laid over them. Those for videos, where the folder has any,
+            are a mapping of their own in it, under "video_processor".
     """
 
     folder: Path
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     processor: Mapping[str, Any]
-    video_processor: Mapping[str, Any]
 
     @property
     def dtype(self) -> str:
@@ -73,8 +72,7 @@ def find_model(
         folder=folder,
         config=_merge(config, overrides or {}),
         generation_config=_read_json(folder / "generation_config.json") or {},
-        processor=processor | joint | nested,
-        video_processor=video,
+        processor=processor | joint | nested | ({"video_processor": video} if video else {}),
     )
 
 

@@ -6,7 +6,7 @@ A family brings its processors' defaults, whose keys are the settings it impleme
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
@@ -44,7 +44,10 @@ _INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's ow
         "pad_size",
         "patch_size",
         "processor_class",
+        "return_metadata",
         "return_tensors",
+        "video_processor",
+        "video_processor_type",
         "vision_feature_select_strategy",
     }
 )
@@ -105,11 +108,16 @@ def read_settings(
         UnsupportedModelError: another class, or a key that is neither implemented nor without effect.
     """
     given = processor.get("image_processor_type") or processor.get("feature_extractor_type") or default
+    return read_known("image_processor_type", given, processor, known, family)
+
+
+def read_known(
+    key: str, given: Any, processor: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], family: str
+) -> tuple[str, dict[str, Any]]:
+    """As ``read_settings``, of a processor whose config names its class, ``given``, under ``key``."""
     name = str(given).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if name not in known:
-        raise UnsupportedModelError(
-            f"image_processor_type is {given!r}; implemented for {family} are {', '.join(sorted(known))}."
-        )
+        raise UnsupportedModelError(f"{key} is {given!r}; implemented for {family} are {', '.join(sorted(known))}.")
     defaults = known[name]
     set_keys = {key for key, value in processor.items() if value is not None}  # hub configs can be full of nulls
     unknown = sorted(set_keys - set(defaults) - _INERT_KEYS)
@@ -121,18 +129,24 @@ def read_settings(
 
 
 def with_options(
-    settings: Mapping[str, Any], options: Mapping[str, Any], *, fixed: frozenset[str] = frozenset()
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    fixed: frozenset[str] = frozenset(),
+    others: Collection[str] = (),
 ) -> Mapping[str, Any]:
     """``settings`` with a request's ``mm_processor_kwargs`` laid over them.
 
     Args:
         fixed: settings that the model itself is built for, beside those of the normalisation.
+        others: settings of the processor for the other modality, passed over where these are not called the same.
 
     Raises:
         RequestError: an unknown key, or one that cannot change per request.
     """
     if not options:
         return settings
+    options = {key: value for key, value in options.items() if key in settings or key not in others}
     fixed = fixed | _NORM_KEYS
     unknown = sorted(set(options) - set(settings))
     if unknown:

@@ -24,12 +24,65 @@ class Slotted(NamedTuple):
     slots: list[Modality]
 
 
+class Written(NamedTuple):
+    """What stands for one item in a prompt: tokens, between texts that are tokenised with the prompt's own."""
+
+    before: str
+    runs: list[TokenRun]
+    after: str
+
+    def with_texts(self, tokenizer: Tokenizer) -> Written:
+        """The same with the texts as tokens of their own, for a prompt that is ids already."""
+        return Written("", [*_runs_of(self.before, tokenizer), *self.runs, *_runs_of(self.after, tokenizer)], "")
+
+
 class Expanded(NamedTuple):
     """The ids of a whole prompt. ``ranges`` are the [start, end) positions of each item, in the order of its slots."""
 
     token_ids: list[int]
     spans: list[FeatureSpan]
     ranges: list[Span]
+
+
+def write(media: Sequence[MediaItem], rule: MediaRule, tokenizer: Tokenizer) -> list[Written]:
+    """What ``rule`` replaces the items' placeholders by. Per modality, they are in the order of the prompt."""
+    numbers: Counter[Modality] = Counter()
+    written: list[Written] = []
+    for item in media:
+        numbers[item.modality] += 1
+        runs = list(rule.expand(item.modality, numbers[item.modality], item.layout))
+        before = runs.pop(0) if runs and isinstance(runs[0], str) else ""
+        after = runs.pop() if runs and isinstance(runs[-1], str) else ""
+        assert isinstance(before, str)
+        assert isinstance(after, str)
+        tokens = [t for run in runs for t in (_runs_of(run, tokenizer) if isinstance(run, str) else (run,))]
+        written.append(Written(before, tokens, after))
+    return written
+
+
+def with_texts(prompt: Rendered, placeholders: Placeholders, texts: Mapping[Modality, Sequence[Written]]) -> Rendered:
+    """The prompt with the items' texts before and behind their placeholders."""
+    texts = {m: items for m, items in texts.items() if any(item.before or item.after for item in items)}
+    if not texts:
+        return prompt
+    plain = set(prompt.plain)
+    found: list[tuple[int, int, Written]] = []
+    for m, items in texts.items():
+        hits = (match.span() for match in re.finditer(placeholders[m].pattern, prompt.text))
+        signs = [span for span in hits if span not in plain]
+        found += [(*span, item) for span, item in zip(signs, items, strict=False)]  # ``check_counts`` is still to come
+    found.sort(key=lambda hit: hit[:2])
+    added = [part for start, end, item in found for part in ((start, item.before), (end, item.after))]
+    pieces: list[str] = []
+    done = shift = at = 0
+    shifted: list[Span] = []
+    for where, text in [*added, (len(prompt.text), "")]:
+        while at < len(prompt.plain) and prompt.plain[at][1] <= where:
+            shifted.append((prompt.plain[at][0] + shift, prompt.plain[at][1] + shift))
+            at += 1
+        pieces += (prompt.text[done:where], text)
+        done, shift = where, shift + len(text)
+    return Rendered("".join(pieces), shifted)
 
 
 def tokenize(
@@ -43,11 +96,12 @@ def tokenize(
     plain = set(prompt.plain)
     found: list[tuple[int, int, Modality | None]] = []
     for m, placeholder in in_text.items():
-        hits = (match.span() for match in re.finditer(placeholder.pattern, prompt.text))
-        found.extend((start, end, m) for start, end in hits if (start, end) not in plain)
+        hits = [match for match in re.finditer(placeholder.pattern, prompt.text) if match.span() not in plain]
+        _check_numbers(hits, placeholder, m)
+        found.extend((*match.span(), m) for match in hits)
     pieces: list[list[int]] = [[]]
     slots: list[Modality] = []
-    done, plain_at = 0, 0
+    done, plain_at, begins = 0, 0, add_special_tokens
     found.sort(key=lambda hit: hit[:2])
     for start, end, modality in [*found, (len(prompt.text), len(prompt.text), None)]:
         here: list[Span] = []
@@ -56,7 +110,7 @@ def tokenize(
             here.append((first - done, last - done))
             plain_at += 1
         piece = Rendered(prompt.text[done:start], here)
-        ids = tokenizer.encode_rendered(piece, add_special_tokens=add_special_tokens and done == 0)
+        ids = tokenizer.encode_rendered(piece, add_special_tokens=begins)
         more = cut(ids, placeholders)
         pieces[-1] += more.pieces[0]
         pieces += more.pieces[1:]
@@ -64,8 +118,20 @@ def tokenize(
         if modality is not None:
             slots.append(modality)
             pieces.append([])
+            begins = in_text[modality].begins_text
         done = end
     return Slotted(pieces, slots)
+
+
+def _check_numbers(hits: Sequence[re.Match[str]], placeholder: Placeholder, modality: Modality) -> None:
+    """Refuse numbered placeholders that do not count the items in the order of the prompt."""
+    for expected, hit in enumerate(hits, start=1):
+        if hit.re.groups and int(hit[1]) != expected:
+            raise RequestError(
+                f"The prompt has {hit[0]!r} where {placeholder.text.format(index=expected)!r} was expected: give the "
+                f"{modality}s in the order in which the prompt shows them, and number their placeholders from 1.",
+                param="prompt",
+            )
 
 
 def cut(ids: Sequence[int], placeholders: Placeholders) -> Slotted:
@@ -98,12 +164,12 @@ def order_by_slots(slots: Sequence[Modality], media: Sequence[MediaItem]) -> lis
     return [next(queues[m]) for m in slots]
 
 
-def expand(slotted: Slotted, media: Sequence[MediaItem], rule: MediaRule) -> Expanded:
-    """Put every item's tokens in its slot; ``media`` are in the order of the slots."""
+def expand(slotted: Slotted, written: Sequence[Written]) -> Expanded:
+    """Put every item's tokens in its slot; ``written`` are in the order of the slots."""
     ids = list(slotted.pieces[0])
     spans: list[FeatureSpan] = []
     ranges: list[Span] = []
-    for item, (runs, piece) in enumerate(zip(_runs(media, rule), slotted.pieces[1:], strict=True)):
+    for item, ((_, runs, _), piece) in enumerate(zip(written, slotted.pieces[1:], strict=True)):
         start = len(ids)
         spans += _spans(runs, item, start)
         for run in runs:
@@ -113,11 +179,14 @@ def expand(slotted: Slotted, media: Sequence[MediaItem], rule: MediaRule) -> Exp
     return Expanded(ids, spans, ranges)
 
 
-def match_expanded(ids: list[int], media: Sequence[MediaItem], rule: MediaRule) -> Expanded | None:
-    """Read a prompt that is expanded already; None when its ids are not exactly what the items expand to."""
+def match_expanded(ids: list[int], written: Sequence[Written]) -> Expanded | None:
+    """Read a prompt that is expanded already; None when its ids are not exactly what the items expand to.
+
+    What stands before and behind an item's tokens is not looked at.
+    """
     spans: list[FeatureSpan] = []
     ranges: list[Span] = []
-    all_runs = _runs(media, rule)
+    all_runs = [runs for _, runs, _ in written]
     feature_ids = {run.token_id for runs in all_runs for run in runs if run.is_feature}
     at = [i for i, token in enumerate(ids) if token in feature_ids]
     used = 0
@@ -154,13 +223,8 @@ def truncate(prompt: Expanded, keep: int) -> tuple[Expanded, int]:
     return Expanded(prompt.token_ids[cut_at:], spans, ranges), dropped
 
 
-def _runs(media: Sequence[MediaItem], rule: MediaRule) -> list[Sequence[TokenRun]]:
-    numbers: Counter[Modality] = Counter()
-    runs: list[Sequence[TokenRun]] = []
-    for item in media:
-        numbers[item.modality] += 1
-        runs.append(rule.expand(item.modality, numbers[item.modality], item.layout))
-    return runs
+def _runs_of(text: str, tokenizer: Tokenizer) -> list[TokenRun]:
+    return [TokenRun(token) for token in tokenizer.encode(text, add_special_tokens=False)] if text else []
 
 
 def _spans(runs: Sequence[TokenRun], item: int, start: int) -> list[FeatureSpan]:

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +22,19 @@ from opsin.models.rule import MediaRule, Placeholder
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing import expand as expansion
 from opsin.processing.chat import ChatPrompt, MediaReference, render_chat
+from opsin.processing.continuations import continue_ids
 from opsin.processing.embeddings import GivenFeatures
-from opsin.processing.expand import Expanded
+from opsin.processing.expand import Expanded, Written
+from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.jinja import ChatTemplate, ContentFormat, find_template
 from opsin.processing.neutral import ControlStrings, Rendered
+from opsin.processing.pooling import VectorSizes, check_pooling
 from opsin.processing.prompts import MediaInput, MediaSource, Prompt, open_reference, read_prompt
 from opsin.processing.tokenizer import Tokenizer
 from opsin.types import EngineRequest, MediaItem, Modality, ModelSpec
 
 _MODALITIES: tuple[Modality, ...] = ("image", "video")
+_END_TOKENS = 16  # of a prompt given in ids, in whose sight choices are tokenised
 _MAX_TEMPLATES = 16  # compiled templates kept; requests may bring their own
 
 
@@ -41,11 +45,13 @@ class ProcessedRequest:
     Attributes:
         sources: per item of ``request.media``, what its payload is made from when the engine asks for it.
         prompt: the text, where there was one.
+        answers: the tokens of the choices that are to be weighed.
     """
 
     request: EngineRequest
     sources: list[MediaSource]
     prompt: str | None
+    answers: list[list[int]] = field(default_factory=list[list[int]])
 
 
 class InputProcessor:
@@ -57,6 +63,8 @@ class InputProcessor:
         default_seed: seeds the requests that bring no seed of their own, each differently, by their ids.
         folder: the checkpoint, to look for its chat template.
         chat_template: jinja text that replaces the checkpoint's template.
+        grammars: checks ``structured_outputs``; without one they are refused.
+        vector_sizes: what ``dimensions`` may be; anything up to the hidden size by default.
     """
 
     def __init__(
@@ -72,8 +80,12 @@ class InputProcessor:
         model_type: str = "",
         folder: Path | None = None,
         chat_template: str | None = None,
+        grammars: GrammarCompiler | None = None,
+        vector_sizes: VectorSizes | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._grammars = grammars
+        self._vector_sizes = vector_sizes or VectorSizes(spec.hidden_size)
         self.rule = rule
         self.spec = spec
         self.max_model_len = max_model_len
@@ -195,6 +207,10 @@ class InputProcessor:
             raise RequestError(f"The parameters must be SamplingParams or PoolingParams, got {type(params).__name__}.")
         if not isinstance(priority, int):  # it could not be compared with the others' in the line
             raise RequestError(f"priority is {priority!r}; it must be a whole number.", param="priority")
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
+            if self._grammars is None:
+                raise RequestError("This engine takes no structured_outputs.", param="structured_outputs")
+            self._grammars.compile(params.structured_outputs)  # here, where it holds up nobody's step
         self._check_limits([item.modality for item in prompt.media], "multi_modal_data")
         items = [self._media_item(item, prompt) for item in prompt.media]
         expanded, order = self._expand(prompt, items, params)
@@ -224,31 +240,38 @@ class InputProcessor:
             request.positions = np.asarray(positions.axes, dtype=np.int32).tobytes()
             request.position_delta = positions.delta
         text = prompt.rendered.text if prompt.rendered is not None else None
-        return ProcessedRequest(request, [prompt.media[i].source for i in order], text)
+        weighs = isinstance(params, PoolingParams) and params.task == "pick"
+        answers = self._answers(prompt, len(ids), params) if weighs else []
+        return ProcessedRequest(request, [prompt.media[i].source for i in order], text, answers)
 
     # ------------------------------------------------------------------------------------------------- inside
 
     def _expand(
         self, prompt: Prompt, items: Sequence[MediaItem], params: SamplingParams | PoolingParams
     ) -> tuple[Expanded, list[int]]:
+        written = expansion.write(items, self.rule, self.tokenizer)
         if prompt.token_ids is not None:
             self._check_ids(prompt.token_ids)
             slotted = expansion.cut(prompt.token_ids, self._placeholders)
             if len(slotted.slots) != len(items):
                 # Mixed modalities cannot be told apart before they are matched, so they are taken as given.
-                ready = expansion.match_expanded(prompt.token_ids, items, self.rule) if items else None
+                ready = expansion.match_expanded(prompt.token_ids, written) if items else None
                 if ready is not None:
                     return ready, list(range(len(items)))
+            written = [item.with_texts(self.tokenizer) for item in written]
         else:
             rendered = prompt.rendered or Rendered("")
             _check_unicode(rendered.text)
             self._check_text_length(rendered, params)
-            slotted = expansion.tokenize(
-                rendered, self._placeholders, self.tokenizer, add_special_tokens=self._adds_special(prompt, rendered)
-            )
+            special = self._adds_special(prompt, rendered)
+            by_modality: dict[Modality, list[Written]] = {m: [] for m in self._placeholders}
+            for item, text in zip(items, written, strict=True):
+                by_modality[item.modality].append(text)
+            rendered = expansion.with_texts(rendered, self._placeholders, by_modality)
+            slotted = expansion.tokenize(rendered, self._placeholders, self.tokenizer, add_special_tokens=special)
         expansion.check_counts(slotted.slots, items, self._placeholders)
         order = expansion.order_by_slots(slotted.slots, items)
-        expanded = expansion.expand(slotted, [items[i] for i in order], self.rule)
+        expanded = expansion.expand(slotted, [written[i] for i in order])
         if not expanded.token_ids:
             raise RequestError("The prompt is empty: it has no tokens.", param="prompt")
         return expanded, order
@@ -337,7 +360,7 @@ class InputProcessor:
                 param="prompt",
             )
         if isinstance(params, PoolingParams):
-            self._check_pooling(params)
+            check_pooling(params, self._vector_sizes)
             return params
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             wrong = next((i for i in getattr(params, name) or () if i >= self.spec.vocab_size), None)
@@ -373,17 +396,24 @@ class InputProcessor:
         ends = frozenset[int]() if params.ignore_eos else self.tokenizer.eos_token_ids
         return ends | frozenset(params.stop_token_ids)
 
-    def _check_pooling(self, params: PoolingParams) -> None:
-        if params.task != "embed":
-            raise RequestError(
-                f"task is {params.task!r}; this model has no head for it. Only 'embed' is implemented so far.",
-                param="task",
+    def _answers(self, prompt: Prompt, length: int, params: PoolingParams) -> list[list[int]]:
+        """The tokens of each choice of a "pick" behind a prompt of ``length`` tokens."""
+        end = (
+            prompt.rendered.text
+            if prompt.rendered
+            else self.tokenizer.decode((prompt.token_ids or [])[-_END_TOKENS:], skip_special_tokens=False)
+        )
+        for choice in params.choices:
+            _check_unicode(choice)
+        answers = [continue_ids(end, choice, self.tokenizer, self._controls) for choice in params.choices]
+        longest = max(map(len, answers))
+        if length + longest - 1 > self.max_model_len:
+            raise ContextLengthError(
+                f"The prompt has {length} tokens and the longest choice {longest}; this model's context holds "
+                f"{self.max_model_len}. Shorten them.",
+                param="choices",
             )
-        if params.dimensions is not None and params.dimensions > self.spec.hidden_size:
-            raise RequestError(
-                f"dimensions is {params.dimensions}; this model's vectors have {self.spec.hidden_size}.",
-                param="dimensions",
-            )
+        return answers
 
     def _seed(self, request_id: str, params: SamplingParams | PoolingParams) -> int:
         if isinstance(params, SamplingParams) and params.seed is not None:

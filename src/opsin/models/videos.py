@@ -1,0 +1,85 @@
+"""What the rules of video-taking families share: reading Hugging Face video-processor settings, strictly, and choosing
+frames. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from opsin.errors import RequestError
+from opsin.models.pictures import CLIP_PIXELS, read_known, request_settings
+from opsin.types import Clip
+
+VIDEO_PIXELS: Mapping[str, Any] = {  # what every Hugging Face video processor has inherited
+    **CLIP_PIXELS,
+    "default_to_square": True,
+    "do_sample_frames": False,
+    "num_frames": None,
+    "fps": None,
+}
+
+
+def read_video_settings(
+    processor: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], *, default: str, family: str
+) -> tuple[str, dict[str, Any]]:
+    """The video processor's class name, and its settings, complete.
+
+    A folder without a config for videos has them processed by what its config for pictures says, as in transformers.
+
+    Args:
+        processor: as ``ModelFiles.processor``.
+        known: class name to the defaults of every setting that is implemented.
+        default: the class where the config names none.
+
+    Raises:
+        UnsupportedModelError: another class, or a key that is neither implemented nor without effect.
+    """
+    video = processor.get("video_processor")
+    if video is None:
+        defaults = known[default]
+        given = {key: processor[key] for key in defaults if processor.get(key) is not None}
+        return default, {**defaults, **given}
+    return read_known("video_processor_type", video.get("video_processor_type") or default, video, known, family)
+
+
+def sample(
+    clip: Clip, settings: Mapping[str, Any], options: Mapping[str, Any], pick: Callable[[Clip], Sequence[int]]
+) -> Clip:
+    """The clip with the frames that the family's own sampling picks, where it is asked for: by ``mm_processor_kwargs``
+    (``do_sample_frames``, or ``fps`` or ``num_frames``), or by the checkpoint where no frames were chosen so far.
+
+    Args:
+        settings: with ``options`` laid over them.
+        pick: indices out of ``clip.num_frames``; ``ValueError`` where the settings cannot be met.
+
+    Raises:
+        RequestError: they cannot, or the frames at hand are a selection already.
+    """
+    wanted = options.get("do_sample_frames")
+    if wanted is None:
+        wanted = any(options.get(key) is not None for key in ("fps", "num_frames"))
+        if not wanted:
+            untouched = len(clip.frames) == clip.num_frames and not clip.recorded and clip.fps is not None
+            if not (settings["do_sample_frames"] and untouched):
+                return clip
+    if not wanted:
+        return clip
+    if clip.recorded:
+        raise RequestError(
+            "The frames given are a selection from a video already (frames_indices), so none can be sampled of it; "
+            "leave out fps, num_frames and do_sample_frames.",
+            param="mm_processor_kwargs",
+        )
+    if settings["fps"] is not None and clip.fps is None and settings["num_frames"] is None:
+        raise RequestError(
+            "fps samples frames by time, but nobody told the video's own: give it as (frames, {'fps': ...}), or use "
+            "num_frames.",
+            param="mm_processor_kwargs",
+        )
+    with request_settings():
+        frames = tuple(int(i) for i in pick(clip))
+        if not frames:
+            raise ValueError(f"not one frame is left of {clip.duration:.3g} s of video; raise fps or num_frames.")
+    return msgspec.structs.replace(clip, frames=frames)
