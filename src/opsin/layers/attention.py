@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.layers import Placement
 from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.norm import RMSNorm
 from opsin.layers.rope import Rotary
 
 
@@ -16,6 +19,9 @@ class Attention(nn.Module):
 
     Args:
         window: positions a token sees, its own included; None is all before it.
+        scale: what scores are multiplied by; head_dim**-0.5 by default.
+        softcap: scores are bent into (-softcap, softcap).
+        head_norm: makes the norms that each head of queries and keys goes through before it is rotated.
     """
 
     def __init__(
@@ -29,22 +35,35 @@ class Attention(nn.Module):
         qkv_bias: bool,
         output_bias: bool,
         window: int | None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        head_norm: Callable[[], RMSNorm] | None = None,
     ) -> None:
         super().__init__()
         self.kernels = place.kernels
         self.head_dim = head_dim
-        self.scale = head_dim**-0.5
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.window = window
+        self.softcap = softcap
         pieces = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
         self.qkv_proj = MergedLinear(place, hidden_size, pieces, bias=qkv_bias)
         self.o_proj = Linear(place, num_heads * head_dim, hidden_size, bias=output_bias, shard="in")
+        self.q_norm, self.k_norm = (None, None) if head_norm is None else (head_norm(), head_norm())
 
     def forward(
         self, x_TD: torch.Tensor, rotary: Rotary, attention: AttentionInputs, cache: LayerCache
     ) -> torch.Tensor:
         heads = (-1, self.head_dim)
         q_TNH, k_TKH, v_TKH = (y.unflatten(-1, heads) for y in self.qkv_proj.split(self.qkv_proj(x_TD)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TNH, k_TKH = _each_head(self.q_norm, q_TNH), _each_head(self.k_norm, k_TKH)
         q_TNH, k_TKH = self.kernels.apply_rope(q_TNH, k_TKH, rotary.cos_TR, rotary.sin_TR)
         self.kernels.write_kv(k_TKH, v_TKH, cache, attention.slot_mapping_T)
-        out_TNH = self.kernels.paged_attention(q_TNH, k_TKH, v_TKH, cache, attention, self.scale, self.window)
+        out_TNH = self.kernels.paged_attention(
+            q_TNH, k_TKH, v_TKH, cache, attention, self.scale, self.window, self.softcap
+        )
         return self.o_proj(out_TNH.flatten(1))
+
+
+def _each_head(norm: RMSNorm, x_TNH: torch.Tensor) -> torch.Tensor:
+    return norm(x_TNH.reshape(-1, x_TNH.shape[-1]))[0].view(x_TNH.shape)

@@ -11,12 +11,20 @@ from opsin.layers.linear import Linear
 
 
 class TokenEmbedding(nn.Module):
-    def __init__(self, place: Placement, vocab_size: int, hidden_size: int) -> None:
+    """
+    Args:
+        scale: what embeddings are multiplied by, rounded to their dtype as transformers rounds it. A tied head takes
+            the weight without it.
+    """
+
+    def __init__(self, place: Placement, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = place.parameter(vocab_size, hidden_size)
+        self.scale = torch.tensor(scale, device="cpu").to(place.dtype).item()
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids_T, self.weight)
+        embedded_TD = F.embedding(ids_T, self.weight)
+        return embedded_TD if self.scale == 1.0 else embedded_TD * self.scale
 
 
 class LMHead(Linear):

@@ -9,11 +9,23 @@ from opsin.layers import Placement
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, place: Placement, size: int, eps: float) -> None:
+    """arXiv:1910.07467.
+
+    Args:
+        from_one: checkpoints hold the weight's difference from 1, as Gemma's do.
+    """
+
+    def __init__(self, place: Placement, size: int, eps: float, *, from_one: bool = False) -> None:
         super().__init__()
         self.kernels = place.kernels
         self.eps = eps
+        self.from_one = from_one
         self.weight = place.parameter(size)
+
+    def pack(self) -> None:
+        """Add the 1, in float32, since half precision would round small differences away; call once, after loading."""
+        if self.from_one:
+            self.weight = nn.Parameter(1.0 + self.weight.float(), requires_grad=False)
 
     def forward(self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from opsin.layers.norm import RMSNorm
 from opsin.layers.rope import Rope, RopeConfig, Rotary
 from opsin.models.strict import StrictConfig
 
+_GELU_TANH = "gelu_pytorch_tanh"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
@@ -36,6 +39,20 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
+    """Shape and kind of a language model.
+
+    Attributes:
+        rope: of the layers that see everything.
+        window_rope: of the layers with a window, where theirs differs.
+        embed_scale: what token embeddings are multiplied by.
+        norms_from_one: weights of norms are kept as differences from 1.
+        norms_outputs: attention and MLP are normed behind as well as before.
+        norms_heads: each head of queries and keys is normed before it is rotated.
+        attention_scale: what scores are multiplied by; head_dim**-0.5 by default.
+        attention_softcap: scores are bent into (-softcap, softcap).
+        logit_softcap: the same for logits.
+    """
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -47,8 +64,16 @@ class DecoderConfig:
     output_bias: bool
     mlp_bias: bool
     rope: RopeConfig
+    window_rope: RopeConfig | None = None
     max_position: int
     tie_word_embeddings: bool
+    embed_scale: float = 1.0
+    norms_from_one: bool = False
+    norms_outputs: bool = False
+    norms_heads: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
 
     @classmethod
     def from_hf(cls, text_config: Mapping[str, Any]) -> DecoderConfig:
@@ -64,15 +89,19 @@ class DecoderConfig:
             )
         config = StrictConfig(text_config, "text_config")
         dialect = _DIALECTS[model_type]
-        num_layers = config.take("num_hidden_layers", 32)
-        num_heads = config.take("num_attention_heads", 32)
+        num_layers = config.take("num_hidden_layers", dialect.num_layers)
+        num_heads = config.take("num_attention_heads", dialect.num_heads)
         hidden_size = config.take("hidden_size", dialect.hidden_size)
-        head_dim = config.take("head_dim", hidden_size // num_heads)
+        head_dim = config.take("head_dim", dialect.head_dim or hidden_size // num_heads)
         num_kv_heads = config.take("num_key_value_heads", dialect.num_kv_heads or num_heads)
         max_position = config.take("max_position_embeddings", dialect.max_position)
         config.skip("rope_parameters", "rope_theta", "rope_scaling", "original_max_position_embeddings")
         config.skip("partial_rotary_factor")
+        config.choose("use_bidirectional_attention", (False,), False)
         qkv_bias, output_bias = dialect.attention_bias(config)
+        rope, window_rope = dialect.ropes(text_config)
+        read_rope = partial(RopeConfig.from_hf, head_dim=head_dim, max_position=max_position)
+        config.skip("rope_local_base_freq")
         result = cls(
             vocab_size=config.take("vocab_size", dialect.vocab_size),
             hidden_size=hidden_size,
@@ -83,13 +112,15 @@ class DecoderConfig:
                 for window in dialect.windows(config, num_layers)
             ),
             norm_eps=config.take("rms_norm_eps", dialect.norm_eps),
-            hidden_act=config.choose("hidden_act", tuple(ACTIVATIONS), "silu"),
+            hidden_act=dialect.hidden_act(config),
             qkv_bias=qkv_bias,
             output_bias=output_bias,
             mlp_bias=config.take("mlp_bias", False),
-            rope=RopeConfig.from_hf(text_config, head_dim=head_dim, max_position=max_position),
+            rope=read_rope(rope),
+            window_rope=None if window_rope is None else read_rope(window_rope),
             max_position=max_position,
-            tie_word_embeddings=config.take("tie_word_embeddings", False),
+            tie_word_embeddings=config.take("tie_word_embeddings", dialect.is_tied),
+            **dialect.more(config, hidden_size),
         )
         config.finish()
         return result
@@ -102,11 +133,21 @@ class _Dialect:
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int
+    num_layers: int = 32
+    num_heads: int = 32
+    head_dim: int | None = None
     max_position: int
     norm_eps: float = 1e-6
     num_kv_heads: int | None = None
+    is_tied: bool = False
     attention_bias: Callable[[StrictConfig], tuple[bool, bool]]
     windows: Callable[[StrictConfig, int], Sequence[int | None]]
+    hidden_act: Callable[[StrictConfig], str] = lambda config: config.choose("hidden_act", tuple(ACTIVATIONS), "silu")
+    ropes: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, Any] | None]] = lambda config: (
+        config,
+        None,
+    )
+    more: Callable[[StrictConfig, int], dict[str, Any]] = lambda config, hidden_size: {}
 
 
 def _one_attention_bias(config: StrictConfig) -> tuple[bool, bool]:
@@ -144,7 +185,113 @@ def _late_windows(config: StrictConfig, num_layers: int) -> Sequence[int | None]
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
+def _windows_by_type(every: int) -> Callable[[StrictConfig, int], Sequence[int | None]]:
+    """Gemma 2 and 3: by ``layer_types``, or on all layers but each ``every``-th."""
+
+    def windows(config: StrictConfig, num_layers: int) -> Sequence[int | None]:
+        window = _or_null(config, "sliding_window", 4096)
+        pattern = config.take("sliding_window_pattern", config.take("_sliding_window_pattern", every))
+        types = config.take("layer_types")
+        if types is None:
+            types = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers)]
+        if len(types) != num_layers:
+            raise UnsupportedModelError(f"text_config.layer_types has {len(types)} entries for {num_layers} layers.")
+        return [window if kind == "sliding_attention" else None for kind in types]
+
+    return windows
+
+
+def _or_null(config: StrictConfig, name: str, default: Any) -> Any:
+    """The value of a setting whose null means none."""
+    return config.take(name) if name in config else default
+
+
+def _gemma_act(config: StrictConfig) -> str:
+    """Gemma's first configs say 'gelu', and mean its tanh approximation."""
+    config.choose("hidden_activation", (_GELU_TANH,), _GELU_TANH)
+    config.choose("hidden_act", ("gelu", _GELU_TANH), _GELU_TANH)
+    return _GELU_TANH
+
+
+def _gemma(config: StrictConfig, hidden_size: int) -> dict[str, Any]:
+    return {"embed_scale": hidden_size**0.5, "norms_from_one": True}
+
+
+def _gemma2(config: StrictConfig, hidden_size: int) -> dict[str, Any]:
+    config.skip("cache_implementation")
+    return _gemma(config, hidden_size) | {
+        "norms_outputs": True,
+        "attention_scale": config.take("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_softcap": _or_null(config, "attn_logit_softcapping", 50.0),
+        "logit_softcap": _or_null(config, "final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(config: StrictConfig, hidden_size: int) -> dict[str, Any]:
+    caps = {
+        "attention_softcap": config.take("attn_logit_softcapping"),
+        "logit_softcap": config.take("final_logit_softcapping"),
+    }
+    return _gemma2(config, hidden_size) | {"norms_heads": True} | caps
+
+
+def _gemma3_ropes(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """By layer type (transformers 5), or under a name for each (4)."""
+    by_type = config.get("rope_parameters") or {}
+    whole = {"rope_theta": config.get("rope_theta") or 1e6, **(config.get("rope_scaling") or {})}
+    local = {"rope_theta": config.get("rope_local_base_freq") or 1e4}
+    return (
+        {"rope_parameters": whole | (by_type.get("full_attention") or {})},
+        {"rope_parameters": local | (by_type.get("sliding_attention") or {})},
+    )
+
+
 _DIALECTS: dict[str, _Dialect] = {
+    "gemma": _Dialect(
+        vocab_size=256000,
+        hidden_size=3072,
+        intermediate_size=24576,
+        num_layers=28,
+        num_heads=16,
+        head_dim=256,
+        max_position=8192,
+        is_tied=True,
+        attention_bias=_one_attention_bias,
+        windows=_no_windows,
+        hidden_act=_gemma_act,
+        more=_gemma,
+    ),
+    "gemma2": _Dialect(
+        vocab_size=256000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_layers=26,
+        num_heads=8,
+        head_dim=256,
+        max_position=8192,
+        num_kv_heads=4,
+        is_tied=True,
+        attention_bias=_one_attention_bias,
+        windows=_windows_by_type(2),
+        hidden_act=_gemma_act,
+        more=_gemma2,
+    ),
+    "gemma3_text": _Dialect(
+        vocab_size=262208,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_layers=26,
+        num_heads=8,
+        head_dim=256,
+        max_position=131072,
+        num_kv_heads=4,
+        is_tied=True,
+        attention_bias=_one_attention_bias,
+        windows=_windows_by_type(6),
+        hidden_act=_gemma_act,
+        ropes=_gemma3_ropes,
+        more=_gemma3,
+    ),
     "llama": _Dialect(
         intermediate_size=11008, max_position=2048, attention_bias=_one_attention_bias, windows=_no_windows
     ),
@@ -178,7 +325,8 @@ _DIALECTS: dict[str, _Dialect] = {
 class DecoderLayer(nn.Module):
     def __init__(self, place: Placement, config: DecoderConfig, spec: LayerSpec) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(place, config.hidden_size, config.norm_eps)
+        norm = partial(RMSNorm, place, eps=config.norm_eps, from_one=config.norms_from_one)
+        self.input_layernorm = norm(config.hidden_size)
         self.self_attn = Attention(
             place,
             hidden_size=config.hidden_size,
@@ -188,8 +336,15 @@ class DecoderLayer(nn.Module):
             qkv_bias=config.qkv_bias,
             output_bias=config.output_bias,
             window=spec.window,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            head_norm=partial(norm, spec.head_dim) if config.norms_heads else None,
         )
-        self.post_attention_layernorm = RMSNorm(place, config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = norm(config.hidden_size)
+        self.norms_outputs = config.norms_outputs
+        if config.norms_outputs:
+            self.pre_feedforward_layernorm = norm(config.hidden_size)
+            self.post_feedforward_layernorm = norm(config.hidden_size)
         self.mlp = GatedMLP(
             place, config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias
         )
@@ -205,6 +360,10 @@ class DecoderLayer(nn.Module):
         """Takes and returns (what this layer adds, what it is added to), so that add and norm are one kernel."""
         x_TD, sum_TD = self.input_layernorm(x_TD, residual_TD)
         x_TD = self.self_attn(x_TD, rotary, attention, cache)
+        if self.norms_outputs:
+            x_TD, _ = self.post_attention_layernorm(x_TD)
+            x_TD, sum_TD = self.pre_feedforward_layernorm(x_TD, sum_TD)
+            return self.post_feedforward_layernorm(self.mlp(x_TD))[0], sum_TD
         x_TD, sum_TD = self.post_attention_layernorm(x_TD, sum_TD)
         return self.mlp(x_TD), sum_TD
 
@@ -219,12 +378,14 @@ class Decoder(nn.Module):
     def __init__(self, place: Placement, config: DecoderConfig, context_len: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = TokenEmbedding(place, config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(place, config.vocab_size, config.hidden_size, config.embed_scale)
         self.layers = nn.ModuleList(DecoderLayer(place, config, spec) for spec in config.layers)
-        self.norm = RMSNorm(place, config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(place, config.hidden_size, config.norm_eps, from_one=config.norms_from_one)
         tied_to = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(place, config.hidden_size, config.vocab_size, tied_to=tied_to)
-        self.rope = Rope(config.rope, context_len or config.max_position, place.device)
+        context_len = context_len or config.max_position
+        self.rope = Rope(config.rope, context_len, place.device)
+        self.window_rope = config.window_rope and Rope(config.window_rope, context_len, place.device)
 
     @property
     def unused_weights(self) -> tuple[str, ...]:
@@ -241,11 +402,15 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """(T, D) after the final norm. Writes this step's keys and values into ``caches``, one per layer."""
         rotary = self.rope(positions_AT)
+        in_window = rotary if self.window_rope is None else self.window_rope(positions_AT)
         x_TD, residual_TD = hidden_TD, None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x_TD, residual_TD = layer(x_TD, residual_TD, rotary, attention, cache)
+        for spec, layer, cache in zip(self.config.layers, self.layers, caches, strict=True):
+            turned = rotary if spec.window is None else in_window
+            x_TD, residual_TD = layer(x_TD, residual_TD, turned, attention, cache)
         return self.norm(x_TD, residual_TD)[0]
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """(B, V) in float32."""
-        return self.lm_head(hidden_BD).float()
+        logits_BV = self.lm_head(hidden_BD).float()
+        cap = self.config.logit_softcap
+        return logits_BV if cap is None else torch.tanh(logits_BV / cap) * cap

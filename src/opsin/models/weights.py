@@ -23,6 +23,7 @@ from tqdm import tqdm
 from opsin.errors import WeightError
 from opsin.layers.embedding import LMHead
 from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.norm import RMSNorm
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
@@ -211,7 +212,7 @@ def fill_randomly(model: nn.Module, seed: int) -> None:
 
 
 def pack(model: nn.Module) -> None:
-    """Bring every loaded linear weight into its kernels' own form, one at a time."""
+    """Bring every loaded weight into its kernels' own form, one at a time."""
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | RMSNorm):
             module.pack()
