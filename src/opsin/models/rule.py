@@ -33,12 +33,14 @@ class Placeholder(NamedTuple):
         token_id: the single token that the item's tokens replace: ``text`` itself, or one inside it whose neighbours
             stay. None where the tokenizer would split ``text``, so that it must be cut at ``pattern`` before it is
             tokenised.
-        pattern: regular expression that matches what is replaced.
+        pattern: regular expression that matches what is replaced; its group, where it has one, is the item's number.
+        begins_text: what follows an item is tokenised as the beginning of a prompt is, special tokens included.
     """
 
     text: str
     token_id: int | None
     pattern: str
+    begins_text: bool = False
 
 
 class Positions(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from opsin.layers import Placement
 from opsin.models.rule import PixelNorm
@@ -21,3 +22,11 @@ class Patches:
         """uint8 (tiles, height, width, 3) to (tiles, patches, 3 * patch_size**2) in the model's dtype."""
         patches_PC = self.kernels.patchify(tiles_BYX3, self.patch_size, self.norm_table_3, self.dtype)
         return patches_PC.unflatten(0, (len(tiles_BYX3), -1))
+
+    def normalise(self, picture_YX3: torch.Tensor) -> torch.Tensor:
+        """uint8 (height, width, 3) to float32 (3, height, width), for views that are made of the normalised pixels."""
+        return torch.stack([self.norm_table_3[:, c].take(picture_YX3[..., c].long()) for c in range(3)])
+
+    def of_floats(self, tiles_B3YX: torch.Tensor) -> torch.Tensor:
+        """The patches of tiles that are normalised already."""
+        return F.unfold(tiles_B3YX, self.patch_size, stride=self.patch_size).transpose(1, 2).to(self.dtype)
