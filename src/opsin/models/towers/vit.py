@@ -138,14 +138,20 @@ class ViTEncoder(nn.Module):
     def forward(self, x_BPD: torch.Tensor) -> torch.Tensor:
         """The selected hidden states side by side, in the order selected: (B, P, selected * D)."""
         num_tiles, length, _ = x_BPD.shape
-        seq_lens = (length,) * num_tiles
         steps = torch.arange(num_tiles + 1, dtype=torch.int32, device=x_BPD.device)
-        cu_seqlens_B1 = steps * length
-        x_PD = x_BPD.flatten(0, 1)
+        packed_PE = self._run(x_BPD.flatten(0, 1), steps * length, (length,) * num_tiles)
+        return packed_PE.unflatten(0, (num_tiles, length))
+
+    def packed(self, x_PD: torch.Tensor, seq_lens: Sequence[int]) -> torch.Tensor:
+        """The same for pictures of unlike lengths, one after the other: (P, selected * D)."""
+        ends = torch.tensor((0, *seq_lens), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return self._run(x_PD, ends.to(x_PD.device, non_blocking=True), tuple(seq_lens))
+
+    def _run(self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
         states = {0: x_PD}
         for number, layer in enumerate(self.layers, start=1):
             x_PD = layer(x_PD, cu_seqlens_B1, seq_lens)
             if number in self.select:
                 states[number] = x_PD
         wanted = [states[number] for number in self.select]
-        return (wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1)).unflatten(0, (num_tiles, length))
+        return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1)
