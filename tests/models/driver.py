@@ -24,6 +24,8 @@ from opsin.models import resolve
 from opsin.models.hub import find_model
 from opsin.models.load import load_model
 from opsin.models.rule import PixelNorm, Positions
+from opsin.runner.executor import Pixels
+from opsin.runner.vision import tiles_on_device
 from opsin.types import MediaItem, MediaLayout
 
 BLOCK_SIZE = 4
@@ -78,7 +80,7 @@ class Driver:
         overrides: dict[str, Any] | None = None,
     ) -> None:
         files = find_model(str(folder), overrides=overrides)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         family = resolve(files.config["architectures"])
         self.rule = family.load_rule().from_hf(files.config, files.processor, self.tokenizer)
         self.model = load_model(files, self.rule.norm, device=torch.device("cpu"), dtype=dtype, kernels=kernels)
@@ -102,7 +104,7 @@ class Driver:
         for image, layout in zip(images, layouts, strict=True):
             out = np.empty(layout.plan.num_bytes, np.uint8)
             make_tiles(open_picture(image, MediaConfig()).decode(), layout.plan, out)
-            tiles.append(list(torch.from_numpy(out).view(-1, *layout.plan.tile_sizes[0], 3)))
+            tiles.append(tiles_on_device(Pixels(out), layout, torch.device("cpu")))
         return Encodable(tiles, layouts)
 
     @torch.inference_mode()
