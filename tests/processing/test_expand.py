@@ -44,6 +44,9 @@ class RowsRule:
             return [TokenRun(CLIP, 1, True), TokenRun(CLIP, 1, True)]
         return [TokenRun(FEATURE, 2, True), TokenRun(ROW), TokenRun(FEATURE, 2, True), TokenRun(END, index)]
 
+    def complete(self, text: str, signs: Sequence[tuple[int, int]], num_items: int) -> Sequence[tuple[int, str]]:
+        return ()
+
     def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
         return list(spans)
 

@@ -74,6 +74,9 @@ class PictureRule(ABC):
         images_only(modality)
         return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
 
+    def complete(self, text: str, signs: Sequence[tuple[int, int]], num_items: int) -> Sequence[tuple[int, str]]:
+        return ()
+
     def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
         return []
 

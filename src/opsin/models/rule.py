@@ -125,8 +125,18 @@ class MediaRule(Protocol):
         """
         ...
 
+    def complete(self, text: str, signs: Sequence[tuple[int, int]], num_items: int) -> Sequence[tuple[int, str]]:
+        """What the family's processor writes into every text prompt beside the items' own: (offset, text), in order.
+
+        A beginning-of-text token in there is the prompt's; the tokenizer then adds none.
+
+        Args:
+            signs: [start, end) of the placeholders in ``text``.
+        """
+        ...
+
     def bidirectional(self, spans: Sequence[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
-        """Position ranges whose tokens all see one another; ``spans`` are the items' [start, end) ranges."""
+        """Position ranges whose tokens all see one another; ``spans`` are the [start, end) runs of features."""
         ...
 
     def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from opsin.errors import RequestError
@@ -65,14 +65,23 @@ def with_texts(prompt: Rendered, placeholders: Placeholders, texts: Mapping[Moda
     texts = {m: items for m, items in texts.items() if any(item.before or item.after for item in items)}
     if not texts:
         return prompt
-    plain = set(prompt.plain)
     found: list[tuple[int, int, Written]] = []
     for m, items in texts.items():
-        hits = (match.span() for match in re.finditer(placeholders[m].pattern, prompt.text))
-        signs = [span for span in hits if span not in plain]
+        signs = find_signs(prompt, [placeholders[m]])
         found += [(*span, item) for span, item in zip(signs, items, strict=False)]  # ``check_counts`` is still to come
     found.sort(key=lambda hit: hit[:2])
-    added = [part for start, end, item in found for part in ((start, item.before), (end, item.after))]
+    return insert(prompt, [part for start, end, item in found for part in ((start, item.before), (end, item.after))])
+
+
+def find_signs(prompt: Rendered, placeholders: Iterable[Placeholder]) -> list[Span]:
+    """[start, end) of the placeholders, in order; those listed in ``prompt.plain`` are text."""
+    plain = set(prompt.plain)
+    hits = (match.span() for p in placeholders for match in re.finditer(p.pattern, prompt.text))
+    return sorted(span for span in hits if span not in plain)
+
+
+def insert(prompt: Rendered, added: Sequence[tuple[int, str]]) -> Rendered:
+    """The prompt with texts written into it; ``added`` are (offset, text), in order."""
     pieces: list[str] = []
     done = shift = at = 0
     shifted: list[Span] = []

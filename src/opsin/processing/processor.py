@@ -226,7 +226,7 @@ class InputProcessor:
             params=params,
             media=items,
             spans=expanded.spans,
-            bidirectional=self.rule.bidirectional(_feature_ranges(expanded, len(items)), len(ids)),
+            bidirectional=self.rule.bidirectional([(s.start, s.start + s.length) for s in expanded.spans], len(ids)),
             seed=self._seed(request_id, params),
             cache_salt=prompt.cache_salt,
             priority=priority,
@@ -263,7 +263,10 @@ class InputProcessor:
             rendered = prompt.rendered or Rendered("")
             _check_unicode(rendered.text)
             self._check_text_length(rendered, params)
-            special = self._adds_special(prompt, rendered)
+            signs = expansion.find_signs(rendered, self._placeholders.values())
+            completion = self.rule.complete(rendered.text, signs, len(items))
+            special = self._adds_special(prompt, rendered, completion)
+            rendered = expansion.insert(rendered, completion)
             by_modality: dict[Modality, list[Written]] = {m: [] for m in self._placeholders}
             for item, text in zip(items, written, strict=True):
                 by_modality[item.modality].append(text)
@@ -293,10 +296,12 @@ class InputProcessor:
                 param="prompt",
             )
 
-    def _adds_special(self, prompt: Prompt, rendered: Rendered) -> bool:
+    def _adds_special(self, prompt: Prompt, rendered: Rendered, completion: Sequence[tuple[int, str]]) -> bool:
+        bos = self.tokenizer.bos_token
+        if bos and any(bos in text for _, text in completion):
+            return False
         if prompt.add_special_tokens is not None:
             return prompt.add_special_tokens
-        bos = self.tokenizer.bos_token
         return not (bos and rendered.text.startswith(bos))
 
     def _media_item(self, item: MediaInput, prompt: Prompt) -> MediaItem:
@@ -477,15 +482,3 @@ def derive_seed(seed: int, name: str) -> int:
     """A 63-bit seed that depends on both."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _feature_ranges(prompt: Expanded, num_items: int) -> list[tuple[int, int]]:
-    """Per item, [first, last + 1) of the positions that take its features."""
-    ranges: list[tuple[int, int]] = []
-    for span in prompt.spans:
-        if span.item == len(ranges):
-            ranges.append((span.start, span.start + span.length))
-        else:
-            ranges[span.item] = (ranges[span.item][0], span.start + span.length)
-    assert len(ranges) == num_items
-    return ranges
