@@ -5,30 +5,28 @@ Names, defaults and results are vLLM's.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import signal
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import FrameType
-from typing import Any, Literal, Self, TypeVar, Unpack, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, Self, TypeVar, Unpack, cast
 
-from tqdm.auto import tqdm
+import msgspec
 
 from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.beam import beam_search
 from opsin.engine.build import build_front
 from opsin.engine.front import template_text
+from opsin.engine.offline import Progress, ReadAhead, between_steps
 from opsin.errors import OpsinError, RequestError
 from opsin.inputs import PromptType
-from opsin.outputs import BeamSearchOutput, PoolingRequestOutput, RequestOutput
-from opsin.params import BeamSearchParams, PoolingParams, SamplingParams
+from opsin.outputs import BeamSearchOutput, PickOutput, PoolingRequestOutput, RequestOutput, ScoringRequestOutput
+from opsin.params import BeamSearchParams, PoolingParams, PoolingTask, SamplingParams
 from opsin.processing.chat import ChatOptions
 from opsin.processing.jinja import ContentFormat
+from opsin.processing.messages import as_conversation
+from opsin.processing.messages import question as ask
 from opsin.processing.prompts import Prompt
+from opsin.processing.scoring import pairs
 from opsin.runner.executor import MemoryPlan
 from opsin.types import ModelSpec
 
@@ -36,7 +34,6 @@ Output = RequestOutput | PoolingRequestOutput
 P = TypeVar("P", SamplingParams, PoolingParams)
 Message = Mapping[str, Any]
 
-_NUM_READERS = 4
 _MAX_SHOWN = 32  # outputs of larger calls keep no pictures for notebooks: a data set's would fill the memory
 _QUEUE_FACTOR = 2  # requests handed to the engine ahead of those that can run, so that decoding pictures keeps ahead
 
@@ -126,13 +123,7 @@ class LLM:
         Returns, Raises:
             As ``generate``.
         """
-        if not isinstance(messages, list | tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise RequestError(f"messages must be a list, got {type(messages).__name__}.", param="messages")
-        conversations = cast(
-            "list[Sequence[Message]]",
-            [messages] if not messages or isinstance(messages[0], Mapping) else list(messages),
-        )
-
+        conversations = _conversations(messages)
         options = ChatOptions(
             chat_template=template_text(chat_template),
             chat_template_content_format=chat_template_content_format,
@@ -143,7 +134,7 @@ class LLM:
         )
         readers = [lambda c=c: self._front.read_chat(c, mm_processor_kwargs, **options) for c in conversations]
         params = _paired(sampling_params, len(conversations), SamplingParams, self.get_default_sampling_params)
-        with _ReadAhead(readers) as ahead:
+        with ReadAhead(readers) as ahead:
             outputs = self._run(ahead, params, None, use_tqdm, return_exceptions)
         return cast("list[RequestOutput]", outputs)
 
@@ -155,7 +146,7 @@ class LLM:
         Raises:
             RequestError, MediaError: a prompt or a picture that cannot be used.
         """
-        with self._turn, _between_steps() as interrupted:
+        with self._turn, between_steps() as interrupted:
             read = [self._front.read_prompt(item) for item in _as_list(prompts)]
             return beam_search(self._front, [(self._next_id(), prompt) for prompt in read], params, interrupted)
 
@@ -172,13 +163,19 @@ class LLM:
     ) -> list[PoolingRequestOutput]:
         """The last token's final hidden state of each prompt, normalised.
 
+        Args:
+            prompts: in the model's own format; or ``{"content": parts}``, a user's message for the chat template; or a
+                picture alone.
+            pooling_params: for all, or one per prompt; ``dimensions`` cuts the vectors.
+
         Returns, Raises:
             As ``generate``, with vectors for outputs.
         """
         items = _as_list(prompts)
-        readers = [lambda item=item: self._front.read_prompt(item, mm_processor_kwargs) for item in items]
         params = _paired(pooling_params, len(items), PoolingParams, PoolingParams)
-        outputs = self._run(readers, params, None, use_tqdm, return_exceptions)
+        readers = [lambda item=item: self._read_item(item, mm_processor_kwargs) for item in items]
+        with ReadAhead(readers) as ahead:
+            outputs = self._run(ahead, params, None, use_tqdm, return_exceptions)
         return cast("list[PoolingRequestOutput]", outputs)
 
     def encode(
@@ -186,10 +183,104 @@ class LLM:
         prompts: PromptType | Sequence[PromptType],
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         *,
+        pooling_task: PoolingTask | None = None,
         use_tqdm: bool = True,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingRequestOutput]:
-        """``embed``, by the name that it had in vLLM at first."""
-        return self.embed(prompts, pooling_params, use_tqdm=use_tqdm)
+        """``embed`` for any task: "embed", or "token_embed" for the vectors of all tokens.
+
+        Args:
+            pooling_task: instead of what ``pooling_params`` say.
+
+        Returns:
+            Outputs whose ``outputs.data`` is a float32 array: (dimensions,), or (tokens, dimensions).
+        """
+        params = _paired(pooling_params, len(_as_list(prompts)), PoolingParams, PoolingParams)
+        if pooling_task is not None:
+            params = [msgspec.structs.replace(each, task=pooling_task) for each in params]
+        return self.embed(prompts, params, use_tqdm=use_tqdm, mm_processor_kwargs=mm_processor_kwargs)
+
+    def classify(self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: bool = True) -> NoReturn:
+        """vLLM's call for models with a classification head, which no served architecture has; see ``pick``.
+
+        Raises:
+            RequestError: always.
+        """
+        self.encode(prompts, pooling_task="classify", use_tqdm=False)
+        raise AssertionError("no task but those with an implementation gets through")
+
+    def score(
+        self,
+        data_1: Any,
+        data_2: Any,
+        *,
+        use_tqdm: bool = True,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How alike inputs are: the cosine of their vectors.
+
+        Args:
+            data_1: one input, or a list: text or another prompt, a picture, or ``{"content": parts}``, a user's message
+                that the model's chat template renders.
+            data_2: as many, or any number to compare with a single ``data_1``.
+
+        Raises:
+            As ``embed``.
+        """
+        first, second = (_as_list(data) for data in (data_1, data_2))
+        compared = pairs(len(first), len(second))
+        vectors = self.embed([*first, *second], use_tqdm=use_tqdm, mm_processor_kwargs=mm_processor_kwargs)
+        left, right = vectors[: len(first)], vectors[len(first) :]
+        return [ScoringRequestOutput.of(left[i], right[j]) for i, j in compared]
+
+    # ---------------------------------------------------------------------------------- given answers
+
+    def pick(
+        self,
+        images: Any,
+        question: str,
+        choices: Sequence[str],
+        *,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> PickOutput:
+        """How probable each of some given answers is. Nothing is generated.
+
+        The pictures are encoded and the prompt is run once, however many choices there are.
+
+        Args:
+            images: one, several in a list, or None: URLs, paths, bytes, ``PIL`` pictures, uint8 arrays.
+            choices: 2 to 64 different texts, spelt as the model would answer.
+
+        Raises:
+            RequestError, MediaError: what is wrong with the question, a choice or a picture.
+        """
+        (output,) = self.pick_batch(
+            [ask(images, question)], choices, use_tqdm=False, mm_processor_kwargs=mm_processor_kwargs
+        )
+        return output
+
+    def pick_batch(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        choices: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[PickOutput]:
+        """``pick`` for conversations, as ``chat`` takes them, batched.
+
+        Args:
+            choices: for all conversations, or one list for each.
+        """
+        conversations = _conversations(messages)
+        params = [PoolingParams(task="pick", choices=each) for each in _choice_lists(choices, len(conversations))]
+        options = ChatOptions(chat_template=template_text(chat_template), chat_template_kwargs=chat_template_kwargs)
+        readers = [lambda c=c: self._front.read_chat(c, mm_processor_kwargs, **options) for c in conversations]
+        with ReadAhead(readers) as ahead:
+            outputs = self._run(ahead, params, None, use_tqdm, return_exceptions=False)
+        return [cast("PickOutput", cast("PoolingRequestOutput", output).outputs) for output in outputs]
 
     # -------------------------------------------------------------------------------------- facts
 
@@ -221,6 +312,13 @@ class LLM:
 
     # ------------------------------------------------------------------------------------- inside
 
+    def _read_item(self, item: Any, mm_processor_kwargs: Mapping[str, Any] | None) -> Prompt:
+        """What a vector is wanted of: a prompt, a message or a picture."""
+        conversation = as_conversation(item)
+        if conversation is None:
+            return self._front.read_prompt(item, mm_processor_kwargs)
+        return self._front.read_chat(conversation, mm_processor_kwargs, add_generation_prompt=False)
+
     def _next_id(self) -> str:
         return str(next(self._ids))
 
@@ -244,7 +342,7 @@ class LLM:
         def num_decoded() -> int:
             return int(front.engine.stats()["num_pictures_decoded_total"])
 
-        progress = _Progress(len(readers), num_decoded()) if use_tqdm else None
+        progress = Progress(len(readers), num_decoded()) if use_tqdm else None
 
         def settle(request_id: str, result: Output | OpsinError) -> None:
             if isinstance(result, OpsinError) and not return_exceptions:
@@ -255,7 +353,7 @@ class LLM:
 
         self._turn.acquire()
         try:
-            with _between_steps() as interrupted:
+            with between_steps() as interrupted:
                 while position < len(readers) or index_of:
                     while position < len(readers) and front.num_unfinished < most_waiting and not interrupted():
                         request_id = self._next_id()
@@ -289,74 +387,24 @@ class LLM:
         return [result for result in results if result is not None]
 
 
-class _ReadAhead:
-    """Reads the next prompts on a few threads beside the steps of those before them: their pictures may be far away.
-
-    Entered, it gives one reader per prompt, to be called in order.
-    """
-
-    def __init__(self, readers: Sequence[Callable[[], Prompt]]) -> None:
-        self._readers = readers
-        self._jobs: deque[Future[Prompt]] = deque()
-        self._num_begun = 0
-        self._threads = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="opsin-read")
-
-    def __enter__(self) -> list[Callable[[], Prompt]]:
-        return [self._next] * len(self._readers)
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def _next(self) -> Prompt:
-        while len(self._jobs) < 2 * _NUM_READERS and self._num_begun < len(self._readers):
-            self._jobs.append(self._threads.submit(self._readers[self._num_begun]))
-            self._num_begun += 1
-        return self._jobs.popleft().result()
+def _conversations(messages: Any) -> list[Sequence[Message]]:
+    """One conversation or several, as a list."""
+    if not isinstance(messages, list | tuple):
+        raise RequestError(f"messages must be a list, got {type(messages).__name__}.", param="messages")
+    given = cast("Sequence[Any]", messages)
+    return [cast("Sequence[Message]", given)] if not given or isinstance(given[0], Mapping) else list(given)
 
 
-class _Progress:
-    """A bar with answers, tokens per second and pictures per second."""
-
-    def __init__(self, total: int, pictures_before: int) -> None:
-        self._bar = tqdm(total=total, desc="Answers", dynamic_ncols=True)
-        self._started = time.perf_counter()
-        self._pictures_before = pictures_before
-        self._tokens = 0
-
-    def advance(self, result: Output | OpsinError, pictures_decoded: int) -> None:
-        if isinstance(result, RequestOutput):
-            self._tokens += sum(len(answer.token_ids) for answer in result.outputs)
-        seconds = max(time.perf_counter() - self._started, 1e-9)
-        pictures = (pictures_decoded - self._pictures_before) / seconds
-        self._bar.set_postfix_str(f"{self._tokens / seconds:.1f} tokens/s, {pictures:.1f} pictures/s", refresh=False)
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-@contextlib.contextmanager
-def _between_steps() -> Iterator[Callable[[], bool]]:
-    """Keep Ctrl-C from striking inside a step, where it would leave the engine's state half changed.
-
-    Yields a function that tells whether Ctrl-C was pressed. A second one interrupts at once all the same.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield lambda: False
-        return
-    pressed: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if pressed:
-            before(number, frame)
-        pressed.append(number)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _choice_lists(choices: Any, count: int) -> list[Any]:
+    """One list of choices per conversation."""
+    if not isinstance(choices, list | tuple) or not choices:
+        raise RequestError(f"choices must be a non-empty list, got {type(choices).__name__}.", param="choices")
+    given = cast("Sequence[Any]", choices)
+    if isinstance(given[0], str):
+        return [list(given)] * count
+    if len(given) != count:
+        raise RequestError(f"Got {len(given)} lists of choices for {count} conversations.", param="choices")
+    return list(given)
 
 
 def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
+
+import numpy as np
 
 from opsin.types import FinishReason
 
@@ -159,16 +162,119 @@ class EmbeddingOutput:
     def hidden_size(self) -> int:
         return len(self.embedding)
 
+    @property
+    def data(self) -> np.ndarray:
+        """The vector as a float32 array."""
+        return np.array(self.embedding, dtype=np.float32)
+
+
+@dataclass(slots=True)
+class TokenEmbeddingOutput:
+    """One vector per prompt token: float32 of shape (tokens, dimensions)."""
+
+    data: np.ndarray
+
+
+@dataclass(slots=True, frozen=True)
+class Choice:
+    """One of the answers that were weighed.
+
+    Attributes:
+        probability: calibrated by length; those of all choices add up to 1.
+        raw_probability: not calibrated: long answers have less.
+        logprob: the sum of its tokens' log-probabilities.
+    """
+
+    text: str
+    probability: float
+    raw_probability: float
+    logprob: float
+    num_tokens: int
+
+
+@dataclass(slots=True, frozen=True, repr=False)
+class PickOutput:
+    """How probable each of the given answers is, if it is to be one of them.
+
+    With log-probability l and n tokens per choice, and m the mean of n over the choices, ``raw_probability`` is the
+    softmax of l and ``probability`` the softmax of m * l / n. So an answer does not lose by having more tokens, and
+    answers of equally many tokens have the same probability either way.
+
+    Attributes:
+        choices: in the order in which they were given.
+    """
+
+    choices: tuple[Choice, ...]
+
+    @classmethod
+    def weigh(cls, texts: Sequence[str], logprobs: Sequence[float], num_tokens: Sequence[int]) -> Self:
+        """From each choice's text, log-probability and number of tokens."""
+        mean = sum(num_tokens) / len(num_tokens)
+        fair = _softmax([mean * logprob / n for logprob, n in zip(logprobs, num_tokens, strict=True)])
+        rows = zip(texts, fair, _softmax(logprobs), logprobs, num_tokens, strict=True)
+        return cls(tuple(Choice(*row) for row in rows))
+
+    @property
+    def best(self) -> str:
+        """The most probable choice; the first of equals."""
+        return max(self.choices, key=lambda choice: choice.probability).text
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """By choice."""
+        return {choice.text: choice.probability for choice in self.choices}
+
+    @property
+    def mean(self) -> float:
+        """The expected number, for choices that are numbers: ratings, counts.
+
+        Raises:
+            ValueError: a choice is not a number.
+        """
+        return sum(float(choice.text) * choice.probability for choice in self.choices)
+
+    def __getitem__(self, text: str) -> float:
+        return self.probabilities[text]
+
+    def __repr__(self) -> str:
+        ranked = sorted(self.choices, key=lambda choice: -choice.probability)
+        return f"PickOutput({', '.join(f'{choice.text!r} {choice.probability:.1%}' for choice in ranked)})"
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """How alike two inputs are: the cosine of their vectors."""
+
+    score: float
+
 
 @dataclass(slots=True)
 class PoolingRequestOutput:
-    """The vector of one prompt."""
+    """What was read off one prompt: a vector, one vector per token, or the probabilities of given answers."""
 
     request_id: str
-    outputs: EmbeddingOutput
+    outputs: EmbeddingOutput | TokenEmbeddingOutput | PickOutput
     prompt_token_ids: list[int]
     finished: bool = True
     num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class ScoringRequestOutput:
+    """The score of one pair; ``prompt_token_ids`` are those of both, one after the other."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+
+    @classmethod
+    def of(cls, first: PoolingRequestOutput, second: PoolingRequestOutput) -> Self:
+        """From the outputs that hold both vectors."""
+        assert isinstance(first.outputs, EmbeddingOutput)
+        assert isinstance(second.outputs, EmbeddingOutput)
+        score = ScoringOutput(cosine(first.outputs.embedding, second.outputs.embedding))
+        return cls(second.request_id, score, [*first.prompt_token_ids, *second.prompt_token_ids])
 
 
 @dataclass(slots=True)
@@ -188,3 +294,17 @@ class BeamSearchOutput:
     """The hypotheses of one prompt, best first."""
 
     sequences: list[BeamSearchSequence]
+
+
+def cosine(first: Sequence[float], second: Sequence[float]) -> float:
+    """The cosine of the angle between two vectors; 0 where one of them has no direction."""
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norm if norm > 0 else 0.0
+
+
+def _softmax(values: Sequence[float]) -> list[float]:
+    top = max(values)
+    weights = [math.exp(value - top) for value in values]
+    total = sum(weights)
+    return [weight / total for weight in weights]

@@ -188,7 +188,9 @@ def test_bad_sampling_params_are_refused_with_their_reason(
     [
         (
             {"task": "classify"},
-            "task is 'classify'; this model has no head for it. Only 'embed' is implemented so far.",
+            "The task 'classify' needs a classification head, which no served architecture has. To weigh given "
+            "answers against one another use pick (LLM.pick, POST /v1/pick); to compare inputs by their vectors use "
+            "score (LLM.score, POST /score).",
         ),
         ({"dimensions": 65}, "dimensions is 65; this model's vectors have 64."),
         ({"dimensions": "8"}, "dimensions is '8'; it must be a whole number at least 1, or None."),

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 
 from opsin.engine.front import Front
 from opsin.outputs import BeamSearchOutput, BeamSearchSequence
 from opsin.params import BeamSearchParams, SamplingParams
+from opsin.processing.continuations import extended
 from opsin.processing.prompts import Prompt
 from opsin.processing.tokenizer import Tokenizer
 from opsin.types import EngineRequest, RequestUpdate
@@ -83,25 +83,6 @@ class BeamSearch:
         everyone = self._finished + self._live
         everyone.sort(key=lambda beam: beam.score(self._params.length_penalty), reverse=True)
         return everyone[: self._params.beam_width]
-
-
-def extended(prompt: EngineRequest, request_id: str, token_ids: Sequence[int], params: SamplingParams) -> EngineRequest:
-    """The same request with some answer tokens appended to its prompt."""
-    positions = prompt.positions
-    if positions is not None and token_ids:
-        length = len(prompt.prompt_token_ids)
-        known_AP = np.frombuffer(positions, dtype=np.int32).reshape(-1, length)
-        axes = known_AP.shape[0]
-        new = np.arange(length, length + len(token_ids), dtype=np.int32) + prompt.position_delta
-        positions = np.concatenate([known_AP, np.tile(new, (axes, 1))], axis=1).astype(np.int32).tobytes()
-    return msgspec.structs.replace(
-        prompt,
-        request_id=request_id,
-        prompt_token_ids=[*prompt.prompt_token_ids, *token_ids],
-        params=params,
-        positions=positions,
-        stop_token_ids=frozenset[int](),
-    )
 
 
 def beam_search(

@@ -13,6 +13,7 @@ from opsin.models import Family, resolve
 from opsin.models.hub import ModelFiles, find_model
 from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.jinja import read_template
+from opsin.processing.pooling import VectorSizes
 from opsin.processing.processor import InputProcessor
 from opsin.processing.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ class Checkpoint:
             folder=self.files.folder,
             chat_template=None if given is None else read_template(given),
             grammars=grammars,
+            vector_sizes=VectorSizes.from_config(self.files.config, facts.spec.hidden_size),
         )
 
 

@@ -143,15 +143,15 @@ class Front:
     def start(self, processed: ProcessedRequest, kind: OutputKind = "final", *, thumbnails: bool = False) -> None:
         """Start a request that ``inputs.process`` made, which any thread may call. Otherwise as ``submit``."""
         request_id = processed.request.request_id
-        pools = isinstance(processed.request.params, PoolingParams)
-        if self._runner == ("generate" if pools else "pooling"):
-            wanted = "vectors" if pools else "text"
+        params = processed.request.params
+        makes_vectors = isinstance(params, PoolingParams) and params.task != "pick"
+        if self._runner == ("generate" if makes_vectors else "pooling"):
+            wanted = "vectors" if makes_vectors else "text"
             raise RequestError(f"This engine was started with runner={self._runner!r}, so it makes no {wanted}.")
         shown = [source for source in processed.sources if thumbnails and not isinstance(source, GivenFeatures)]
         children = self._outputs.add(processed, kind, thumbnails=Thumbnails(shown) if shown else None)
         try:
-            for child in children:
-                self.engine.add(child, processed.sources)
+            self.engine.add(children, processed.sources)
         except Exception:
             self.abort(request_id)
             raise
@@ -199,7 +199,7 @@ class Front:
         answers: dict[str, RequestUpdate] = {}
         try:
             for request, processed in requests:
-                self.engine.add(request, processed.sources)
+                self.engine.add([request], processed.sources)
             while pending:
                 for update in self.engine.step():
                     if update.error is not None:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
-from opsin.errors import MediaError, OpsinError, RequestError, RequestFailedError
+import numpy as np
+
+from opsin.errors import EngineRestartError, MediaError, OpsinError, RequestError, RequestFailedError
 from opsin.outputs import (
     CompletionOutput,
     EmbeddingOutput,
     Logprob,
+    PickOutput,
     PoolingRequestOutput,
     PromptLogprobs,
     RequestMetrics,
     RequestOutput,
     SampleLogprobs,
     Thumbnails,
+    TokenEmbeddingOutput,
 )
-from opsin.params import SamplingParams
+from opsin.params import PoolingParams, SamplingParams
+from opsin.processing.continuations import answer_logprobs, pick_requests
 from opsin.processing.detokenizer import Detokenizer, StopStrings
 from opsin.processing.processor import ProcessedRequest, fan_out
 from opsin.processing.tokenizer import Tokenizer
@@ -27,6 +33,9 @@ from opsin.types import EngineRequest, FinishReason, PositionLogprobs, RequestUp
 
 AnyOutput = RequestOutput | PoolingRequestOutput
 OutputKind = Literal["final", "cumulative", "delta"]
+
+ENGINE_RESTARTED = "engine_restarting"
+"""Error code of the updates that end what a dead engine process was running."""
 
 
 @dataclass(slots=True)
@@ -79,7 +88,10 @@ class OutputProcessor:
             RequestError: a running request has the same id.
         """
         request = processed.request
-        children = fan_out(request, request.params.n if isinstance(request.params, SamplingParams) else 1)
+        if processed.answers:
+            children = pick_requests(request, list(chain.from_iterable(processed.answers)))
+        else:
+            children = fan_out(request, request.params.n if isinstance(request.params, SamplingParams) else 1)
         taken = request.request_id in self._requests or any(c.request_id in self._children for c in children)
         if taken:
             raise RequestError(
@@ -258,7 +270,10 @@ class _Request:
         self.request_id = request.request_id
         self.child_ids = [child.request_id for child in children]
         params = request.params
-        self._pooling = not isinstance(params, SamplingParams)
+        self._pooling = params if isinstance(params, PoolingParams) else None
+        self._children = children
+        self._spellings = processed.answers
+        self._values: list[list[bytes]] = [[] for _ in children]
         self.answers = [
             _Answer(i, params if isinstance(params, SamplingParams) else SamplingParams(), tokenizer)
             for i in range(len(children))
@@ -287,6 +302,7 @@ class _Request:
         if index == 0:  # what its siblings find is mostly what this one computed for them
             self._num_cached = max(self._num_cached, update.num_cached_tokens)
         self._embedding = update.embedding or self._embedding
+        self._values[index] = update.values or self._values[index]
         if index == 0 and update.prompt_logprobs and self._prompt_logprobs is not None:
             self._prompt_logprobs += [_named(p, self._tokenizer) for p in update.prompt_logprobs if p is not None]
         new = len(answer.token_ids) - before
@@ -303,12 +319,11 @@ class _Request:
     def output(self, now: float) -> RequestOutput | PoolingRequestOutput | None:
         """What to tell the caller now, or None."""
         finished = self.finished
-        if self._pooling:
-            if not finished or self._embedding is None:
+        if self._pooling is not None:
+            pooled = self._pooled(self._pooling) if finished else None
+            if pooled is None:
                 return None
-            return PoolingRequestOutput(
-                self.request_id, EmbeddingOutput(self._embedding), self._prompt_ids, True, self._num_cached
-            )
+            return PoolingRequestOutput(self.request_id, pooled, self._prompt_ids, True, self._num_cached)
         if finished:
             self._metrics.finished_time = now
         if self._kind == "final":
@@ -330,6 +345,19 @@ class _Request:
             thumbnails=self._thumbnails,
         )
 
+    def _pooled(self, params: PoolingParams) -> EmbeddingOutput | TokenEmbeddingOutput | PickOutput | None:
+        """What was read; None for a request that was aborted."""
+        if self._embedding is not None:
+            return EmbeddingOutput(self._embedding)
+        if not all(self._values):
+            return None
+        if params.task == "token_embed":
+            return TokenEmbeddingOutput(np.stack([np.frombuffer(row, np.float32) for row in self._values[0]]))
+        weighed = [(answer_logprobs(s, self._children, self._values), s) for s in self._spellings]
+        # The spelling in which the model is likelier to give one of these answers at all is its own.
+        logprobs, spelling = max(weighed, key=lambda pair: np.logaddexp.reduce(pair[0]))
+        return PickOutput.weigh(params.choices, logprobs, [len(answer) for answer in spelling])
+
 
 def _named(position: PositionLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
     return {
@@ -338,6 +366,11 @@ def _named(position: PositionLogprobs, tokenizer: Tokenizer) -> dict[int, Logpro
 
 
 def failure_of(update: RequestUpdate) -> OpsinError:
-    """The error that ended a request. Only pictures that could not be decoded come with a code: they are its fault."""
+    """The error that ended a request. Those with a code (which may be empty) are its own fault: a broken picture, say."""
     message = update.error or "The request failed."
-    return MediaError(message, code=update.error_code) if update.error_code else RequestFailedError(message)
+    if update.error_code == ENGINE_RESTARTED:
+        return EngineRestartError(message)
+    if update.error_code is None:
+        return RequestFailedError(message)
+    kind = MediaError if update.error_code else RequestError
+    return kind(message, code=update.error_code or None)

@@ -22,7 +22,7 @@ from opsin.models.rule import MediaRule, Placeholder
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing import expand as expansion
 from opsin.processing.chat import ChatPrompt, MediaReference, render_chat
-from opsin.processing.continuations import continue_ids
+from opsin.processing.continuations import spelled
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.expand import Expanded, Written
 from opsin.processing.grammar import GrammarCompiler
@@ -45,13 +45,13 @@ class ProcessedRequest:
     Attributes:
         sources: per item of ``request.media``, what its payload is made from when the engine asks for it.
         prompt: the text, where there was one.
-        answers: the tokens of the choices that are to be weighed.
+        answers: the tokens of the choices that are to be weighed, in each spelling.
     """
 
     request: EngineRequest
     sources: list[MediaSource]
     prompt: str | None
-    answers: list[list[int]] = field(default_factory=list[list[int]])
+    answers: list[list[list[int]]] = field(default_factory=list[list[list[int]]])
 
 
 class InputProcessor:
@@ -240,8 +240,7 @@ class InputProcessor:
             request.positions = np.asarray(positions.axes, dtype=np.int32).tobytes()
             request.position_delta = positions.delta
         text = prompt.rendered.text if prompt.rendered is not None else None
-        weighs = isinstance(params, PoolingParams) and params.task == "pick"
-        answers = self._answers(prompt, len(ids), params) if weighs else []
+        answers = self._answers(prompt, len(ids), params) if isinstance(params, PoolingParams) else []
         return ProcessedRequest(request, [prompt.media[i].source for i in order], text, answers)
 
     # ------------------------------------------------------------------------------------------------- inside
@@ -401,8 +400,10 @@ class InputProcessor:
         ends = frozenset[int]() if params.ignore_eos else self.tokenizer.eos_token_ids
         return ends | frozenset(params.stop_token_ids)
 
-    def _answers(self, prompt: Prompt, length: int, params: PoolingParams) -> list[list[int]]:
-        """The tokens of each choice of a "pick" behind a prompt of ``length`` tokens."""
+    def _answers(self, prompt: Prompt, length: int, params: PoolingParams) -> list[list[list[int]]]:
+        """The tokens of each choice of a "pick" behind a prompt of ``length`` tokens, in each spelling."""
+        if params.task != "pick":
+            return []
         end = (
             prompt.rendered.text
             if prompt.rendered
@@ -410,8 +411,8 @@ class InputProcessor:
         )
         for choice in params.choices:
             _check_unicode(choice)
-        answers = [continue_ids(end, choice, self.tokenizer, self._controls) for choice in params.choices]
-        longest = max(map(len, answers))
+        answers = spelled(end, params.choices, self.tokenizer, self._controls)
+        longest = max(len(answer) for spelling in answers for answer in spelling)
         if length + longest - 1 > self.max_model_len:
             raise ContextLengthError(
                 f"The prompt has {length} tokens and the longest choice {longest}; this model's context holds "
