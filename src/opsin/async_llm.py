@@ -18,8 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeVar, Unpack
 
 from opsin.config import EngineConfig, EngineSettings
-from opsin.engine.build import build_front
-from opsin.engine.front import template_text
+from opsin.engine.engine import EngineFacts
+from opsin.engine.front import Front, template_text
+from opsin.engine.remote import Watch
+from opsin.engine.spawn import spawn_front
 from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
 from opsin.media.fetcher import Fetcher
@@ -69,11 +71,32 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str = "demo", **settings: Unpack[EngineSettings]) -> None:
-        self.config = EngineConfig.from_flat({"model": model, **settings})
-        media = self.config.media
-        if media.media_workers is None:  # strangers' pictures are decoded in processes that may die
-            media = replace(media, media_workers=default_num_workers())
-        self._front = build_front(replace(self.config, media=media))
+        from opsin.engine.build import build_front  # here, since the front of an engine process needs none of it
+
+        config = _config(model, settings)
+        self._begin(config, build_front(config))
+
+    @classmethod
+    def spawn(cls, model: str = "demo", *, watch: Watch | None = None, **settings: Unpack[EngineSettings]) -> Self:
+        """The same, with the engine in a process of its own: steps and callers never compete for one interpreter.
+
+        When that process dies or hangs, the requests that it had fail with ``EngineRestartError``, and it is started
+        again; when it goes on dying, ``EngineDeadError`` ends it all.
+
+        Args:
+            watch: when the process is given up.
+
+        Raises:
+            As the class does; EngineDeadError: the process died while it loaded the model.
+        """
+        config = _config(model, settings)
+        llm = cls.__new__(cls)
+        llm._begin(config, spawn_front(config, watch or Watch()))
+        return llm
+
+    def _begin(self, config: EngineConfig, front: Front) -> None:
+        self.config = config
+        self._front = front
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callers: dict[str, _Caller] = {}  # the engine thread's own
         self._ids = itertools.count()
@@ -275,8 +298,27 @@ class AsyncLLM:
 
     @property
     def is_running(self) -> bool:
-        """Requests are taken; False for good once the engine has failed or was shut down."""
+        """False for good once the engine has failed or was shut down."""
         return self._dead is None
+
+    @property
+    def is_ready(self) -> bool:
+        """Requests are taken now; False for a while when an engine process is started again."""
+        return self._dead is None and self._front.engine.is_ready
+
+    @property
+    def facts(self) -> EngineFacts:
+        """The model's dimensions, the device, and where its memory goes."""
+        return self._front.engine.facts
+
+    def require_running(self) -> None:
+        """See that the engine has not stopped for good.
+
+        Raises:
+            EngineDeadError: why it has.
+        """
+        if self._dead is not None:
+            raise self._dead
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters by name, as of now; counters end in ``_total``."""
@@ -301,8 +343,7 @@ class AsyncLLM:
 
     async def _beside(self, work: Callable[[], T]) -> T:
         """Do something neither on the event loop nor on the engine's thread."""
-        if self._dead is not None:
-            raise self._dead
+        self.require_running()
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
     async def _process(
@@ -409,6 +450,14 @@ class AsyncLLM:
                 return
             if work is not None:
                 work()
+
+
+def _config(model: str, settings: EngineSettings) -> EngineConfig:
+    config = EngineConfig.from_flat({"model": model, **settings})
+    if config.media.media_workers is not None:
+        return config
+    # Strangers' pictures are decoded in processes that may die.
+    return replace(config, media=replace(config.media, media_workers=default_num_workers()))
 
 
 def _checked(given: P | None, kind: type[P], default: Callable[[], P]) -> P:

@@ -8,6 +8,7 @@
     │   ├── ContextLengthError  prompt and answer do not fit the context
     │   └── MediaError          a picture or an embedding cannot be used
     ├── RequestFailedError      one request failed through no fault of its own; an HTTP 500
+    ├── EngineRestartError      the engine process ended under a request and is started again; an HTTP 503
     └── EngineDeadError         the engine stopped; no further request can be served
 
 A message says what is wrong, what was given, what was expected, and what to do.
@@ -59,6 +60,10 @@ class MediaError(RequestError):
 
 class RequestFailedError(OpsinError):
     """One request failed inside the engine (for example, its logits were not finite)."""
+
+
+class EngineRestartError(OpsinError):
+    """The engine process has ended, and is being started again; ask again in a moment."""
 
 
 class EngineDeadError(OpsinError):

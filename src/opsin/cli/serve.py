@@ -78,9 +78,11 @@ def execute(args: argparse.Namespace) -> int:
     listener = listen(config)  # first: a busy port should not cost the loading of a model
     try:
         from opsin.async_llm import AsyncLLM
+        from opsin.engine.remote import Watch
         from opsin.server.app import create_app
 
-        with AsyncLLM(**settings) as engine:
+        watch = Watch(silence_s=config.engine_silence_s, step_s=config.engine_step_timeout_s)
+        with AsyncLLM.spawn(**settings, watch=watch) as engine:
             app = create_app(engine, config, model=settings.get("model", "demo"))
             listener.listen()  # what connects from here on waits its turn, so the banner is true when it is read
             print(banner(url_of(listener), config, app.state.server.names[0]), file=sys.stderr, flush=True)

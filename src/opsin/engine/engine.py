@@ -46,11 +46,14 @@ class Engine(Protocol):
         """``step`` wants to be called, even if nobody waits for an answer."""
         ...
 
-    def add(self, request: EngineRequest, sources: Sequence[MediaSource]) -> None:
-        """Queue a request.
+    def add(self, requests: Sequence[EngineRequest], sources: Sequence[MediaSource]) -> None:
+        """Queue the samples of one prompt, all or none.
+
+        Args:
+            sources: what the items of each request's ``media`` are made from.
 
         Raises:
-            RequestError: it could never run here.
+            RequestError: they could never run here. A remote engine tells so by updates.
             EngineDeadError, EngineRestartError: the engine takes none, for good or for now.
         """
         ...

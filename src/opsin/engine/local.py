@@ -48,13 +48,16 @@ class LocalEngine:
     def has_work(self) -> bool:
         return self.core.has_work
 
-    def add(self, request: EngineRequest, sources: Sequence[MediaSource]) -> None:
-        self.feeder.hold(request, sources)
-        try:
-            self.core.add(request)
-        except Exception:
-            self.feeder.release(request.request_id)
-            raise
+    def add(self, requests: Sequence[EngineRequest], sources: Sequence[MediaSource]) -> None:
+        for i, request in enumerate(requests):
+            self.feeder.hold(request, sources)
+            try:
+                self.core.add(request)
+            except Exception:
+                self.feeder.release(request.request_id)
+                for earlier in requests[:i]:
+                    self.core.abort(earlier.request_id)
+                raise
 
     def abort(self, request_id: str) -> None:
         self.core.abort(request_id)

@@ -107,13 +107,13 @@ def _add_gets(app: FastAPI, server: ServerState) -> None:
 
     @get("/ready")
     async def ready() -> Response:
-        """200: requests are taken; 503 once the server drains or the engine has stopped."""
-        return Response(status_code=200 if server.engine.is_running and not server.admission.is_draining else 503)
+        """200: requests are taken; 503 while the engine is started again, and once the server drains."""
+        return Response(status_code=200 if server.engine.is_ready and not server.admission.is_draining else 503)
 
     @get("/health")
     async def health() -> Response:
         """200: the engine runs; 503 otherwise."""
-        return Response(status_code=200 if server.engine.is_running else 503)
+        return Response(status_code=200 if server.engine.is_ready else 503)
 
     @get("/metrics")
     async def metrics() -> Response:

@@ -1,4 +1,4 @@
-"""What the server asks of an engine; ``AsyncLLM`` is one."""
+"""What the server asks of an engine; ``AsyncLLM`` is one, whose engine may be a process of its own."""
 
 from __future__ import annotations
 
@@ -80,4 +80,15 @@ class EngineClient(Protocol):
     def max_num_seqs(self) -> int: ...
 
     @property
-    def is_running(self) -> bool: ...
+    def is_running(self) -> bool:
+        """False once it has stopped for good."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """It takes requests now."""
+        ...
+
+    def require_running(self) -> None:
+        """Raise the ``EngineDeadError`` that it stopped with, if it has."""
+        ...

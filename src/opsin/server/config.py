@@ -22,6 +22,10 @@ class ServerConfig:
     )
     max_queue: int = setting(512, "Answers that wait beyond those that run; more are refused with 503.")
     drain_timeout_s: float = setting(30.0, "After SIGTERM, time for running requests to finish, in seconds.")
+    engine_silence_s: float = setting(
+        10.0, "An engine process that gives no sign of life for so long is killed and started again, in seconds."
+    )
+    engine_step_timeout_s: float = setting(300.0, "So is one that takes longer for a single step, in seconds.")
     max_body_bytes: int = setting(64 * 2**20, "Larger request bodies are refused.")
     enable_prompt_tokens_details: bool = setting(False, "Report cached and picture tokens in usage.")
     trust_request_chat_template: bool = setting(
@@ -35,7 +39,13 @@ class ServerConfig:
             raise ConfigError("api_key is empty; give a key, or leave the flag out.")
         if not all(self.served_model_name):
             raise ConfigError("served_model_name is empty; give a name, or leave the flag out.")
-        for name, low in (("max_queue", 0), ("drain_timeout_s", 0), ("max_body_bytes", 1)):
+        for name, low in (
+            ("max_queue", 0),
+            ("drain_timeout_s", 0),
+            ("engine_silence_s", 1),
+            ("engine_step_timeout_s", 1),
+            ("max_body_bytes", 1),
+        ):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from opsin.errors import EngineDeadError, OpsinError, RequestError, RequestFailedError
+from opsin.errors import EngineDeadError, EngineRestartError, OpsinError, RequestError, RequestFailedError
 
 
 class HTTPError(OpsinError):
@@ -61,12 +61,18 @@ class OverloadedError(HTTPError):
 
 
 class Row(NamedTuple):
-    """One line of the map. ``code`` None: the error's own, where it has one."""
+    """One line of the map.
+
+    Attributes:
+        code: None is the error's own, where it has one.
+        retry_after_s: told in a header, unless the error brings headers of its own; OpenAI's clients obey it.
+    """
 
     error: type[Exception]
     status: int
     type: str
     code: str | None
+    retry_after_s: int | None = None
 
 
 TABLE = (
@@ -79,6 +85,7 @@ TABLE = (
     Row(BodyTooLargeError, 413, "invalid_request_error", "request_too_large"),
     Row(EncodedBodyError, 415, "invalid_request_error", "unsupported_content_encoding"),
     Row(OverloadedError, 503, "service_unavailable_error", "server_is_overloaded"),
+    Row(EngineRestartError, 503, "service_unavailable_error", "engine_restarting", retry_after_s=5),
     Row(EngineDeadError, 503, "service_unavailable_error", "engine_stopped"),
     Row(RequestFailedError, 500, "server_error", "request_failed"),
     Row(Exception, 500, "server_error", "internal_error"),
@@ -121,4 +128,5 @@ def describe(error: BaseException, request_id: str) -> tuple[int, ErrorBody, dic
         message = _ADDRESS.sub("0x...", str(error))
     code = row.code or getattr(error, "code", None)
     body = ErrorBody(ErrorDetail(message, row.type, getattr(error, "param", None), code))
-    return row.status, body, getattr(error, "headers", {})
+    headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
+    return row.status, body, {**headers, **getattr(error, "headers", {})}

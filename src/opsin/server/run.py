@@ -80,17 +80,32 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
 
 
 def run(app: FastAPI, listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C, let what runs finish, and return."""
-    _DrainingServer(uvicorn_config(app), app.state.server).run(sockets=[listener])
+    """Serve until SIGTERM or Ctrl-C, let what runs finish, and return.
+
+    Raises:
+        EngineDeadError: the engine has stopped for good; everybody was told.
+    """
+    server = _DrainingServer(uvicorn_config(app), app.state.server)
+    server.run(sockets=[listener])
+    if not server.is_stopping:
+        app.state.server.engine.require_running()
 
 
 class _DrainingServer(uvicorn.Server):
-    """The first signal refuses new work and waits for the old; the second, or the deadline, ends that as well."""
+    """The first signal refuses new work and waits for the old; the second, or the deadline, ends that as well.
+
+    It ends by itself when the engine has stopped for good.
+    """
 
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
         self._state = state
         self._deadline_s: float | None = None
+
+    @property
+    def is_stopping(self) -> bool:
+        """It was asked to."""
+        return self._deadline_s is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -104,4 +119,6 @@ class _DrainingServer(uvicorn.Server):
                 return True
             if self._state.admission.num_admitted == 0:
                 return True
+        elif not self._state.engine.is_running and self._state.admission.num_admitted == 0:
+            return True
         return await super().on_tick(counter)

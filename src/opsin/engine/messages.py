@@ -1,0 +1,145 @@
+"""What the front and its engine process say to one another. Pictures go beside the messages, in shared memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from opsin.config import EngineConfig
+from opsin.engine.engine import EngineFacts
+from opsin.media.decode import AlphaMode
+from opsin.media.sniff import ImageHeader
+from opsin.media.source import EncodedPicture, PixelPicture
+from opsin.media.wire import allocate, map_memory
+from opsin.processing.embeddings import GivenFeatures
+from opsin.processing.prompts import MediaSource
+from opsin.types import EngineRequest, RequestUpdate
+
+
+class SourceHead(msgspec.Struct, frozen=True, array_like=True):
+    """One ``MediaSource`` but for its bytes, which lie behind one another in the memory that comes along."""
+
+    kind: Literal["encoded", "pixels", "features"]
+    num_bytes: int
+    digest: bytes
+    alpha: AlphaMode = "white"
+    header: ImageHeader | None = None
+    shape: tuple[int, ...] = ()
+    dtype: str = "uint8"
+    extras: Mapping[str, tuple[int, ...]] = {}
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """The first message: what to be. ``log_level`` is the front's."""
+
+    config: EngineConfig
+    log_level: int
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    """Run the samples of one prompt."""
+
+    requests: list[EngineRequest]
+    sources: list[SourceHead]
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """End a request."""
+
+    request_id: str
+
+
+ToEngine = Load | Add | Abort
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded."""
+
+    facts: EngineFacts
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """It is not. ``error`` is the name of the class in ``opsin.errors``."""
+
+    error: str
+    message: str
+
+
+class News(msgspec.Struct, frozen=True, tag=True):
+    """What steps did."""
+
+    updates: list[RequestUpdate]
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """The process is alive. Sent several times a second, by a thread that no step holds up.
+
+    Attributes:
+        step_begun_s: when the step that runs was begun, on the machine's monotonic clock.
+    """
+
+    step_begun_s: float | None
+    stats: dict[str, float]
+
+
+FromEngine = Loaded | LoadFailed | News | Beat
+
+
+def pack_sources(sources: Sequence[MediaSource]) -> tuple[list[SourceHead], int | None]:
+    """The sources' heads, and the descriptor of shared memory with their bytes; None where there are no sources.
+
+    Raises:
+        MediaError: a picture object cannot be converted to RGB.
+    """
+    heads: list[SourceHead] = []
+    parts: list[bytes | memoryview] = []
+    for source in sources:
+        data, head = _packed(source)
+        heads.append(head)
+        parts.append(data)
+    if not heads:
+        return [], None
+    descriptor, memory = allocate(max(1, sum(head.num_bytes for head in heads)))
+    with memory:
+        for part in parts:
+            memory.write(part)
+    return heads, descriptor
+
+
+def unpack_sources(heads: Sequence[SourceHead], descriptor: int | None) -> list[MediaSource]:
+    """What ``pack_sources`` packed; the descriptor is closed."""
+    if descriptor is None:
+        return []
+    try:
+        memory = map_memory(descriptor, max(1, sum(head.num_bytes for head in heads)))
+    finally:
+        os.close(descriptor)
+    with memory:  # copied out, since older Pythons keep a descriptor for as long as a mapping
+        return [_unpacked(head, memory.read(head.num_bytes)) for head in heads]
+
+
+def _packed(source: MediaSource) -> tuple[bytes | memoryview, SourceHead]:
+    if isinstance(source, EncodedPicture):
+        return source.data, SourceHead("encoded", len(source.data), source.digest, source.alpha, source.header)
+    if isinstance(source, PixelPicture):
+        array: np.ndarray[Any, Any] = np.asarray(source.decode())
+        head = SourceHead("pixels", array.nbytes, source.digest, source.alpha, shape=array.shape)
+    else:
+        array = source.data
+        shape, dtype = array.shape, str(array.dtype)
+        head = SourceHead("features", array.nbytes, source.digest, shape=shape, dtype=dtype, extras=source.extras)
+    return np.ascontiguousarray(array).data.cast("B"), head
+
+
+def _unpacked(head: SourceHead, data: bytes) -> MediaSource:
+    if head.kind == "encoded":
+        assert head.header is not None
+        return EncodedPicture(data, head.header, head.digest, head.alpha)
+    array = np.frombuffer(data, head.dtype).reshape(head.shape)
+    if head.kind == "pixels":
+        return PixelPicture(array, (head.shape[1], head.shape[0]), head.digest, head.alpha)
+    return GivenFeatures(array, head.digest, head.extras)

@@ -1,0 +1,30 @@
+"""The wiring of a front whose engine is a process of its own; ``build`` has that of one in a single process."""
+
+from __future__ import annotations
+
+from opsin.config import EngineConfig
+from opsin.engine.checkpoint import Checkpoint, find
+from opsin.engine.front import Front
+from opsin.engine.remote import RemoteEngine, Watch
+from opsin.processing.grammar import GrammarCompiler
+from opsin.processing.output import OutputProcessor
+
+
+def spawn_front(config: EngineConfig, watch: Watch) -> Front:
+    """Start the engine process, and open the tokenizer beside it.
+
+    Raises:
+        ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
+        EngineDeadError: the process ended while it loaded the model.
+    """
+    find(config.model)  # downloads, with its progress bars; and says at once what is not supported
+    engine = RemoteEngine(config, watch)
+    try:
+        checkpoint = Checkpoint.open(config)
+        engine.wait_until_loaded()
+        grammars = GrammarCompiler(checkpoint.tokenizer, engine.facts.spec.vocab_size)
+        inputs = checkpoint.processor(config, engine.facts, grammars)
+    except BaseException:
+        engine.close()
+        raise
+    return Front(engine, inputs, OutputProcessor(checkpoint.tokenizer), config.media, config.model.runner)
