@@ -26,10 +26,12 @@ from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
 from opsin.media.fetcher import Fetcher
 from opsin.media.pool import default_num_workers
-from opsin.outputs import PoolingRequestOutput, RequestOutput
+from opsin.outputs import PickOutput, PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing.chat import ChatOptions, MediaReference
 from opsin.processing.jinja import ContentFormat
+from opsin.processing.messages import as_choices
+from opsin.processing.messages import question as ask
 from opsin.processing.output import OutputKind
 from opsin.processing.processor import ProcessedRequest
 from opsin.processing.prompts import Prompt
@@ -190,12 +192,36 @@ class AsyncLLM:
         Raises:
             As ``generate``.
         """
-        processed = await self.prepare(prompt, _checked(pooling_params, PoolingParams, PoolingParams), request_id)
-        async with contextlib.aclosing(self.stream(processed, "final")) as stream:
-            async for output in stream:
-                assert isinstance(output, PoolingRequestOutput)
-                return output
-        raise EngineDeadError("The engine stopped before the request was answered.")
+        params = _checked(pooling_params, PoolingParams, PoolingParams)
+        return await self._pooled(await self.prepare(prompt, params, request_id))
+
+    async def pick(
+        self, images: Any, question: str, choices: Sequence[str], request_id: str | None = None
+    ) -> PickOutput:
+        """How probable each of some given answers is. Arguments as in ``LLM.pick``.
+
+        Raises:
+            As ``generate``.
+        """
+        return await self.pick_chat(ask(images, question), choices, request_id)
+
+    async def pick_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        choices: Sequence[str],
+        request_id: str | None = None,
+        *,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> PickOutput:
+        """``pick`` for one conversation; options as in ``prepare_chat``."""
+        params = PoolingParams(task="pick", choices=as_choices(choices))
+        processed = await self.prepare_chat(
+            messages, params, request_id, mm_processor_kwargs=mm_processor_kwargs, **options
+        )
+        output = (await self._pooled(processed)).outputs
+        assert isinstance(output, PickOutput)
+        return output
 
     # ------------------------------------------------- a request in two halves, for servers
 
@@ -340,6 +366,14 @@ class AsyncLLM:
         self._readers.shutdown(wait=False)  # what they still make is refused when it is posted
 
     # -------------------------------------------------------------------------- on the caller's side
+
+    async def _pooled(self, processed: ProcessedRequest) -> PoolingRequestOutput:
+        """The only output of a request that generates nothing."""
+        async with contextlib.aclosing(self.stream(processed, "final")) as stream:
+            async for output in stream:
+                assert isinstance(output, PoolingRequestOutput)
+                return output
+        raise EngineDeadError("The engine stopped before the request was answered.")
 
     async def _beside(self, work: Callable[[], T]) -> T:
         """Do something neither on the event loop nor on the engine's thread."""

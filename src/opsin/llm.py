@@ -23,7 +23,7 @@ from opsin.outputs import BeamSearchOutput, PickOutput, PoolingRequestOutput, Re
 from opsin.params import BeamSearchParams, PoolingParams, PoolingTask, SamplingParams
 from opsin.processing.chat import ChatOptions
 from opsin.processing.jinja import ContentFormat
-from opsin.processing.messages import as_conversation
+from opsin.processing.messages import as_choices, as_conversation
 from opsin.processing.messages import question as ask
 from opsin.processing.prompts import Prompt
 from opsin.processing.scoring import pairs
@@ -254,12 +254,12 @@ class LLM:
         Raises:
             RequestError, MediaError: what is wrong with the question, a choice or a picture.
         """
-        (output,) = self.pick_batch(
+        (output,) = self.pick_chat(
             [ask(images, question)], choices, use_tqdm=False, mm_processor_kwargs=mm_processor_kwargs
         )
         return output
 
-    def pick_batch(
+    def pick_chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         choices: Sequence[str] | Sequence[Sequence[str]],
@@ -397,14 +397,12 @@ def _conversations(messages: Any) -> list[Sequence[Message]]:
 
 def _choice_lists(choices: Any, count: int) -> list[Any]:
     """One list of choices per conversation."""
-    if not isinstance(choices, list | tuple) or not choices:
-        raise RequestError(f"choices must be a non-empty list, got {type(choices).__name__}.", param="choices")
-    given = cast("Sequence[Any]", choices)
-    if isinstance(given[0], str):
-        return [list(given)] * count
+    given: list[Any] = as_choices(choices)
+    if not given or isinstance(given[0], str):
+        return [given] * count
     if len(given) != count:
         raise RequestError(f"Got {len(given)} lists of choices for {count} conversations.", param="choices")
-    return list(given)
+    return [as_choices(each) for each in given]
 
 
 def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:

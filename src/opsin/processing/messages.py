@@ -28,6 +28,17 @@ def question(images: Any, text: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*_parts(images), {"type": "text", "text": text}]}]
 
 
+def as_choices(given: Any) -> list[Any]:
+    """A list of choices, which a bare string is not.
+
+    Raises:
+        RequestError: it is no list.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise RequestError(f"choices must be a list of texts, got {type(given).__name__}.", param="choices")
+    return list(given)
+
+
 def as_conversation(item: Any) -> list[dict[str, Any]] | None:
     """The conversation that stands for an item whose vector is wanted; None for an item that is a prompt.
 
