@@ -122,15 +122,22 @@ class MediaConfig:
     mm_processor_kwargs: Mapping[str, Any] = setting(
         None, "Settings of the model's picture processor (JSON).", factory=dict
     )
+    media_io_kwargs: Mapping[str, Mapping[str, Any]] = setting(
+        None, "Which frames of a video to take: {'video': {'num_frames': 32, 'fps': 2}} (JSON).", factory=dict
+    )
     allowed_local_media_path: str | None = setting(None, "Folder whose files may be named by file: URLs.")
     allowed_media_domains: tuple[str, ...] = setting((), "Hosts that http(s) URLs may name; all public ones if empty.")
     allow_private_media_hosts: bool = setting(False, "Let http(s) URLs reach loopback and private addresses.")
     image_fetch_timeout_s: float = setting(5.0, "Total time to fetch one picture, in seconds.")
+    video_fetch_timeout_s: float = setting(30.0, "Total time to fetch one video, in seconds.")
     media_workers: int | None = setting(
         None, "Processes that decode and resize; by default by cores and load, 0 for in-process."
     )
-    media_decode_timeout_s: float = setting(30.0, "A worker that takes longer for one picture is killed, in seconds.")
+    media_decode_timeout_s: float = setting(
+        30.0, "A worker that takes longer for one picture or video is killed, in seconds."
+    )
     max_image_pixels: int = setting(178_956_970, "Larger pictures are refused before they are decoded.")
+    max_video_frames: int = setting(768, "Videos of which more frames would be taken are refused.")
     max_media_bytes: int = setting(256 * 2**20, "Larger files are refused.")
     max_request_pixels: int | None = setting(None, "Most pixels of all pictures of one conversation together.")
     max_request_media_bytes: int | None = setting(None, "Most bytes of all pictures of one conversation together.")
@@ -143,6 +150,8 @@ class MediaConfig:
             _require(modality in ("image", "video"), "limit_mm_per_prompt", modality, "keyed by 'image' or 'video'")
             _require(isinstance(count, int) and count >= 0, f"limit_mm_per_prompt[{modality!r}]", count, "0 or more")
         _require(self.image_fetch_timeout_s > 0, "image_fetch_timeout_s", self.image_fetch_timeout_s, "above 0")
+        _require(self.video_fetch_timeout_s > 0, "video_fetch_timeout_s", self.video_fetch_timeout_s, "above 0")
+        _require(self.max_video_frames >= 1, "max_video_frames", self.max_video_frames, "at least 1")
         _require(self.media_decode_timeout_s > 0, "media_decode_timeout_s", self.media_decode_timeout_s, "above 0")
         workers = self.media_workers
         _require(workers is None or workers >= 0, "media_workers", workers, "0 or more")
@@ -261,13 +270,16 @@ class EngineSettings(TypedDict, total=False):
     pipeline_depth: int | None
     limit_mm_per_prompt: Mapping[str, int]
     mm_processor_kwargs: Mapping[str, Any]
+    media_io_kwargs: Mapping[str, Mapping[str, Any]]
     allowed_local_media_path: str | None
     allowed_media_domains: tuple[str, ...]
     allow_private_media_hosts: bool
     image_fetch_timeout_s: float
+    video_fetch_timeout_s: float
     media_workers: int | None
     media_decode_timeout_s: float
     max_image_pixels: int
+    max_video_frames: int
     max_media_bytes: int
     max_request_pixels: int | None
     max_request_media_bytes: int | None

@@ -6,7 +6,8 @@ compute, bit for bit. Pillow's shortcuts (JPEG draft mode, ``reducing_gap``) are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -51,14 +52,36 @@ def output_size(ops: Sequence[PixelOp], width: int, height: int) -> tuple[int, i
     return width, height
 
 
+def distinct(frames: Sequence[int]) -> list[int]:
+    """A plan's frames without those that repeat the one before them."""
+    return [frame for frame, _ in itertools.groupby(frames)]
+
+
+def make_frames(pictures: Iterable[Image.Image], plan: PixelPlan, out: PixelArray) -> None:
+    """Fill ``out``, flat uint8 of ``plan.num_bytes``, with the tiles of every frame of the plan.
+
+    Args:
+        pictures: of the plan's ``distinct`` frames.
+
+    Raises:
+        MediaError: ``image_parse_error``: one has not the size that the plan was made for.
+    """
+    parts = out.reshape(len(plan.frames), -1)
+    supply = iter(pictures)
+    for i, frame in enumerate(plan.frames):
+        if i and frame == plan.frames[i - 1]:
+            parts[i] = parts[i - 1]
+        else:
+            make_tiles(next(supply), plan, parts[i])
+
+
 def make_tiles(picture: Image.Image, plan: PixelPlan, out: PixelArray) -> None:
-    """Fill ``out``, flat uint8 of ``plan.num_bytes``, with the tiles of every view of one picture.
+    """Fill ``out``, flat uint8, with the tiles of every view of one picture, or of one frame.
 
     Raises:
         MediaError: ``image_parse_error``: the picture has not the size that the plan was made for.
     """
     assert picture.mode == "RGB", picture.mode
-    assert plan.frames == (0,), plan.frames
     check_size(picture, plan.width, plan.height)
     start = 0
     for view in plan.views:

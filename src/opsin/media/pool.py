@@ -26,8 +26,10 @@ import numpy as np
 
 from opsin.config import MediaConfig
 from opsin.errors import MediaError, OpsinError, RequestFailedError
-from opsin.media.ops import PixelArray
+from opsin.media.clips import EncodedVideo, VideoSource
+from opsin.media.ops import PixelArray, distinct
 from opsin.media.source import EncodedPicture, PictureSource
+from opsin.media.spawn import START_TIMEOUT_S, start_worker
 from opsin.media.wire import Job, Reply, allocate, carry_out, receive, send
 from opsin.types import PixelPlan
 
@@ -38,23 +40,7 @@ INLINE_PIXELS = 8_000_000
 
 MAX_PENDING = 1024
 _COPY_BELOW_BYTES = 2**22
-_START_TIMEOUT_S = 60.0
 _MAX_FAILED_STARTS = 3
-
-# Threads are of no use to a worker. glibc gives a picture's memory back to the kernel as soon as it is freed, and the
-# page faults of the next picture then cost as much as decoding it; these thresholds keep 128 MiB for it.
-_WORKER_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-    "MALLOC_TRIM_THRESHOLD_": str(2**27),
-}
-
-# Workers search for modules exactly where this process does, whatever set its path.
-_BOOTSTRAP = (
-    "import sys; sys.path[:] = sys.argv[4:]; from opsin.media import worker; "
-    "worker.main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))"
-)
 
 
 class Finished(NamedTuple):
@@ -68,8 +54,13 @@ class Finished(NamedTuple):
 @dataclass(slots=True, eq=False)
 class _Task:
     job_id: Hashable
-    source: PictureSource
+    source: PictureSource | VideoSource
     plan: PixelPlan
+
+    @property
+    def num_pixels(self) -> int:
+        """Of the source: what decoding costs."""
+        return self.plan.width * self.plan.height * len(self.plan.frames)
 
 
 @dataclass(slots=True, eq=False)
@@ -112,9 +103,8 @@ class MediaPool:
                 (``loop.call_soon_threadsafe``, say).
             max_pending: most jobs that may be submitted and not yet collected.
         """
+        self._config = config
         self._timeout_s = config.media_decode_timeout_s
-        # Decoded twice over (RGBA and RGB at 4 bytes a pixel), turned and resized, with room for the libraries.
-        self._max_memory_bytes = 16 * config.max_image_pixels + 2**31
         self._may_run_inline = not config.media_workers  # None or 0
         self._max_workers = default_num_workers() if config.media_workers is None else config.media_workers
         self._on_finished = on_finished
@@ -154,8 +144,8 @@ class MediaPool:
         """Process ids of the workers that run now."""
         return [worker.process.pid for worker in list(self._workers)]
 
-    def submit(self, job_id: Hashable, source: PictureSource, plan: PixelPlan) -> None:
-        """Queue one picture.
+    def submit(self, job_id: Hashable, source: PictureSource | VideoSource, plan: PixelPlan) -> None:
+        """Queue one picture or video.
 
         Raises:
             RequestFailedError: ``max_pending`` jobs are waiting already.
@@ -169,7 +159,7 @@ class MediaPool:
                 raise RequestFailedError(f"{self.num_pending} pictures wait to be decoded already; try again later.")
             self._tasks[job_id] = task
             if self._goes_inline(task):
-                self._inline_pixels += plan.width * plan.height
+                self._inline_pixels += task.num_pixels
                 self._inline().put(task)
             else:
                 self._queue.append(task)
@@ -225,8 +215,9 @@ class MediaPool:
     def _goes_inline(self, task: _Task) -> bool:
         if self._max_workers == 0:
             return True
-        pixels = task.plan.width * task.plan.height
-        return self._may_run_inline and not self._workers and self._inline_pixels + pixels <= INLINE_PIXELS
+        if isinstance(task.source, EncodedVideo):  # long work for a C library
+            return False
+        return self._may_run_inline and not self._workers and self._inline_pixels + task.num_pixels <= INLINE_PIXELS
 
     def _inline(self) -> queue.SimpleQueue[_Task | None]:
         if self._inline_queue is None:
@@ -272,12 +263,14 @@ class MediaPool:
             if self._tasks.get(task.job_id) is task:
                 try:
                     pixels = np.empty(task.plan.num_bytes, np.uint8)
-                    self._conclude(task, pixels, carry_out(task.source.decode, task.plan, pixels))
+                    frames = distinct(task.plan.frames)
+                    reply = carry_out(lambda task=task, frames=frames: task.source.frames(frames), task.plan, pixels)
+                    self._conclude(task, pixels, reply)
                 except Exception:
                     logger.exception("A picture could not be processed")
                     self._finish(task, None, RequestFailedError("The picture could not be processed."))
             with self._changed:
-                self._inline_pixels -= task.plan.width * task.plan.height
+                self._inline_pixels -= task.num_pixels
 
     # ------------------------------------------------------------------------------------ on the dispatcher
 
@@ -303,7 +296,7 @@ class MediaPool:
                 os.eventfd_read(key.fd)
         now = time.monotonic()
         for worker in [worker for worker in self._workers if not worker.idle and worker.deadline <= now]:
-            self._bury(selector, worker, f"Decoding the picture timed out after {self._timeout_s:g} s.")
+            self._bury(selector, worker, f"Decoding the {{noun}} timed out after {self._timeout_s:g} s.")
 
     def _assign(self, selector: selectors.BaseSelector) -> None:
         """Give queued tasks to idle workers; start a process for every one that is left, up to the limit."""
@@ -319,29 +312,20 @@ class MediaPool:
             self._start_worker(selector)
 
     def _start_worker(self, selector: selectors.BaseSelector) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            arguments = [str(theirs.fileno()), str(self._timeout_s), str(self._max_memory_bytes)]
-            process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, *arguments, *sys.path],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C in a terminal is for the engine to handle
-                env={**os.environ, **_WORKER_ENVIRONMENT},
-            )
-        ours.settimeout(_START_TIMEOUT_S)  # messages are small; a worker that stops inside one is broken
-        worker = _Worker(process, ours, deadline=time.monotonic() + _START_TIMEOUT_S)
+        process, connection = start_worker(self._config)
+        worker = _Worker(process, connection, deadline=time.monotonic() + START_TIMEOUT_S)
         self._workers.append(worker)
-        selector.register(ours, selectors.EVENT_READ, worker)
+        selector.register(connection, selectors.EVENT_READ, worker)
 
     def _give(self, selector: selectors.BaseSelector, worker: _Worker, task: _Task) -> None:
         source = task.source
-        if isinstance(source, EncodedPicture):
-            data, header = source.data, source.header
+        picture = source.header if isinstance(source, EncodedPicture) else None
+        video = source.header if isinstance(source, EncodedVideo) else None
+        if isinstance(source, EncodedPicture | EncodedVideo):
+            data = source.data
         else:
             try:
-                data, header = source.decode().tobytes(), None
+                data = b"".join(frame.tobytes() for frame in source.frames(distinct(task.plan.frames)))
             except MediaError as error:
                 self._finish(task, None, MediaError(str(error), code=error.code))
                 return
@@ -353,7 +337,9 @@ class MediaPool:
             source_memory.close()
             tiles_descriptor, tiles_memory = allocate(task.plan.num_bytes)
             descriptors.append(tiles_descriptor)
-            send(worker.connection, Job(task.plan, header, source.alpha, len(data)), descriptors)
+            alpha = source.alpha if isinstance(source, EncodedPicture) else "white"
+            job = Job(task.plan, picture, video, alpha, len(data))
+            send(worker.connection, job, descriptors)
         except (ConnectionError, TimeoutError):  # it died before it was given the job
             self._discard(selector, worker)
             self._put_back(task)
@@ -380,7 +366,7 @@ class MediaPool:
                 self._put_back(task)
             return
         except (EOFError, OSError, msgspec.MsgspecError):
-            self._bury(selector, worker, "The decoder died on this picture.")
+            self._bury(selector, worker, "The decoder died on this {noun}.")
             return
         if not worker.ready:
             worker.ready = True
@@ -400,7 +386,9 @@ class MediaPool:
         """Remove a worker that died or is to die, and fail what it was doing. ``_assign`` replaces it."""
         self._discard(selector, worker)
         if worker.task is not None:
-            self._finish(worker.task, None, MediaError(reason, code="image_parse_error"))
+            noun = worker.task.source.noun
+            code = "video_parse_error" if noun == "video" else "image_parse_error"
+            self._finish(worker.task, None, MediaError(reason.format(noun=noun), code=code))
         elif not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:

@@ -9,8 +9,9 @@ import hashlib
 import os
 import stat
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,8 @@ class EncodedPicture:
         digest: BLAKE2b-256 of the bytes; equal digests mean equal pictures, whatever form they came in.
     """
 
+    noun: ClassVar[Literal["picture", "video"]] = "picture"
+
     data: bytes
     header: ImageHeader
     digest: bytes
@@ -51,6 +54,10 @@ class EncodedPicture:
         """
         return decode_rgb(self.data, self.header, self.alpha)
 
+    def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        """The picture as a video of one frame."""
+        return (self.decode() for _ in indices)
+
 
 @dataclass(frozen=True, slots=True)
 class PixelPicture:
@@ -59,6 +66,8 @@ class PixelPicture:
     Attributes:
         digest: BLAKE2b-256 of everything that decides the pixels: mode, size, palette and transparency, or shape.
     """
+
+    noun: ClassVar[Literal["picture", "video"]] = "picture"
 
     pixels: Image.Image | npt.NDArray[np.uint8]
     size: tuple[int, int]
@@ -77,6 +86,10 @@ class PixelPicture:
             rgb = Image.fromarray(_array_to_rgb(self.pixels, self.alpha))
         check_size(rgb, *self.size)
         return rgb
+
+    def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        """The picture as a video of one frame."""
+        return (self.decode() for _ in indices)
 
 
 PictureSource = EncodedPicture | PixelPicture

@@ -11,7 +11,7 @@ import mmap
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -19,8 +19,9 @@ from PIL import Image
 
 from opsin.errors import MediaError
 from opsin.media.decode import AlphaMode
-from opsin.media.ops import PixelArray, make_tiles
+from opsin.media.ops import PixelArray, make_frames
 from opsin.media.sniff import ImageHeader
+from opsin.media.video import VideoFormat, VideoHeader
 from opsin.types import PixelPlan
 
 T = TypeVar("T")
@@ -28,36 +29,51 @@ T = TypeVar("T")
 _MAX_MESSAGE_BYTES = 2**24
 
 
-class Job(msgspec.Struct, frozen=True, array_like=True):
+class Job(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Make the plan's tiles. Two descriptors come beside it: the source's memory, and the tiles'.
 
     Attributes:
-        header: of encoded bytes; None where the source is raw RGB of the plan's size.
+        picture: the header of an encoded picture; likewise ``video``. Without either, the source is raw RGB of the
+            plan's size, one distinct frame after the other.
         num_bytes: the source's.
     """
 
     plan: PixelPlan
-    header: ImageHeader | None
+    picture: ImageHeader | None
+    video: VideoHeader | None
     alpha: AlphaMode
     num_bytes: int
 
 
+class Probe(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Read a video's header. One descriptor comes beside it: the video's memory, of ``num_bytes``."""
+
+    format: VideoFormat
+    max_pixels: int
+    num_bytes: int
+
+
 class Reply(msgspec.Struct, frozen=True, array_like=True):
-    """The tiles are written, or what is wrong with the picture. A worker's first one says that it is ready."""
+    """It is done, or what is wrong with the picture or video. A worker's first one says that it is ready."""
 
     error: str | None = None
     code: str | None = None
+    header: VideoHeader | None = None
 
 
-def carry_out(decode: Callable[[], Image.Image], plan: PixelPlan, out: PixelArray) -> Reply:
-    """Decode and cut one picture; whatever is wrong with it comes back as text, so that no traceback holds pixels."""
+def carry_out(decode: Callable[[], Iterable[Image.Image]], plan: PixelPlan, out: PixelArray) -> Reply:
+    """Decode and cut one item; whatever is wrong with it comes back as text, so that no traceback holds pixels."""
+    return replying(lambda: make_frames(decode(), plan, out))
+
+
+def replying(work: Callable[[], VideoHeader | None]) -> Reply:
+    """Do something; what it returns, or what is wrong."""
     try:
-        make_tiles(decode(), plan, out)
+        return Reply(header=work())
     except MediaError as error:
         return Reply(str(error), error.code)
     except MemoryError:
-        return Reply("There is not enough memory to decode the picture.", "image_too_large")
-    return Reply()
+        return Reply("There is not enough memory to decode it.", "image_too_large")
 
 
 def send(connection: socket.socket, message: msgspec.Struct, descriptors: Sequence[int] = ()) -> None:

@@ -13,13 +13,16 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from typing import IO, cast
 
 import numpy as np
 from PIL import Image
 
 from opsin.media.decode import decode_rgb
-from opsin.media.wire import Job, Reply, carry_out, map_memory, receive, send
+from opsin.media.ops import distinct
+from opsin.media.video import decode_frames, read_video_header
+from opsin.media.wire import Job, Probe, Reply, carry_out, map_memory, receive, replying, send
 
 
 def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
@@ -37,12 +40,12 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
         send(connection, Reply())
         while True:
             try:
-                job, descriptors = receive(connection, Job, 2)
+                job, descriptors = receive(connection, cast("type[Job | Probe]", Job | Probe), 2)
             except (EOFError, ConnectionError):
                 return
             # The pool's own deadline comes first; should the pool be gone, the kernel ends this process.
             signal.setitimer(signal.ITIMER_REAL, 2 * deadline_s)
-            reply = _run(job, descriptors)
+            reply = _run(job, descriptors) if isinstance(job, Job) else _probe(job, descriptors)
             signal.setitimer(signal.ITIMER_REAL, 0)
             gc.collect()  # Pillow's failures leave cycles that hold whole pictures
             try:
@@ -60,12 +63,25 @@ def _run(job: Job, descriptors: list[int]) -> Reply:
         for descriptor in descriptors:
             os.close(descriptor)
 
-    def decode() -> Image.Image:
-        if job.header is None:
-            return Image.fromarray(np.frombuffer(source, np.uint8).reshape(job.plan.height, job.plan.width, 3))
-        return decode_rgb(cast(IO[bytes], source), job.header, job.alpha)
+    def decode() -> Iterator[Image.Image]:
+        if job.video is not None:
+            yield from decode_frames(cast(IO[bytes], source), job.video, distinct(job.plan.frames))
+        elif job.picture is not None:
+            yield decode_rgb(cast(IO[bytes], source), job.picture, job.alpha)
+        else:
+            for frame in np.frombuffer(source, np.uint8).reshape(-1, job.plan.height, job.plan.width, 3):
+                yield Image.fromarray(frame)
 
     return carry_out(decode, job.plan, tiles)
+
+
+def _probe(job: Probe, descriptors: list[int]) -> Reply:
+    try:
+        source = mmap.mmap(descriptors[0], job.num_bytes, access=mmap.ACCESS_READ)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return replying(lambda: read_video_header(cast(IO[bytes], source), job.format, max_pixels=job.max_pixels))
 
 
 if __name__ == "__main__":
