@@ -358,6 +358,10 @@ class AsyncLLM:
         """What ``generate`` uses when it is given none."""
         return self._front.inputs.default_sampling_params()
 
+    def get_chat_template(self, *, tools: bool = False) -> str | None:
+        """The model's chat template; ``tools`` asks for the one that shows tools, where there are two."""
+        return self._front.inputs.chat_template(tools=tools)
+
     def shutdown(self) -> None:
         """Abort what runs, stop the thread and the media workers, and free the device's memory."""
         self._post(None)

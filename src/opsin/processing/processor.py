@@ -116,6 +116,10 @@ class InputProcessor:
         found["max_tokens"] = self._generation_config.get("max_new_tokens")
         return SamplingParams(**{name: value for name, value in found.items() if value is not None})
 
+    def chat_template(self, *, tools: bool = False) -> str | None:
+        """The text of the template that conversations are rendered with, with or without tools."""
+        return self._template_sources[tools]
+
     def read(self, prompt: Any) -> Prompt:
         """Read a ``PromptType`` and open its media.
 

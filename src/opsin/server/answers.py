@@ -64,12 +64,29 @@ class PromptTokenLogprob(msgspec.Struct):
 PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]
 
 
-class ChatMessage(msgspec.Struct):
-    """An answer."""
+class FunctionCall(msgspec.Struct):
+    """Which function, and its arguments as the text of a JSON object."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class ToolCallAnswer(msgspec.Struct):
+    """A call that the model asks for; ``index`` is told in streams alone."""
+
+    id: str
+    function: FunctionCall
+    index: int | UnsetType = UNSET
+    type: Literal["function"] = "function"
+
+
+class ChatMessage(msgspec.Struct):
+    """An answer; ``content`` is None where it consists of tool calls."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -99,6 +116,7 @@ class ChatDelta(msgspec.Struct):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):

@@ -31,6 +31,7 @@ from opsin.server.requests import (
 )
 from opsin.server.state import ServerState
 from opsin.server.tokens import detokenize, tokenize
+from opsin.server.tools import tool_parser_name
 from opsin.server.transport import json_response
 
 Handler = Callable[[HTTPRequest, ServerState], Awaitable[Response]]
@@ -58,6 +59,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         metrics=Metrics((config.served_model_name or (model,))[0]),
         names=config.served_model_name or (model,),
         root=model,
+        tool_parser=tool_parser_name(config, engine.get_chat_template(tools=True)),
     )
     app = FastAPI(title="opsin", version=opsin.__version__, description=(opsin.__doc__ or "").strip(), redoc_url=None)
     app.state.server = server

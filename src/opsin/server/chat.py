@@ -26,6 +26,7 @@ from opsin.server.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.requests import ChatCompletionRequest
 from opsin.server.sampling import refuse_unsupported, sampling_params
 from opsin.server.state import ServerState, blame
+from opsin.server.tools import CallCollector, ToolUse, tool_use
 
 
 async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Response:
@@ -33,16 +34,22 @@ async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Resp
     request = await server.read(http, ChatCompletionRequest)
     refuse_unsupported(request)
     params = sampling_params(request, server.engine.get_default_sampling_params())
+    use = tool_use(request, server.tool_parser)
+    use.apply_to(params)
     name = server.name_of(http, request, "chatcmpl")
 
     async def prepare() -> list[ProcessedRequest]:
-        return [await server.prepare_chat(name, request, request.messages, params, add_generation_prompt=True)]
+        return [
+            await server.prepare_chat(
+                name, request, request.messages, params, add_generation_prompt=True, tools=use.tools
+            )
+        ]
 
     with blame("messages"):  # a picture that turns out to be broken when it is decoded, if it is not known which
         return await respond(
             http,
             server,
-            _ChatForm(name, server.names[0], params.n, params.logprobs),
+            _ChatForm(name, server.names[0], params.n, params.logprobs, use),
             prepare,
             num_answers=params.n,
             stream=bool(request.stream),
@@ -55,13 +62,16 @@ class _ChatForm:
 
     Args:
         top: alternatives to tell per token; None tells no log-probabilities.
+        use: how the answers are read for tool calls.
     """
 
-    def __init__(self, name: str, model: str, n: int, top: int | None) -> None:
+    def __init__(self, name: str, model: str, n: int, top: int | None, use: ToolUse) -> None:
         self._name = name
         self._model = model
         self._n = n
         self._top = top
+        self._use = use
+        self._collectors = [CallCollector(use) for _ in range(n)] if use.new_parser is not None else []
         self._created = int(time.time())
 
     def opening(self) -> list[ChatChunk]:
@@ -72,14 +82,33 @@ class _ChatForm:
         choices = [
             ChatChunkChoice(
                 answer.index,
-                ChatDelta(content=answer.text),
+                self._delta(answer),
                 self._logprobs(answer),
-                answer.finish_reason,
+                self._finish_reason(answer),
                 UNSET if answer.finish_reason is None else answer.stop_reason,
             )
             for answer in output.outputs
         ]
         return self._chunk(choices, usage)
+
+    def _delta(self, answer: CompletionOutput) -> ChatDelta:
+        if not self._collectors:
+            return ChatDelta(content=answer.text)
+        content, calls = self._collectors[answer.index].take(answer.text, answer.finish_reason is not None)
+        return ChatDelta(content=content or UNSET, tool_calls=calls or UNSET)
+
+    def _message(self, answer: CompletionOutput) -> ChatMessage:
+        if not self._collectors:
+            return ChatMessage(answer.text)
+        content, calls = self._collectors[answer.index].take(answer.text, ended=True)
+        for call in calls:
+            call.index = UNSET
+        return ChatMessage(content if content or not calls else None, tool_calls=calls or UNSET)
+
+    def _finish_reason(self, answer: CompletionOutput) -> str | None:
+        """As the answer says, but for calls; asked after its text was taken."""
+        calls = bool(self._collectors) and self._collectors[answer.index].num_calls > 0
+        return self._use.finish_reason if calls and answer.finish_reason == "stop" else answer.finish_reason
 
     def closing(self, usage: Usage) -> ChatChunk:
         return self._chunk([], usage)
@@ -89,9 +118,9 @@ class _ChatForm:
         choices = [
             ChatChoice(
                 answer.index,
-                ChatMessage(answer.text),
+                self._message(answer),
                 self._logprobs(answer),
-                answer.finish_reason,
+                self._finish_reason(answer),
                 answer.stop_reason,
             )
             for answer in output.outputs

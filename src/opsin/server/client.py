@@ -65,6 +65,10 @@ class EngineClient(Protocol):
         """What the checkpoint's generation_config.json asks for."""
         ...
 
+    def get_chat_template(self, *, tools: bool = False) -> str | None:
+        """The model's chat template; ``tools`` asks for the one that shows tools, where there are two."""
+        ...
+
     def stats(self) -> dict[str, float]:
         """Gauges, and counters whose names end in ``_total``."""
         ...

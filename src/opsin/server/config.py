@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from typing import Literal
 
 from opsin.config import setting
 from opsin.errors import ConfigError
@@ -30,6 +31,13 @@ class ServerConfig:
     enable_prompt_tokens_details: bool = setting(False, "Report cached and picture tokens in usage.")
     trust_request_chat_template: bool = setting(
         False, "Let requests bring a chat_template; a template is a program, so only for callers that you trust."
+    )
+
+    tool_call_parser: Literal["auto", "hermes", "mistral"] = setting(
+        "auto", "How the model writes tool calls by itself; 'auto' reads it from the chat template."
+    )
+    enable_auto_tool_choice: bool = setting(
+        True, "Let the model decide whether to call a tool (tool_choice 'auto', the default where tools are given)."
     )
 
     def __post_init__(self) -> None:

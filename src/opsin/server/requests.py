@@ -100,6 +100,9 @@ class ChatCompletionRequest(SamplingRequest, kw_only=True):
         messages: the conversation; content is text or a list of text and picture parts.
         max_completion_tokens: longest answer; ``max_tokens`` is its former name. By default what the context holds.
         logprobs: tell every token's log-probability, and those of ``top_logprobs`` alternatives.
+        tools: functions that the model may ask to be called.
+        tool_choice: "none", "auto", "required", or the one that must be called.
+        parallel_tool_calls: false keeps the first call of an answer alone.
     """
 
     messages: list[dict[str, Any]]
@@ -108,6 +111,7 @@ class ChatCompletionRequest(SamplingRequest, kw_only=True):
     top_logprobs: int | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     modalities: list[str] | None = None

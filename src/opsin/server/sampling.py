@@ -36,14 +36,8 @@ def refuse_unsupported(request: SamplingRequest) -> None:
     for name in _NOT_YET:
         if _is_set(getattr(request, name, None)):
             raise RequestError(f"{name} is not supported yet; leave it out.", param=name)
-    if isinstance(request, ChatCompletionRequest):
-        if request.tool_choice not in (None, "none", "auto") or (request.tools and request.tool_choice != "none"):
-            raise RequestError(
-                "Tools are not supported yet; leave them out, or send tool_choice 'none'.",
-                param="tools" if request.tools else "tool_choice",
-            )
-        if request.modalities not in (None, [], ["text"]):
-            raise RequestError("Only the modality 'text' can be produced.", param="modalities")
+    if isinstance(request, ChatCompletionRequest) and request.modalities not in (None, [], ["text"]):
+        raise RequestError("Only the modality 'text' can be produced.", param="modalities")
     if isinstance(request, CompletionRequest) and request.best_of not in (None, request.n or 1):
         raise RequestError("best_of is not supported yet; leave it out, or let it equal n.", param="best_of")
     if request.stream_options is not None and not request.stream:

@@ -34,6 +34,7 @@ class ServerState:
         names: what the model goes by; the first is told in answers.
         root: what the engine calls it.
         created: when the server started, in Unix time.
+        tool_parser: the form in which the model writes tool calls by itself, where it is known.
     """
 
     engine: EngineClient
@@ -44,6 +45,7 @@ class ServerState:
     root: str
     created: int = field(default_factory=lambda: int(time.time()))
     counter: itertools.count[int] = field(default_factory=itertools.count)
+    tool_parser: str | None = None
 
     async def read(self, http: HTTPRequest, kind: type[T]) -> T:
         """Read and decode a body, and see that it asks for the model that is here.
@@ -81,6 +83,7 @@ class ServerState:
         params: SamplingParams | PoolingParams,
         *,
         add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> ProcessedRequest:
         """Render a conversation, fetch its pictures and check it all.
 
@@ -97,6 +100,7 @@ class ServerState:
                 priority=request.priority or 0,
                 chat_template=request.chat_template,
                 chat_template_kwargs=request.chat_template_kwargs,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt and not continues if given is None else given,
                 continue_final_message=continues,
                 mm_processor_kwargs=request.mm_processor_kwargs,
