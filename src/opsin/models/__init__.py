@@ -40,12 +40,16 @@ def _family(architecture: str, folder: str, name: str) -> Family:
 
 
 MODELS: tuple[Family, ...] = (
+    _family("Idefics3ForConditionalGeneration", "idefics3", "Idefics3"),
     _family("InternVLForConditionalGeneration", "internvl", "InternVL"),
     _family("LlavaForConditionalGeneration", "llava", "Llava"),
     _family("LlavaNextForConditionalGeneration", "llava_next", "LlavaNext"),
     _family("LlavaOnevisionForConditionalGeneration", "llava_onevision", "LlavaOnevision"),
+    _family("MiniCPMV", "minicpmv", "MiniCPMV"),
+    _family("Phi3VForCausalLM", "phi3_v", "Phi3V"),
     _family("Qwen2VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
     _family("Qwen2_5_VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
+    _family("SmolVLMForConditionalGeneration", "idefics3", "Idefics3"),
 )
 
 
