@@ -54,7 +54,7 @@ class ToolUse:
         if self.constraint is not None:
             if params.structured_outputs is not None:
                 raise RequestError(
-                    "tool_choice demands a call, and another field another form; an answer can follow only one of them.",
+                    "tool_choice demands a call, and another field another form; an answer can follow only one.",
                     param="tool_choice",
                 )
             params.structured_outputs = self.constraint
