@@ -38,8 +38,7 @@ _CLOSE_S = 5.0
 
 # The process searches for modules exactly where this one does, whatever set its path.
 _BOOTSTRAP = (
-    "import sys; sys.path[:] = sys.argv[2:]; from opsin.engine import process; "
-    "sys.exit(process.main(int(sys.argv[1])))"
+    "import sys; sys.path[:] = sys.argv[2:]; from opsin.engine import process; sys.exit(process.main(int(sys.argv[1])))"
 )
 
 _decoder = msgspec.msgpack.Decoder(FromEngine)
@@ -138,7 +137,7 @@ class RemoteEngine:
     def wake(self) -> None:
         try:
             os.eventfd_write(self._news, 1)
-        except OSError:  # closed
+        except (OSError, ValueError):  # closed
             return
 
     def stats(self) -> dict[str, float]:
