@@ -24,6 +24,9 @@ from opsin.models import resolve
 from opsin.models.hub import find_model
 from opsin.models.load import load_model
 from opsin.models.rule import PixelNorm, Positions
+from opsin.params import SamplingParams
+from opsin.processing.processor import InputProcessor
+from opsin.processing.tokenizer import Tokenizer
 from opsin.runner.executor import Pixels
 from opsin.runner.vision import tiles_on_device
 from opsin.types import MediaItem, MediaLayout
@@ -37,12 +40,13 @@ NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 class Row:
     """One sequence: its tokens, the features of its placeholders in order, and the blocks it holds.
 
-    ``positions`` are the prompt's, where they are not 0, 1, 2, ...
+    ``positions`` are the prompt's, where they are not 0, 1, 2, ...; in ``bidirectional`` ranges tokens see one another.
     """
 
     ids: list[int]
     features: torch.Tensor | None = None
     positions: Positions | None = None
+    bidirectional: list[tuple[int, int]] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     done: int = 0
 
@@ -51,6 +55,15 @@ class Row:
             return index
         known = self.positions.axes[axis]
         return known[index] if index < len(known) else index + self.positions.delta
+
+    def chunk(self, size: int) -> int:
+        """How many tokens to run next: ``size``, more where that would cut a range, or all that are left."""
+        end = min(self.done + size, len(self.ids))
+        return max([end, *(stop for start, stop in self.bidirectional if start < end)]) - self.done
+
+    def view(self, index: int) -> tuple[int, int]:
+        """The range of a token, or the token alone."""
+        return next(((start, end) for start, end in self.bidirectional if start <= index < end), (index, index + 1))
 
 
 class Piece(NamedTuple):
@@ -78,12 +91,14 @@ class Driver:
         kernels: str = "auto",
         num_blocks: int = 512,
         overrides: dict[str, Any] | None = None,
+        max_model_len: int | None = None,
     ) -> None:
         files = find_model(str(folder), overrides=overrides)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         family = resolve(files.config["architectures"])
         self.rule = family.load_rule().from_hf(files.config, files.processor, self.tokenizer)
-        self.model = load_model(files, self.rule.norm, device=torch.device("cpu"), dtype=dtype, kernels=kernels)
+        place: Any = {"device": torch.device("cpu"), "dtype": dtype, "kernels": kernels}
+        self.model = load_model(files, self.rule.norm, max_model_len=max_model_len, **place)
         self.image_token_id = self.rule.image_token_id
         self.position_shift = 0
         self._free = (torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(0)) + 1).tolist()
@@ -118,6 +133,7 @@ class Driver:
         ids: list[int] = []
         positions: list[list[int]] = [[] for _ in range(self.model.spec.num_position_axes)]
         slots: list[int] = []
+        views: list[tuple[int, int]] = []
         tables: list[list[int]] = []
         features: list[torch.Tensor] = []
         for row, num_tokens in pieces:
@@ -129,6 +145,7 @@ class Driver:
             for axis, values in enumerate(positions):
                 values += [row.position(i, axis) for i in indices]
             slots += [row.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in indices]
+            views += [row.view(i) for i in indices]
             tables.append(row.blocks)
             before = row.ids[: row.done].count(self.image_token_id)
             count = row.ids[row.done : end].count(self.image_token_id)
@@ -138,6 +155,8 @@ class Driver:
         width = max(map(len, tables))
         lens = [piece.num_tokens for piece in pieces]
         context = [piece.row.done + piece.num_tokens for piece in pieces]
+        views_T2 = torch.tensor(views, dtype=torch.int32)
+        sees_ahead = any(piece.row.bidirectional for piece in pieces)
         inputs = AttentionInputs(
             query_start_B1=torch.tensor([0, *lens]).cumsum(0).int(),
             context_lens_B=torch.tensor(context, dtype=torch.int32),
@@ -145,29 +164,38 @@ class Driver:
             slot_mapping_T=torch.tensor(slots),
             query_lens=tuple(lens),
             context_lens=tuple(context),
+            visible_begin_T=views_T2[:, 0] if sees_ahead else None,
+            visible_end_T=views_T2[:, 1] if sees_ahead else None,
         )
         ids_T = torch.tensor(ids)
         hidden_TD = self.model.embed(ids_T)
+        extra_TE = None
         if features:
-            hidden_TD[ids_T == self.image_token_id] = torch.cat(features)
+            features_MW, width = torch.cat(features), hidden_TD.shape[1]
+            hidden_TD[ids_T == self.image_token_id] = features_MW[:, :width]
+            if features_MW.shape[1] > width:
+                extra_TE = hidden_TD.new_zeros(len(ids_T), features_MW.shape[1] - width)
+                extra_TE[ids_T == self.image_token_id] = features_MW[:, width:]
         positions_AT = torch.tensor(positions) + self.position_shift
-        logits_TV = self.model.logits(self.model.forward(hidden_TD, positions_AT, inputs, self.caches))
+        logits_TV = self.model.logits(self.model.forward(hidden_TD, positions_AT, inputs, self.caches, extra_TE))
         for row, num_tokens in pieces:
             row.done += num_tokens
         return logits_TV
 
     def prompt(self, text: str, images: Sequence[Image.Image] = ()) -> Row:
-        """A row from a prompt whose placeholders are expanded by the rule."""
-        items = self.items(images)
-        waiting = iter(items)
-        ids: list[int] = []
-        for token in self.tokenizer.encode(text):
-            if token == self.image_token_id:
-                runs = self.rule.expand("image", 1, next(waiting).layout)
-                ids += [run.token_id for run in runs for _ in range(run.count)]
-            else:
-                ids.append(token)
-        return Row(ids, self.encode(images) if images else None, self.rule.positions(ids, items))
+        """A row from a prompt, as requests are made of it."""
+        spec = self.model.spec
+        processor = InputProcessor(
+            Tokenizer(self.tokenizer), self.rule, spec, media=MediaConfig(), max_model_len=spec.max_position
+        )
+        given = processor.read({"prompt": text, "multi_modal_data": {"image": list(images)} if images else {}})
+        request = processor.process("", given, SamplingParams(max_tokens=1)).request
+        ids = request.prompt_token_ids
+        positions = None
+        if request.positions is not None:
+            axes_AP = np.frombuffer(request.positions, np.int32).reshape(-1, len(ids))
+            positions = Positions(axes_AP.tolist(), request.position_delta)
+        return Row(ids, self.encode(images) if images else None, positions, request.bidirectional)
 
     def prefill(self, row: Row) -> torch.Tensor:
         """Logits of all prompt tokens, in one step."""
@@ -177,7 +205,7 @@ class Driver:
         """Greedy tokens; the prompt in chunks of ``chunk``."""
         logits = torch.empty(0)
         while row.done < len(row.ids):
-            logits = self.run([Piece(row, min(chunk or len(row.ids), len(row.ids) - row.done))])
+            logits = self.run([Piece(row, row.chunk(chunk or len(row.ids)))])
         new: list[int] = []
         for _ in range(num_tokens):
             new.append(int(logits[-1].argmax()))
@@ -201,7 +229,7 @@ class Oracle:
     @torch.inference_mode()
     def features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Of all pictures, packed."""
-        text = ("input_ids", "attention_mask", "mm_token_type_ids")
+        text = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         media = {name: x for name, x in inputs.items() if name not in text}
         return torch.cat(list(self.model.model.get_image_features(**media).pooler_output))
 
