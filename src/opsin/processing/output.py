@@ -366,7 +366,7 @@ def _named(position: PositionLogprobs, tokenizer: Tokenizer) -> dict[int, Logpro
 
 
 def failure_of(update: RequestUpdate) -> OpsinError:
-    """The error that ended a request. Those with a code (which may be empty) are its own fault: a broken picture, say."""
+    """The error that ended a request. One with a code, even an empty one, is its own fault: a broken picture, say."""
     message = update.error or "The request failed."
     if update.error_code == ENGINE_RESTARTED:
         return EngineRestartError(message)
