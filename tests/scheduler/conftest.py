@@ -87,6 +87,14 @@ def make_request(
     )
 
 
+def read_positions(request: EngineRequest) -> list[int]:
+    """Where a pooling request reads values off its prompt."""
+    params = request.params
+    if isinstance(params, PoolingParams) and params.task == "token_embed":
+        return list(range(len(request.prompt_token_ids)))
+    return [position for position, _ in params.targets] if isinstance(params, PoolingParams) else []
+
+
 class Truth:
     """What a request's positions really are, and what the model says after each prefix."""
 
@@ -238,6 +246,8 @@ class Device:
         if getattr(truth.request.params, "prompt_logprobs", None) is not None:
             positions = range(row.start + 1, min(end + 1, truth.num_prompt))
             result.prompt_logprobs = [[TokenLogprob(position, 0.0, 1)] for position in positions]
+        reads = [p for p in read_positions(truth.request) if row.start <= p < end]
+        result.values = {p: truth.cell(slot.inputs, p)[1] for p in reads} or None
         if row.emits and isinstance(truth.request.params, PoolingParams):
             result.embedding = [float(len(slot.inputs))]
         elif row.emits:
@@ -369,6 +379,8 @@ class Rig:
                 assert tokens == expected[: len(tokens)]
             else:
                 assert (tokens, end.finish_reason) == (expected, reason)
+                values = [truth.cell(truth.inputs, p)[1] for p in read_positions(truth.request)]
+                assert end.values == (values or None)
                 assert end.stop_token_id == (tokens[-1] if reason == "stop" and tokens else None)
         assert sorted(self.finished) == sorted(self.truths)
 

@@ -64,21 +64,23 @@ def make_machine(rig_class: Any, **fixed: object) -> type[RuleBasedStateMachine]
                 params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens)
             self.count += 1
             namespace = draw(st.sampled_from(["", "siblings"]))
-            self.rig.try_add(
-                rig_class.make_request(
-                    f"r{self.count}",
-                    pieces,
-                    params,
-                    interleave=self.interleave,
-                    bidirectional=self.bidirectional,
-                    joined=self.joined,
-                    stop_token_ids=frozenset(draw(st.sets(st.integers(0, 12), max_size=3))),
-                    cache_salt=draw(st.sampled_from(["", "", "x"])),
-                    cache_namespace=namespace,
-                    share_prefix=draw(st.integers(0, 5)) > 0,
-                    priority=draw(st.integers(-1, 1)),
-                )
+            request = rig_class.make_request(
+                f"r{self.count}",
+                pieces,
+                params,
+                interleave=self.interleave,
+                bidirectional=self.bidirectional,
+                joined=self.joined,
+                stop_token_ids=frozenset(draw(st.sets(st.integers(0, 12), max_size=3))),
+                cache_salt=draw(st.sampled_from(["", "", "x"])),
+                cache_namespace=namespace,
+                share_prefix=draw(st.integers(0, 5)) > 0,
+                priority=draw(st.integers(-1, 1)),
             )
+            if isinstance(params, PoolingParams):
+                positions = draw(st.sets(st.integers(0, len(request.prompt_token_ids) - 1)))
+                request.params = PoolingParams(targets=[(position, [0]) for position in sorted(positions)])
+            self.rig.try_add(request)
 
         @precondition(lambda self: self.rig.tokens)
         @rule(data=st.data())
@@ -162,21 +164,26 @@ def random_traffic(rig_class: Any, rng: random.Random) -> Any:
                 params = PoolingParams()
             elif kind < 0.2:
                 params = SamplingParams(max_tokens=3, prompt_logprobs=1)
-            rig.try_add(
-                rig_class.make_request(
-                    f"r{num_requests}",
-                    pieces,
-                    params,
-                    interleave=interleave,
-                    bidirectional=bidirectional,
-                    joined=joined,
-                    stop_token_ids=frozenset(rng.sample(range(13), pick([0, 1, 2]))),
-                    cache_salt=pick(["", "", "", "x"]),
-                    cache_namespace=pick(["", "siblings"]),
-                    share_prefix=not (0.1 < kind < 0.3),
-                    priority=rng.randint(-1, 1),
-                )
+            request = rig_class.make_request(
+                f"r{num_requests}",
+                pieces,
+                params,
+                interleave=interleave,
+                bidirectional=bidirectional,
+                joined=joined,
+                stop_token_ids=frozenset(rng.sample(range(13), pick([0, 1, 2]))),
+                cache_salt=pick(["", "", "", "x"]),
+                cache_namespace=pick(["", "siblings"]),
+                share_prefix=not (0.1 < kind < 0.3),
+                priority=rng.randint(-1, 1),
             )
+            if isinstance(params, PoolingParams):
+                length = len(request.prompt_token_ids)
+                positions = sorted(rng.sample(range(length), rng.randint(0, length)))
+                request.params = pick(
+                    [PoolingParams(task="token_embed"), PoolingParams(targets=[(p, [0]) for p in positions])]
+                )
+            rig.try_add(request)
         if rng.random() < abort_rate and rig.tokens:
             rig.abort(pick(sorted(rig.tokens)))
         if rng.random() < 0.5:
