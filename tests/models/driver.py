@@ -108,13 +108,13 @@ class Driver:
             for spec in self.model.spec.layers
         ]
 
-    def items(self, images: Sequence[Image.Image]) -> list[MediaItem]:
+    def items(self, images: Sequence[Image.Image], options: Mapping[str, Any] | None = None) -> list[MediaItem]:
         """Pictures as the rule lays them out."""
-        return [MediaItem(b"", "image", self.rule.layout("image", *image.size, 1, {})) for image in images]
+        return [MediaItem(b"", "image", self.rule.layout("image", *image.size, 1, options or {})) for image in images]
 
-    def read(self, images: Sequence[Image.Image]) -> Encodable:
+    def read(self, images: Sequence[Image.Image], options: Mapping[str, Any] | None = None) -> Encodable:
         """Tiles as a media worker makes them, and layouts."""
-        layouts = [item.layout for item in self.items(images)]
+        layouts = [item.layout for item in self.items(images, options)]
         tiles: list[list[torch.Tensor]] = []
         for image, layout in zip(images, layouts, strict=True):
             out = np.empty(layout.plan.num_bytes, np.uint8)
