@@ -22,6 +22,7 @@ from opsin.server.embeddings import create_embeddings
 from opsin.server.errors import MethodNotAllowedError, RouteNotFoundError
 from opsin.server.gate import Gate, Keys
 from opsin.server.metrics import Metrics
+from opsin.server.page import FILES, page_file
 from opsin.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -29,6 +30,7 @@ from opsin.server.requests import (
     EmbeddingRequest,
     TokenizeRequest,
 )
+from opsin.server.seen import SeenRequest, see_picture
 from opsin.server.state import ServerState
 from opsin.server.tokens import detokenize, tokenize
 from opsin.server.tools import tool_parser_name
@@ -40,6 +42,7 @@ _POSTS: Sequence[tuple[str, Handler, type[msgspec.Struct]]] = (
     ("/v1/chat/completions", create_chat_completion, ChatCompletionRequest),
     ("/v1/completions", create_completion, CompletionRequest),
     ("/v1/embeddings", create_embeddings, EmbeddingRequest),
+    ("/page/seen", see_picture, SeenRequest),
     ("/tokenize", tokenize, TokenizeRequest),
     ("/detokenize", detokenize, DetokenizeRequest),
 )
@@ -68,6 +71,8 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
     for path, handler, body in _POSTS:
         _add_post(app, server, path, handler, body)
     _add_gets(app, server)
+    for path in FILES:
+        _add_file(app, path)
     app.openapi = _documented(app.openapi)
     return app
 
@@ -85,6 +90,13 @@ def _add_post(app: FastAPI, server: ServerState, path: str, handler: Handler, bo
         description=handler.__doc__,
         openapi_extra={"requestBody": {"content": {"application/json": {"schema": reference}}, "required": True}},
     )
+
+
+def _add_file(app: FastAPI, path: str) -> None:
+    async def file() -> Response:
+        return page_file(path)
+
+    app.add_api_route(path, file, methods=["GET"], include_in_schema=False)
 
 
 def _add_gets(app: FastAPI, server: ServerState) -> None:

@@ -28,7 +28,7 @@ class ServerConfig:
     )
     engine_step_timeout_s: float = setting(300.0, "So is one that takes longer for a single step, in seconds.")
     max_body_bytes: int = setting(64 * 2**20, "Larger request bodies are refused.")
-    enable_prompt_tokens_details: bool = setting(False, "Report cached and picture tokens in usage.")
+    enable_prompt_tokens_details: bool = setting(True, "Report cached and picture tokens in usage.")
     trust_request_chat_template: bool = setting(
         False, "Let requests bring a chat_template; a template is a program, so only for callers that you trust."
     )

@@ -14,6 +14,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin.errors import EngineDeadError, OpsinError
+from opsin.server import page
 from opsin.server.errors import BodyTimeoutError, BodyTooLargeError, EncodedBodyError, UnauthorizedError, describe
 from opsin.server.metrics import Metrics
 
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 PROBES = frozenset({"/health", "/live", "/ready"})
 """What orchestrators ask without a key."""
+
+OPEN = PROBES | page.FILES.keys()
+"""What needs no key: the probes, and the page's files, which are the same for everybody."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -84,7 +88,7 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] not in PROBES:
+            if scope["path"] not in OPEN:
                 self._keys.check(headers.get(b"authorization", b""))
             await self._app(scope, receive, send_named)
         except Exception as error:

@@ -1,0 +1,206 @@
+"""The page in a real browser: a picture goes in, the demo model's true answer comes out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from opsin import AsyncLLM
+from opsin.server.app import create_app
+from opsin.server.config import ServerConfig
+from opsin.server.page import FILES
+from opsin.server.seen import Grid, token_grid
+from opsin.types import MediaLayout, PixelPlan, View
+from tests.server.conftest import NAME, data_url, serving
+
+PICTURES = Path(__file__).resolve().parents[2] / "src" / "opsin" / "demo" / "pictures"
+ASKED = "How many circles are there?"
+
+
+def test_page_files_load_only_what_the_server_has(client: httpx.Client):
+    for path in FILES:
+        response = client.get(path)
+        assert response.status_code == 200
+        assert "default-src 'none'" in response.headers["content-security-policy"]
+    html = client.get("/").text
+    assert "http" not in html
+    for named in ("page/app.js", "page/style.css", "page/icon.svg"):
+        assert f'"{named}"' in html
+        assert f"/{named}" in FILES
+
+
+def test_page_needs_no_key_and_shows_nothing_that_does(engine: AsyncLLM):
+    app = create_app(engine, ServerConfig(api_key=("secret",)), model=NAME)
+    with serving(app) as address, httpx.Client(base_url=address, trust_env=False) as client:
+        assert client.get("/").status_code == 200
+        assert client.post("/page/seen", json={"image_url": data_url(1)}).status_code == 401
+
+
+def test_seen_shows_the_tiles_and_their_tokens(client: httpx.Client):
+    seen = client.post("/page/seen", json={"image_url": data_url(1)}).json()
+    (view,) = seen["views"]
+    assert seen["num_tokens"] == view["grid"]["rows"] * view["grid"]["columns"] == 16
+    assert len(view["tiles"]) == view["columns"] == 1
+    assert view["tiles"][0].startswith("data:image/jpeg;base64,")
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "file:///etc/passwd", "nothing"])
+def test_seen_bad_picture_is_a_400(client: httpx.Client, url: str):
+    assert client.post("/page/seen", json={"image_url": url}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("num_features", "tiles", "expected"),
+    [
+        (576, [(336, 336)], Grid(24, 24)),
+        (12, [(84, 112)], Grid(3, 4)),
+        (12 * 3, [(84, 112)] * 3, Grid(3, 4)),
+        (577, [(336, 336)], None),
+        (24, [(84, 112), (112, 84)], None),
+    ],
+)
+def test_token_grid_is_told_where_it_is_even(num_features: int, tiles: list[tuple[int, int]], expected: Grid | None):
+    views = tuple(View((), height, width) for height, width in tiles)
+    layout = MediaLayout(PixelPlan(1, 1, views), num_features, num_patches=1)
+    assert token_grid(layout, *tiles[0]) == expected
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[str]:
+    with (
+        AsyncLLM("demo", media_workers=1) as engine,
+        serving(create_app(engine, ServerConfig(), model="demo")) as address,
+    ):
+        yield address
+
+
+@pytest.fixture
+def page(browser: Any, demo: str) -> Iterator[Any]:
+    """The page, on a phone in the dark; whatever it does, its console must stay silent."""
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark", has_touch=True)
+    page = context.new_page()
+    complaints: list[str] = []
+
+    def hear(message: Any) -> None:
+        refused = message.text.startswith("Failed to load resource: the server responded with a status of 400")
+        if message.type in ("error", "warning") and not refused:
+            complaints.append(message.text)
+
+    page.on("console", hear)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(demo)
+    yield page
+    assert complaints == []
+    context.close()
+
+
+def ask(page: Any, text: str) -> str:
+    page.get_by_label("Message").fill(text)
+    page.keyboard.press("Enter")
+    answer = page.locator("article.assistant").last
+    answer.get_by_role("button", name="Again").wait_for()
+    return answer.locator(".text").inner_text()
+
+
+@pytest.mark.browser
+def test_page_picked_picture_is_answered_truly(page: Any):
+    page.get_by_label("Add pictures").set_input_files(PICTURES / "animals.png")
+    page.locator("#pictures img").wait_for()
+    answer = ask(page, "What is in the picture?")
+    assert all(animal in answer for animal in ("dog", "elephant", "penguin"))
+    facts = page.locator("article.assistant .facts").inner_text()
+    assert "256 of them pictures" in facts
+    assert "ms to first token" in facts
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.browser
+def test_page_dropped_picture_is_shown_as_the_model_saw_it(page: Any):
+    data = list((PICTURES / "animals.png").read_bytes())
+    page.evaluate(
+        """(bytes) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(bytes)], "dropped.png", {type: "image/png"}));
+            document.dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true}));
+        }""",
+        data,
+    )
+    page.locator("#pictures img").wait_for()
+    assert ask(page, "What is in the picture?")
+    page.get_by_title("What the model saw").click()
+    page.locator("dialog canvas").wait_for()
+    assert "256 tokens" in page.locator("dialog").inner_text()
+    page.keyboard.press("Escape")
+    assert not page.locator("dialog").is_visible()
+
+
+@pytest.mark.browser
+def test_page_tokens_tell_their_probabilities(page: Any):
+    page.get_by_label("Add pictures").set_input_files(PICTURES / "animals.png")
+    page.locator("#pictures img").wait_for()
+    answer = ask(page, "What is in the picture?")
+    page.get_by_role("button", name="Tokens").click()
+    tokens = page.locator(".token")
+    assert "".join(tokens.all_inner_texts()[:-1]).strip() == answer  # the last one ends it
+    title = tokens.first.get_attribute("title")
+    assert title.count("%") == 6  # the token, and five that might have come
+    page.get_by_role("button", name="Text").click()
+    assert page.locator(".token").count() == 0
+
+
+@pytest.mark.browser
+def test_page_question_is_edited_and_asked_again(page: Any):
+    ask(page, "Hello")
+    page.get_by_role("button", name="Edit").click()
+    assert page.get_by_label("Message").input_value() == "Hello"
+    assert page.locator("article").count() == 0
+    ask(page, "Hello again")
+    assert page.locator("article").count() == 2
+
+
+@pytest.mark.browser
+def test_page_shows_what_the_server_refuses(page: Any):
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Top p").fill("7")
+    with page.expect_response("**/v1/chat/completions"):
+        page.get_by_label("Message").fill("Hello")
+        page.keyboard.press("Enter")
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert "top_p" in alert.inner_text()
+
+
+@pytest.mark.browser
+def test_page_text_of_a_model_stays_text(page: Any):
+    text = "# Two\n\n- a **b**\n- `c`\n\n<img src=x onerror=alert(1)> [x](javascript:alert(1))\n\n```\n<b>\n```"
+    html = page.evaluate(
+        """async (text) => {
+            const { markdown } = await import("/page/markdown.js");
+            const node = document.createElement("div");
+            node.append(markdown(text));
+            return node.innerHTML;
+        }""",
+        text,
+    )
+    assert "<strong>b</strong>" in html
+    assert "<li>" in html
+    assert "&lt;img" in html
+    assert "<a" not in html
+    assert "<code>&lt;b&gt;</code>" in html
