@@ -398,7 +398,7 @@ class AsyncLLM:
             if not isinstance(reference.value, str) or reference.is_embedding:
                 return None
             try:
-                data = await self._fetcher.fetch(reference.value)
+                data = await self._fetcher.fetch(reference.value, reference.modality)
             except RequestError as error:
                 error.param = error.param or reference.param
                 raise

@@ -25,6 +25,7 @@ from opsin.processing.chat import ChatOptions
 from opsin.processing.jinja import ContentFormat
 from opsin.processing.messages import as_choices, as_conversation
 from opsin.processing.messages import question as ask
+from opsin.processing.pooling import missing_head
 from opsin.processing.prompts import Prompt
 from opsin.processing.scoring import pairs
 from opsin.runner.executor import MemoryPlan
@@ -206,8 +207,7 @@ class LLM:
         Raises:
             RequestError: always.
         """
-        self.encode(prompts, pooling_task="classify", use_tqdm=False)
-        raise AssertionError("no task but those with an implementation gets through")
+        raise missing_head("classify")
 
     def score(
         self,

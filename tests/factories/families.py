@@ -18,14 +18,27 @@ from PIL import Image
 from opsin.errors import MediaError, RequestError
 from opsin.types import MediaLayout
 from tests import factory
-from tests.factories import hub_configs, internvl, llava_next, llava_onevision, qwen2_vl
+from tests.factories import hub_configs, idefics3, internvl, llava_next, llava_onevision, paligemma, qwen2_vl
+from tests.factories.idefics3 import Idefics3Shape
 from tests.factories.internvl import InternVLShape
 from tests.factories.llava_onevision import OnevisionShape
+from tests.factories.paligemma import PaliGemmaShape
 from tests.factories.qwen2_vl import Qwen2VLShape
 from tests.factory import LlavaShape
 
 Size = tuple[int, int]  # width, height
 WINDOW = (("use_sliding_window", True), ("sliding_window", 12), ("max_window_layers", 1))  # Qwen2's
+LLAMA3_ROPE = (
+    "rope_parameters",
+    {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+)
 FEATURE_SIZES: tuple[Size, ...] = (
     *((16, 16), (300, 40), (48, 48), (48, 48), (96, 49), (40, 300), (1, 1), (640, 480), (7, 30)),
     *((1, 150), (150, 1), (32, 32), (500, 470)),
@@ -48,10 +61,14 @@ class Family:
         feature_sizes: of pictures whose features are compared, extreme ones among them.
         asked: sizes of pictures by prompt; the second prompt has two pictures, and the fourth begins as the first.
         num_blocks: of 4 tokens; so few that some of ``asked`` are preempted, enough for the longest.
+        least_step: the fewest tokens that a step may have.
+        is_prefix_lm: all tokens of a prompt see one another, so none of it can be taken from another's.
+        closing: what the processor writes behind every prompt.
         options: a request's ``mm_processor_kwargs``, and what they are for transformers' processor.
         embeddings: from features and layouts of pictures, the spellings in which a prompt takes features.
         bad_embeddings: features that are refused, and words of the error.
         refused: pictures' size, options, and how such a request is refused.
+        renamed: transformers saves tensors under other names than its modules'.
     """
 
     name: str
@@ -69,12 +86,16 @@ class Family:
         *([(90, 70)], [(200, 33), (40, 60)], [], [(90, 70)], [(30, 30), (30, 30), (33, 200)], [(640, 480)]),
     )
     num_blocks: int = 40
+    least_step: int = 7
+    is_prefix_lm: bool = False
+    closing: str = ""
     options: Sequence[tuple[dict[str, Any], dict[str, Any]]]
     embeddings: Callable[[list[torch.Tensor], list[MediaLayout]], list[Any]] = field(
         default=lambda parts, layouts: [parts, {"image_embeds": parts}]
     )
     bad_embeddings: Callable[[list[torch.Tensor], list[MediaLayout]], tuple[Any, str]]
     refused: Sequence[tuple[Size, dict[str, Any], type[Exception], str]] = ()
+    renamed: bool = True
 
     @property
     def question(self) -> str:
@@ -112,21 +133,7 @@ LLAVA = Family(
         "mistral-window": LlavaShape(text="mistral", num_kv_heads=2, window=12),
         "head-dim": LlavaShape(text_extra=(("head_dim", 24),)),
         "biases": LlavaShape(text_extra=(("attention_bias", True), ("mlp_bias", True))),
-        "llama3-rope": LlavaShape(
-            text_extra=(
-                (
-                    "rope_parameters",
-                    {
-                        "rope_type": "llama3",
-                        "rope_theta": 10000.0,
-                        "factor": 8.0,
-                        "low_freq_factor": 1.0,
-                        "high_freq_factor": 4.0,
-                        "original_max_position_embeddings": 64,
-                    },
-                ),
-            )
-        ),
+        "llama3-rope": LlavaShape(text_extra=(LLAMA3_ROPE,)),
     },
     paged=("gqa", "mistral-window", "qwen2-window"),
     towers=("gqa", "siglip"),
@@ -241,6 +248,7 @@ QWEN2_VL = Family(
     refused=[((900, 3), {}, MediaError, "200 times")],
 )
 
+GEMMA2 = (("attn_logit_softcapping", 2.0), ("final_logit_softcapping", 3.0), ("query_pre_attn_scalar", 20))
 INTERNVL = Family(
     name="internvl",
     write=internvl.write_internvl,
@@ -278,4 +286,64 @@ INTERNVL = Family(
     refused=[((90, 70), {"max_patches": 0}, RequestError, "max_patches 0")],
 )
 
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL)
+
+def _sized_embeddings(parts: list[torch.Tensor], layouts: list[MediaLayout]) -> list[Any]:
+    sizes = [(layout.plan.height, layout.plan.width) for layout in layouts]
+    return [{"image_embeds": parts, "image_sizes": given} for given in (sizes, torch.tensor(sizes))]
+
+
+IDEFICS3 = Family(
+    name="idefics3",
+    write=idefics3.write_idefics3,
+    hf_inputs=idefics3.hf_inputs,
+    shapes={
+        "idefics3": Idefics3Shape(),
+        "idefics3-tied-mqa": Idefics3Shape(num_kv_heads=1, tied=True, num_layers=3),
+        "idefics3-llama3-rope": Idefics3Shape(text_extra=(LLAMA3_ROPE,)),
+        "smolvlm": Idefics3Shape(version="smolvlm"),
+        "smolvlm-scale-4": Idefics3Shape(version="smolvlm", scale_factor=4),
+        "smolvlm-scale-3-odd-size": Idefics3Shape(version="smolvlm", edge=52, scale_factor=3, longest_edge=156),
+    },
+    paged=("idefics3", "smolvlm"),
+    towers=("idefics3", "smolvlm-scale-3-odd-size"),
+    served=("idefics3", "smolvlm-scale-3-odd-size"),
+    hub_configs=hub_configs.IDEFICS3,
+    num_blocks=58,
+    options=[
+        (options, options)
+        for options in ({"do_image_splitting": False}, {"size": {"longest_edge": 64}}, {"resample": 0})
+    ],
+    embeddings=_sized_embeddings,
+    bad_embeddings=lambda parts, layouts: (parts, "image_sizes"),
+    refused=[((90, 70), {"size": {"longest_edge": 400}}, MediaError, "no tags")],
+    renamed=False,
+)
+
+PALIGEMMA = Family(
+    name="paligemma",
+    write=paligemma.write_paligemma,
+    hf_inputs=paligemma.hf_inputs,
+    shapes={
+        "gemma": PaliGemmaShape(),
+        "gemma-mha-3-layers": PaliGemmaShape(num_kv_heads=4, num_layers=3, image_size=44),
+        "gemma-untied": PaliGemmaShape(tied=False, text_extra=(("attention_bias", True),)),
+        "gemma2": PaliGemmaShape(text="gemma2", num_kv_heads=2, adds_bos=False, text_extra=GEMMA2),
+        "gemma2-window": PaliGemmaShape(text="gemma2", num_layers=3, text_extra=(*GEMMA2, ("sliding_window", 12))),
+        "gemma2-no-caps": PaliGemmaShape(
+            text="gemma2", text_extra=(("attn_logit_softcapping", None), ("final_logit_softcapping", None))
+        ),
+    },
+    paged=("gemma", "gemma2-window"),
+    towers=("gemma", "gemma2"),
+    served=("gemma", "gemma2-window"),
+    hub_configs=hub_configs.PALIGEMMA,
+    num_blocks=30,
+    least_step=128,
+    is_prefix_lm=True,
+    closing="\n",
+    options=[({"resample": 0}, {"resample": 0})],
+    bad_embeddings=lambda parts, layouts: ({"image_embeds": parts, "image_grid_thw": [1, 1]}, "image_grid_thw"),
+    refused=[((90, 70), {"size": {"height": 64, "width": 64}}, RequestError, "32 x 32")],
+)
+
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL, IDEFICS3, PALIGEMMA)

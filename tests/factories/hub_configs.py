@@ -309,3 +309,309 @@ INTERNVL: dict[str, dict[str, Any]] = {
         }
     },
 }
+
+_SMOLVLM_LEFTOVERS = {  # of the code that trained SmolVLM
+    "_flash_attn_2_enabled": True,
+    "_name_or_path": "None",
+    "is_llama_config": True,
+    "neftune_noise_alpha": 0.0,
+    "perceiver_config": {
+        "_attn_implementation_autoset": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "model_type": "vllama3",
+        "num_key_value_heads": 1,
+        "qk_layer_norms_perceiver": False,
+        "resampler_depth": 6,
+        "resampler_head_dim": 96,
+        "resampler_n_heads": 16,
+        "resampler_n_latents": 64,
+        "transformers_version": "4.46.0",
+    },
+    "qk_layer_norms": False,
+    "rope_interleaved": False,
+    "use_resampler": False,
+}
+IDEFICS3: dict[str, dict[str, Any]] = {
+    "idefics3-8b-llama3": {
+        "architectures": ["Idefics3ForConditionalGeneration"],
+        "image_token_id": 128257,
+        "model_type": "idefics3",
+        "scale_factor": 2,
+        "text_config": {
+            "_name_or_path": "meta-llama/Meta-Llama-3.1-8B-Instruct",
+            "architectures": ["LlamaForCausalLM"],
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "intermediate_size": 14336,
+            "max_position_embeddings": 131072,
+            "model_type": "llama",
+            "num_key_value_heads": 8,
+            "pad_token_id": 128002,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 8.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "torch_dtype": "bfloat16",
+            "use_cache": False,
+            "vocab_size": 128259,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0",
+        "use_cache": True,
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 364,
+            "intermediate_size": 4304,
+            "model_type": "idefics3",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+        },
+    },
+    "smolvlm-256m": {
+        "architectures": ["Idefics3ForConditionalGeneration"],
+        "image_token_id": 49190,
+        "model_type": "idefics3",
+        "scale_factor": 4,
+        "text_config": _SMOLVLM_LEFTOVERS
+        | {
+            "architectures": ["VLlama3ForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "head_dim": 64,
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pad_token_id": 2,
+            "pixel_shuffle_factor": 4,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 100000,
+            "torch_dtype": "bfloat16",
+            "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
+            "vocab_size": 49280,
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers.js_config": {"dtype": "auto"},
+        "transformers_version": "4.46.0",
+        "use_cache": True,
+        "use_reentrant_checkpointing": False,
+        "vision_config": {
+            "hidden_size": 768,
+            "image_size": 512,
+            "max_image_size": {"longest_edge": 512},
+            "model_type": "idefics3",
+            "num_attention_heads": 12,
+            "patch_size": 16,
+            "size": {"longest_edge": 2048},
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_base_siglip": False,
+        },
+        "vocab_size": 49280,
+    },
+    "smolvlm2-2.2b": {
+        "architectures": ["SmolVLMForConditionalGeneration"],
+        "image_token_id": 49190,
+        "model_type": "smolvlm",
+        "pad_token_id": 128002,
+        "scale_factor": 3,
+        "text_config": _SMOLVLM_LEFTOVERS
+        | {
+            "architectures": ["VLlama3ForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "head_dim": 64,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 32,
+            "pad_token_id": 2,
+            "pixel_shuffle_factor": 3,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 130000,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 49280,
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.47.1",
+        "use_cache": False,
+        "use_reentrant_checkpointing": False,
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 384,
+            "intermediate_size": 4304,
+            "max_image_size": {"longest_edge": 384},
+            "model_type": "smolvlm_vision",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+            "size": {"longest_edge": 1920},
+            "tie_word_embeddings": False,
+            "use_base_siglip": False,
+        },
+        "vocab_size": 49280,
+    },
+}
+
+# Those of the two Phi-3.5 checkpoints have factors of their own, which no shape depends on and which are not at hand.
+_PHI3_LONG_FACTOR = """
+    1.0299999713897705 1.0499999523162842 1.0499999523162842 1.0799999237060547 1.2299998998641968
+    1.2299998998641968 1.2999999523162842 1.4499999284744263 1.5999999046325684 1.6499998569488525
+    1.8999998569488525 2.859999895095825 3.68999981880188 5.419999599456787 5.489999771118164 5.489999771118164
+    9.09000015258789 11.579999923706055 15.65999984741211 15.769999504089355 15.789999961853027 18.360000610351562
+    21.989999771118164 23.079999923706055 30.009998321533203 32.35000228881836 32.590003967285156
+    35.56000518798828 39.95000457763672 53.840003967285156 56.20000457763672 57.95000457763672 59.29000473022461
+    59.77000427246094 59.920005798339844 61.190006256103516 61.96000671386719 62.50000762939453 63.3700065612793
+    63.48000717163086 63.48000717163086 63.66000747680664 63.850006103515625 64.08000946044922 64.760009765625
+    64.80001068115234 64.81001281738281 64.81001281738281
+    """
+_PHI3_SHORT_FACTOR = """
+    1.05 1.05 1.05 1.1 1.1 1.1 1.2500000000000002 1.2500000000000002 1.4000000000000004 1.4500000000000004
+    1.5500000000000005 1.8500000000000008 1.9000000000000008 2.000000000000001 2.000000000000001 2.000000000000001
+    2.000000000000001 2.000000000000001 2.000000000000001 2.000000000000001 2.000000000000001 2.000000000000001
+    2.000000000000001 2.000000000000001 2.000000000000001 2.000000000000001 2.000000000000001 2.000000000000001
+    2.000000000000001 2.000000000000001 2.000000000000001 2.000000000000001 2.1000000000000005 2.1000000000000005
+    2.2 2.3499999999999996 2.3499999999999996 2.3499999999999996 2.3499999999999996 2.3999999999999995
+    2.3999999999999995 2.6499999999999986 2.6999999999999984 2.8999999999999977 2.9499999999999975
+    3.049999999999997 3.049999999999997 3.049999999999997
+    """
+_PHI3_V: dict[str, Any] = {
+    "_attn_implementation": "flash_attention_2",
+    "_name_or_path": "Phi-3-vision-128k-instruct",
+    "architectures": ["Phi3VForCausalLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_phi3_v.Phi3VConfig",
+        "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM",
+    },
+    "bos_token_id": 1,
+    "embd_layer": {
+        "embedding_cls": "image",
+        "hd_transform_order": "sub_glb",
+        "projection_cls": "mlp",
+        "use_hd_transform": True,
+        "with_learnable_separator": True,
+    },
+    "embd_pdrop": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "img_processor": {
+        "image_dim_out": 1024,
+        "model_name": "openai/clip-vit-large-patch14-336",
+        "name": "clip_vision_model",
+        "num_img_tokens": 144,
+    },
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "model_type": "phi3_v",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "resid_pdrop": 0.0,
+    "rope_scaling": {
+        "long_factor": [float(factor) for factor in _PHI3_LONG_FACTOR.split()],
+        "short_factor": [float(factor) for factor in _PHI3_SHORT_FACTOR.split()],
+        "type": "su",
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.38.1",
+    "use_cache": True,
+    "vocab_size": 32064,
+}
+PHI3_V: dict[str, dict[str, Any]] = {
+    "phi-3-vision-128k": _PHI3_V,
+    "phi-3.5-vision": _PHI3_V | {"_name_or_path": "Phi-3.5-vision-instruct", "sliding_window": 262144},
+    "vlm2vec-full": _PHI3_V | {"_name_or_path": "microsoft/Phi-3.5-vision-instruct", "sliding_window": 262144},
+}
+
+_SIGLIP_PALIGEMMA: dict[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "num_image_tokens": 256,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+_PALIGEMMA: dict[str, Any] = {
+    "_vocab_size": 257152,
+    "architectures": ["PaliGemmaForConditionalGeneration"],
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "hidden_size": 2048,
+    "image_token_index": 257152,
+    "model_type": "paligemma",
+    "pad_token_id": 0,
+}
+PALIGEMMA: dict[str, dict[str, Any]] = {
+    "paligemma-3b-pt-224": _PALIGEMMA
+    | {
+        "ignore_index": -100,
+        "projection_dim": 2048,
+        "text_config": {
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "model_type": "gemma",
+            "num_attention_heads": 8,
+            "num_hidden_layers": 18,
+            "num_image_tokens": 256,
+            "num_key_value_heads": 1,
+            "torch_dtype": "float32",
+            "vocab_size": 257216,
+        },
+        "torch_dtype": "float32",
+        "transformers_version": "4.41.0.dev0",
+        "vision_config": _SIGLIP_PALIGEMMA | {"projection_dim": 2048, "projector_hidden_act": "gelu_fast"},
+    },
+    "paligemma2-3b-pt-224": _PALIGEMMA
+    | {
+        "num_hidden_layers": 26,
+        "projection_dim": 2304,
+        "text_config": {
+            "architectures": ["Gemma2ForCausalLM"],
+            "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid",
+            "eos_token_id": [1, 107],
+            "final_logit_softcapping": 30.0,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "model_type": "gemma2",
+            "num_hidden_layers": 26,
+            "num_image_tokens": 256,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 257216,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.46.0.dev0",
+        "vision_config": _SIGLIP_PALIGEMMA | {"num_positions": 256, "projection_dim": 2304, "torch_dtype": "bfloat16"},
+    },
+}

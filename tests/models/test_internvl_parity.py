@@ -96,9 +96,9 @@ def _thumbnail_first(driver: Driver, images: list[Image.Image], patch: pytest.Mo
 
 def _transposed_shuffle(driver: Driver, images: list[Image.Image], patch: pytest.MonkeyPatch) -> Row:
     """The patches of a block column by column."""
-    edge, merge = 2, 2
+    edge = 2
 
-    def wrong(hidden_BPD: torch.Tensor, tile: Any) -> torch.Tensor:
+    def wrong(hidden_BPD: torch.Tensor, merge: int) -> torch.Tensor:
         return hidden_BPD.unflatten(1, (edge, merge, edge, merge)).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(0, 2)
 
     patch.setattr(internvl, "pixel_shuffle", wrong)

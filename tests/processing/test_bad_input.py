@@ -48,7 +48,7 @@ PROMPTS: list[tuple[str, Any, type[OpsinError], str, str | None]] = [
     ("unknown-modality", {"prompt": "x", "multi_modal_data": {"images": RED}}, RequestError,
      "Unknown modality 'images' in multi_modal_data. Allowed are image, video.", "multi_modal_data.images"),
     ("video", {"prompt": "x", "multi_modal_data": {"video": [RED]}}, RequestError,
-     "This model takes no video.", "multi_modal_data.video"),
+     "At most 0 video(s) may be provided in one prompt. This model takes none.", "multi_modal_data"),
     ("too-many", with_image([RED] * 5, "<image>" * 5), RequestError,
      "At most 4 image(s) may be provided in one prompt. This prompt has 5: send fewer, or start with "
      "limit_mm_per_prompt={'image': 5}.", "multi_modal_data"),

@@ -56,7 +56,7 @@ def test_answer_has_openais_shape(client: httpx.Client):
     assert choice["message"]["content"]
     assert choice["finish_reason"] == "length"
     assert body["usage"]["completion_tokens"] == 8
-    assert "prompt_tokens_details" not in body["usage"]
+    assert body["usage"]["prompt_tokens_details"]["multimodal_tokens"] == 16
 
 
 def test_prompt_tokens_are_the_expanded_length(client: httpx.Client):
@@ -189,13 +189,17 @@ def test_uuid_of_another_picture_is_not_believed(client: httpx.Client):
     assert second["choices"][0]["logprobs"] != first["choices"][0]["logprobs"]
 
 
-def test_usage_details_when_enabled(engine: AsyncLLM):
-    app: FastAPI = create_app(engine, ServerConfig(enable_prompt_tokens_details=True), model=NAME)
-    with serving(app) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
-        answer(client, 77, "Once upon a time")
-        details = answer(client, 77, "Once upon a time")["usage"]["prompt_tokens_details"]
+def test_usage_details_tell_what_was_cached(client: httpx.Client):
+    answer(client, 77, "Once upon a time")
+    details = answer(client, 77, "Once upon a time")["usage"]["prompt_tokens_details"]
     assert details["multimodal_tokens"] == 16
     assert details["cached_tokens"] >= 16
+
+
+def test_usage_details_are_left_out_on_demand(engine: AsyncLLM):
+    app: FastAPI = create_app(engine, ServerConfig(enable_prompt_tokens_details=False), model=NAME)
+    with serving(app) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+        assert "prompt_tokens_details" not in answer(client, "Once")["usage"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from opsin import AsyncLLM
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
-from opsin.server.gate import PROBES
+from opsin.server.gate import OPEN
 from tests.server.conftest import NAME, chat, serving
 
 URL = "/v1/chat/completions"
@@ -48,12 +48,12 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def test_every_route_but_the_probes_asks_for_a_key(guarded: FastAPI, guarded_client: httpx.Client):
+def test_every_route_but_the_probes_and_the_page_asks_for_a_key(guarded: FastAPI, guarded_client: httpx.Client):
     paths = [route.path for route in guarded.router.routes if isinstance(route, Route)]
-    assert {"/docs", "/openapi.json", "/metrics", URL, *PROBES} <= set(paths)
+    assert {"/docs", "/openapi.json", "/metrics", URL, *OPEN} <= set(paths)
     for path in [*paths, "/no/such/route"]:
         statuses = {guarded_client.request(method, path).status_code for method in ("GET", "POST")}
-        assert (statuses == {401}) != (path in PROBES), (path, statuses)
+        assert (statuses == {401}) != (path in OPEN), (path, statuses)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -160,7 +160,7 @@ def test_model_answers_to_every_name_and_to_none(client: httpx.Client):
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "route_not_found"),
+        ("GET", "/page", 404, "route_not_found"),
         ("GET", "/v1/nothing", 404, "route_not_found"),
         ("POST", "/debug", 404, "route_not_found"),
         ("GET", URL, 405, "method_not_allowed"),

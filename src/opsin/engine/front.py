@@ -7,7 +7,6 @@ happens on this side of the ``Engine``, which sees ids, keys and pixels.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +16,7 @@ from opsin.config import MediaConfig
 from opsin.engine.engine import Engine
 from opsin.errors import ConfigError, EngineDeadError, MediaError, RequestError
 from opsin.media.fetch import fetch
+from opsin.media.source import EncodedPicture, PixelPicture
 from opsin.outputs import PoolingRequestOutput, RequestOutput, Thumbnails
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing.chat import ChatOptions, ChatPrompt, MediaReference
@@ -84,7 +84,10 @@ class Front:
             fetched: per item of ``chat.media`` the bytes behind it, where it is a URL.
         """
         self.check_num_bytes(fetched)
-        media = [self.inputs.open_reference(ref, data) for ref, data in zip(chat.media, fetched, strict=True)]
+        media = [
+            self.inputs.open_reference(ref, data, chat.media_io_kwargs)
+            for ref, data in zip(chat.media, fetched, strict=True)
+        ]
         self._check_num_pixels(media)
         return self._with_options(self.inputs.chat_prompt(chat, media, cache_salt=cache_salt), mm_processor_kwargs)
 
@@ -105,7 +108,7 @@ class Front:
 
     def _check_num_pixels(self, media: Iterable[MediaInput]) -> None:
         sources = [item.source for item in media]
-        total = sum(math.prod(source.size) for source in sources if not isinstance(source, GivenFeatures))
+        total = sum(source.num_pixels for source in sources if not isinstance(source, GivenFeatures))
         limit = self._media.max_request_pixels
         if limit is not None and total > limit:
             raise MediaError(
@@ -148,7 +151,7 @@ class Front:
         if self._runner == ("generate" if makes_vectors else "pooling"):
             wanted = "vectors" if makes_vectors else "text"
             raise RequestError(f"This engine was started with runner={self._runner!r}, so it makes no {wanted}.")
-        shown = [source for source in processed.sources if thumbnails and not isinstance(source, GivenFeatures)]
+        shown = [s for s in processed.sources if thumbnails and isinstance(s, EncodedPicture | PixelPicture)]
         children = self._outputs.add(processed, kind, thumbnails=Thumbnails(shown) if shown else None)
         try:
             self.engine.add(children, processed.sources)
@@ -220,16 +223,17 @@ class Front:
 
     def close(self) -> None:
         self.engine.close()
+        self.inputs.close()
 
     # ------------------------------------------------------------------------------------ inside
 
     def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
         """The bytes behind each reference that is a URL, several at a time."""
-        urls = {ref.value for ref in references if isinstance(ref.value, str) and not ref.is_embedding}
+        urls = {ref.value: ref for ref in references if isinstance(ref.value, str) and not ref.is_embedding}
         if not urls:
             return [None] * len(references)
         with ThreadPoolExecutor(min(_FETCH_THREADS, len(urls)), thread_name_prefix="opsin-fetch") as threads:
-            jobs = {url: threads.submit(fetch, url, self._media) for url in urls}
+            jobs = {url: threads.submit(fetch, url, self._media, ref.modality) for url, ref in urls.items()}
             fetched: list[bytes | None] = []
             for ref in references:
                 job = jobs.get(ref.value) if isinstance(ref.value, str) else None

@@ -11,19 +11,21 @@ import numpy as np
 
 from opsin.config import EngineConfig
 from opsin.engine.engine import EngineFacts
+from opsin.media.clips import EncodedVideo, FrameSequence
 from opsin.media.decode import AlphaMode
 from opsin.media.sniff import ImageHeader
 from opsin.media.source import EncodedPicture, PixelPicture
+from opsin.media.video import VideoHeader
 from opsin.media.wire import allocate, map_memory
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.prompts import MediaSource
-from opsin.types import EngineRequest, RequestUpdate
+from opsin.types import Clip, EngineRequest, RequestUpdate
 
 
 class SourceHead(msgspec.Struct, frozen=True, array_like=True):
     """One ``MediaSource`` but for its bytes, which lie behind one another in the memory that comes along."""
 
-    kind: Literal["encoded", "pixels", "features"]
+    kind: Literal["encoded", "pixels", "video", "frames", "features"]
     num_bytes: int
     digest: bytes
     alpha: AlphaMode = "white"
@@ -31,6 +33,8 @@ class SourceHead(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...] = ()
     dtype: str = "uint8"
     extras: Mapping[str, tuple[int, ...]] = {}
+    video: VideoHeader | None = None
+    clip: Clip | None = None
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -128,6 +132,12 @@ def _packed(source: MediaSource) -> tuple[bytes | memoryview, SourceHead]:
     if isinstance(source, PixelPicture):
         array: np.ndarray[Any, Any] = np.asarray(source.decode())
         head = SourceHead("pixels", array.nbytes, source.digest, source.alpha, shape=array.shape)
+    elif isinstance(source, EncodedVideo):
+        head = SourceHead("video", len(source.data), source.digest, video=source.header, clip=source.clip)
+        return source.data, head
+    elif isinstance(source, FrameSequence):
+        array = np.stack([np.asarray(frame) for frame in source.frames(range(len(source.pictures)))])
+        head = SourceHead("frames", array.nbytes, source.digest, shape=array.shape, clip=source.clip)
     else:
         array = source.data
         shape, dtype = array.shape, str(array.dtype)
@@ -139,7 +149,15 @@ def _unpacked(head: SourceHead, data: bytes) -> MediaSource:
     if head.kind == "encoded":
         assert head.header is not None
         return EncodedPicture(data, head.header, head.digest, head.alpha)
+    if head.kind == "video":
+        assert head.video is not None
+        assert head.clip is not None
+        return EncodedVideo(data, head.video, head.clip, head.digest)
     array = np.frombuffer(data, head.dtype).reshape(head.shape)
+    if head.kind == "frames":
+        assert head.clip is not None
+        size = (head.shape[2], head.shape[1])
+        return FrameSequence([PixelPicture(a, size, head.digest, head.alpha) for a in array], head.clip, head.digest)
     if head.kind == "pixels":
         return PixelPicture(array, (head.shape[1], head.shape[0]), head.digest, head.alpha)
     return GivenFeatures(array, head.digest, head.extras)

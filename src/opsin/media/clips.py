@@ -54,9 +54,9 @@ class EncodedVideo:
     digest: bytes
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) of the upright frames."""
-        return self.clip.width, self.clip.height
+    def num_pixels(self) -> int:
+        """Of all frames that were chosen."""
+        return self.clip.width * self.clip.height * len(self.clip.frames)
 
     def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         """RGB of the frames with these ascending indices.
@@ -82,9 +82,9 @@ class FrameSequence:
     digest: bytes
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) of the frames."""
-        return self.clip.width, self.clip.height
+    def num_pixels(self) -> int:
+        """Of all frames that were chosen."""
+        return self.clip.width * self.clip.height * len(self.clip.frames)
 
     def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         """RGB of the frames with these indices.
@@ -188,6 +188,12 @@ def _open_frames(frames: Sequence[Any], metadata: Mapping[str, Any] | None, conf
     if not frames:
         raise MediaError("The video has not one frame.", code="invalid_video_format")
     _check_count(len(frames), config)
+    if any(isinstance(frame, str | os.PathLike) for frame in frames):  # a list may come from the network, as JSON
+        raise MediaError(
+            "The frames of a video must be pictures themselves, not paths; to give several videos by their paths, put "
+            "them in a list under multi_modal_data.",
+            code="invalid_video_format",
+        )
     pictures = [open_picture(frame, config) for frame in frames]
     sizes = {picture.size for picture in pictures}
     if len(sizes) > 1:

@@ -26,6 +26,7 @@ from opsin.config import MediaConfig
 from opsin.errors import MediaError
 from opsin.media.sniff import check_num_bytes
 from opsin.media.source import read_regular_file
+from opsin.types import Modality
 
 MAX_REDIRECTS = 3
 _CHUNK_BYTES = 2**16
@@ -57,8 +58,11 @@ class WebTarget(NamedTuple):
         return host if self.port == _default_port(self.scheme) else f"{host}:{self.port}"
 
 
-def fetch(url: str, config: MediaConfig) -> bytes:
+def fetch(url: str, config: MediaConfig, modality: Modality = "image") -> bytes:
     """Read the bytes behind a ``data:``, ``file:``, ``http:`` or ``https:`` URL; what they are is not looked at.
+
+    Args:
+        modality: what they are fetched as; videos may take longer.
 
     Raises:
         MediaError: ``invalid_image_url``, ``invalid_base64_image``, ``failed_to_download_image`` or
@@ -69,7 +73,7 @@ def fetch(url: str, config: MediaConfig) -> bytes:
         return decode_data_url(url, config.max_media_bytes)
     if scheme == "file":
         return _read_local(url, config)
-    return _download(url, config)
+    return _download(url, config, config.image_fetch_timeout_s if modality == "image" else config.video_fetch_timeout_s)
 
 
 def check_url(url: str, config: MediaConfig) -> WebTarget:
@@ -164,14 +168,14 @@ def _read_local(url: str, config: MediaConfig) -> bytes:
     return read_regular_file(path, config.max_media_bytes)
 
 
-def _download(url: str, config: MediaConfig) -> bytes:
-    deadline = time.monotonic() + config.image_fetch_timeout_s
+def _download(url: str, config: MediaConfig, timeout_s: float) -> bytes:
+    deadline = time.monotonic() + timeout_s
     for _ in range(MAX_REDIRECTS + 1):
         target = check_url(url, config)
         try:
             answer = _request(target, deadline, config)
         except TimeoutError:
-            raise _failure(f"Fetching the picture took longer than {config.image_fetch_timeout_s:g} s.") from None
+            raise _failure(f"Fetching the picture took longer than {timeout_s:g} s.") from None
         except (OSError, http.client.HTTPException) as error:
             raise _failure(f"Fetching the picture failed: {type(error).__name__}.") from None
         if isinstance(answer, bytes):
@@ -188,8 +192,8 @@ def _request(target: WebTarget, deadline: float, config: MediaConfig) -> bytes |
     with _dial(target, addresses, deadline) as connection:
         connection.settimeout(_seconds_left(deadline))
         connection.sendall(
-            f"GET {target.path} HTTP/1.1\r\nHost: {target.authority}\r\nUser-Agent: opsin\r\nAccept: image/*,*/*\r\n"
-            "Accept-Encoding: identity\r\nConnection: close\r\n\r\n".encode("ascii")
+            f"GET {target.path} HTTP/1.1\r\nHost: {target.authority}\r\nUser-Agent: opsin\r\n"
+            "Accept: image/*,video/*,*/*\r\nAccept-Encoding: identity\r\nConnection: close\r\n\r\n".encode("ascii")
         )
         with http.client.HTTPResponse(_DeadlineReader(connection, deadline), method="GET") as response:  # type: ignore[arg-type]
             response.begin()

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from opsin.config import MediaConfig
 from opsin.errors import MediaError
 from opsin.media.fetch import fetch
+from opsin.types import Modality
 
 _NUM_THREADS = 32  # they wait for the network, not for a core
 
@@ -22,21 +23,21 @@ class Fetcher:
     def __init__(self, config: MediaConfig) -> None:
         self._config = config
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="opsin-fetch")
-        self._running: dict[str, Future[bytes]] = {}
+        self._running: dict[tuple[str, Modality], Future[bytes]] = {}
         self._lock = threading.Lock()
 
-    async def fetch(self, url: str) -> bytes:
-        """The bytes behind a URL.
+    async def fetch(self, url: str, modality: Modality = "image") -> bytes:
+        """The bytes behind a URL; ``modality`` is what they are fetched as.
 
         Raises:
             MediaError: as ``opsin.media.fetch.fetch`` does; an error of this caller's own, to be changed at will.
         """
         with self._lock:
-            job = self._running.get(url)
+            job = self._running.get((url, modality))
             if job is None:
-                job = self._threads.submit(fetch, url, self._config)
-                self._running[url] = job
-                job.add_done_callback(lambda _: self._running.pop(url, None))
+                job = self._threads.submit(fetch, url, self._config, modality)
+                self._running[url, modality] = job
+                job.add_done_callback(lambda _: self._running.pop((url, modality), None))
         try:
             return await asyncio.shield(asyncio.wrap_future(job))
         except MediaError as error:

@@ -46,6 +46,10 @@ class EncodedPicture:
         """(width, height) of the upright picture."""
         return self.header.width, self.header.height
 
+    @property
+    def num_pixels(self) -> int:
+        return self.header.width * self.header.height
+
     def decode(self) -> Image.Image:
         """RGB, upright.
 
@@ -73,6 +77,10 @@ class PixelPicture:
     size: tuple[int, int]
     digest: bytes
     alpha: AlphaMode
+
+    @property
+    def num_pixels(self) -> int:
+        return self.size[0] * self.size[1]
 
     def decode(self) -> Image.Image:
         """RGB.

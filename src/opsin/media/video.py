@@ -178,9 +178,8 @@ def _decode_stream(data: bytes | IO[bytes], format: VideoFormat, wanted: Sequenc
         stream = container.streams.video[0]
         times = [time for time, _ in packets if time is not None]
         if len(set(times)) == len(packets):
-            frames = _at_times(
-                container, stream, sorted(times), sorted(t for t, key in packets if key and t is not None), wanted
-            )
+            keys = sorted(time for time, is_key in packets if is_key and time is not None)
+            frames = _at_times(container, stream, sorted(times), keys, wanted)
         else:
             frames = _by_count(container.decode(stream), wanted)
         for frame in frames:

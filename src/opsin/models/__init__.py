@@ -47,6 +47,7 @@ MODELS: tuple[Family, ...] = (
     _family("LlavaOnevisionForConditionalGeneration", "llava_onevision", "LlavaOnevision"),
     _family("MiniCPMV", "minicpmv", "MiniCPMV"),
     _family("Phi3VForCausalLM", "phi3_v", "Phi3V"),
+    _family("PaliGemmaForConditionalGeneration", "paligemma", "PaliGemma"),
     _family("Qwen2VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
     _family("Qwen2_5_VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
     _family("SmolVLMForConditionalGeneration", "idefics3", "Idefics3"),

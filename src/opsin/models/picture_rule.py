@@ -102,3 +102,22 @@ def no_videos() -> RequestError:
 def given_features(num_features: int, numbers: tuple[int, ...] = ()) -> MediaLayout:
     """The layout of features that the caller computed: no pixels, nothing for the tower."""
     return MediaLayout(PixelPlan(width=0, height=0, views=()), num_features, num_patches=0, numbers=numbers)
+
+
+def given_size(extras: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(width, height) of the picture whose features a caller computed, where ``image_sizes`` are given beside them:
+    (height, width) each, as Hugging Face's processors return them.
+
+    Raises:
+        RequestError: something else is given beside them.
+    """
+    unknown = sorted(set(extras) - {"image_size"})
+    if unknown:
+        raise RequestError(
+            f"Image embeddings of this model come alone or with image_sizes; got {', '.join(unknown)} beside them.",
+            param="multi_modal_data",
+        )
+    if not extras:
+        return None
+    height, width = extras["image_size"]
+    return width, height

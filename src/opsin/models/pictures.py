@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.models.rule import PixelNorm, Placeholder, TokenIds
+from opsin.types import Resize, View
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -31,6 +32,7 @@ _NORM_KEYS = frozenset({"do_rescale", "rescale_factor", "do_normalize", "image_m
 _INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's own config says
     {
         "_valid_processor_keys",
+        "auto_map",
         "chat_template",
         "data_format",
         "device",
@@ -214,6 +216,28 @@ def read_size(settings: Mapping[str, Any], key: Literal["size", "crop_size"]) ->
             "{'height': n, 'width': n}, at least 1."
         )
     return entries
+
+
+def square_view(settings: Mapping[str, Any], edge: int, width: int, height: int) -> View:
+    """The whole picture, resized to the square that the tower takes, as processors do it that have no crop and no pad.
+
+    Raises:
+        RequestError: the settings make another size.
+    """
+    ops: tuple[Resize, ...] = ()
+    made = (width, height)
+    if settings["do_resize"]:
+        with request_settings():
+            size, resample = read_size(settings, "size"), read_resample(settings)
+        made = size.get("width"), size.get("height")
+        ops = (Resize(edge, edge, resample),)
+    if made != (edge, edge):
+        raise RequestError(
+            f"The processor's settings do not make {edge} x {edge} pixels, which the vision tower takes, of this "
+            f"{width} x {height} picture: do_resize is {settings['do_resize']}, size {settings['size']}.",
+            param="mm_processor_kwargs",
+        )
+    return View(ops, height=edge, width=edge)
 
 
 def read_square_tower(config: Mapping[str, Any], *, family: str) -> SquareTower:

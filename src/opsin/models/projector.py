@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -21,3 +23,11 @@ class Projector(nn.Module):
 
     def forward(self, x_MD: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.kernels.activation(self.linear_1(x_MD), self.act))
+
+
+def pixel_shuffle(hidden_BPD: torch.Tensor, merge: int) -> torch.Tensor:
+    """Lay each block of ``merge`` x ``merge`` patches of square tiles side by side, row by row: (tiles * features,
+    merge**2 * D)."""
+    edge = math.isqrt(hidden_BPD.shape[1]) // merge
+    blocks = hidden_BPD.unflatten(1, (edge, merge, edge, merge))  # tile, row, row in block, column, ...
+    return blocks.transpose(2, 3).flatten(3).flatten(0, 2)

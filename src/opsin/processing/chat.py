@@ -60,6 +60,7 @@ class ChatOptions(TypedDict, total=False):
         chat_template_content_format: whether the template takes content as text or as parts; "auto" asks it.
         continue_final_message: go on with the last message instead of answering it.
         chat_template_kwargs: more variables for the template; they cannot replace its own.
+        media_io_kwargs: which frames of the videos to take, over the engine's own setting of the name.
     """
 
     chat_template: str | None
@@ -69,14 +70,17 @@ class ChatOptions(TypedDict, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     documents: Sequence[Mapping[str, Any]] | None
     chat_template_kwargs: Mapping[str, Any] | None
+    media_io_kwargs: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A rendered conversation: the prompt, which of its control strings are a user's own words, and its media."""
+    """A rendered conversation: the prompt, which of its control strings are a user's own words, its media, and which
+    frames to take of videos among them."""
 
     prompt: Rendered
     media: list[MediaReference] = field(default_factory=list)
+    media_io_kwargs: Mapping[str, Any] | None = None
 
 
 class _Text(NamedTuple):

@@ -23,9 +23,12 @@ def question(images: Any, text: Any) -> list[dict[str, Any]]:
     Raises:
         RequestError: the text is none.
     """
-    if not isinstance(text, str) or not text:
-        raise RequestError(f"question must be a non-empty text, got {type(text).__name__}.", param="question")
-    return [{"role": "user", "content": [*_parts(images), {"type": "text", "text": text}]}]
+    return _ask(_parts(images), text)
+
+
+def question_about(urls: Sequence[str], text: Any) -> list[dict[str, Any]]:
+    """``question`` for callers from afar, who may name URLs and nothing else."""
+    return _ask([_by_url(url) for url in urls], text)
 
 
 def as_choices(given: Any) -> list[Any]:
@@ -51,6 +54,16 @@ def as_conversation(item: Any) -> list[dict[str, Any]] | None:
     return [{"role": "user", "content": _parts(item)}]
 
 
+def _ask(pictures: Sequence[dict[str, Any]], text: Any) -> list[dict[str, Any]]:
+    if not isinstance(text, str) or not text:
+        raise RequestError(f"question must be a non-empty text, got {type(text).__name__}.", param="question")
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
+def _by_url(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 def _parts(images: Any) -> list[dict[str, Any]]:
     if images is None:
         return []
@@ -58,6 +71,6 @@ def _parts(images: Any) -> list[dict[str, Any]]:
         return [part for image in images for part in _parts(image)]
     if isinstance(images, str):
         if images.startswith(_URLS):
-            return [{"type": "image_url", "image_url": {"url": images}}]
+            return [_by_url(images)]
         images = Path(images)
     return [{"type": "image_pil", "image_pil": images}]

@@ -57,11 +57,16 @@ def check_pooling(params: PoolingParams, sizes: VectorSizes) -> None:
         RequestError: ``param`` is the field.
     """
     if params.task not in _TASKS:
-        raise RequestError(
-            f"The task {params.task!r} needs a classification head, which no served architecture has. To weigh given "
-            "answers against one another use pick (LLM.pick, POST /v1/pick); to compare inputs by their vectors use "
-            "score (LLM.score, POST /score).",
-            param="task",
-        )
+        raise missing_head(params.task)
     if params.dimensions is not None:
         sizes.check(params.dimensions)
+
+
+def missing_head(task: str) -> RequestError:
+    """What to say to those who ask for a head that no model here has."""
+    return RequestError(
+        f"The task {task!r} needs a classification head, which no served architecture has. To weigh given answers "
+        "against one another use pick (LLM.pick, POST /v1/pick); to compare inputs by their vectors use score "
+        "(LLM.score, POST /score).",
+        param="task",
+    )

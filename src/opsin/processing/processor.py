@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections import Counter
@@ -18,6 +19,9 @@ import numpy as np
 
 from opsin.config import MediaConfig
 from opsin.errors import ContextLengthError, RequestError
+from opsin.media.clips import EncodedVideo, FrameChoice, FrameSequence, VideoSource
+from opsin.media.prober import VideoProber
+from opsin.media.source import PictureSource
 from opsin.models.rule import MediaRule, Placeholder
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing import expand as expansion
@@ -29,9 +33,9 @@ from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.jinja import ChatTemplate, ContentFormat, find_template
 from opsin.processing.neutral import ControlStrings, Rendered
 from opsin.processing.pooling import VectorSizes, check_pooling
-from opsin.processing.prompts import MediaInput, MediaSource, Prompt, open_reference, read_prompt
+from opsin.processing.prompts import MediaInput, MediaSource, Opener, Prompt, open_reference, read_prompt
 from opsin.processing.tokenizer import Tokenizer
-from opsin.types import EngineRequest, MediaItem, Modality, ModelSpec
+from opsin.types import EngineRequest, MediaItem, MediaLayout, Modality, ModelSpec
 
 _MODALITIES: tuple[Modality, ...] = ("image", "video")
 _END_TOKENS = 16  # of a prompt given in ids, in whose sight choices are tokenised
@@ -90,6 +94,8 @@ class InputProcessor:
         self.spec = spec
         self.max_model_len = max_model_len
         self._media = media
+        FrameChoice.of(media.media_io_kwargs)  # a mistake in there should be told at once
+        self._probe = VideoProber(media)
         self._generation_config = generation_config or {}
         self._default_seed = default_seed
         self._template_sources = {
@@ -126,7 +132,7 @@ class InputProcessor:
         Raises:
             RequestError, MediaError: see ``opsin.processing.prompts.read_prompt``.
         """
-        return read_prompt(prompt, self._media, self.spec.feature_width)
+        return read_prompt(prompt, self._opener(None))
 
     def render_chat(
         self,
@@ -139,6 +145,7 @@ class InputProcessor:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        media_io_kwargs: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
         """Render one conversation with the model's template, or with ``chat_template`` (jinja text).
 
@@ -164,12 +171,19 @@ class InputProcessor:
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
         )
+        FrameChoice.of(media_io_kwargs)  # before anything is fetched
+        chat = dataclasses.replace(chat, media_io_kwargs=media_io_kwargs)
         self._check_limits([reference.modality for reference in chat.media], "messages")
         return chat
 
-    def open_reference(self, reference: MediaReference, fetched: bytes | None = None) -> MediaInput:
+    def open_reference(
+        self,
+        reference: MediaReference,
+        fetched: bytes | None = None,
+        media_io_kwargs: Mapping[str, Any] | None = None,
+    ) -> MediaInput:
         """Open an item of a conversation; ``fetched`` are the bytes behind it where it is a URL."""
-        return open_reference(reference, fetched, self._media, self.spec.feature_width)
+        return open_reference(reference, fetched, self._opener(media_io_kwargs))
 
     def chat_prompt(
         self,
@@ -247,7 +261,20 @@ class InputProcessor:
         answers = self._answers(prompt, len(ids), params) if isinstance(params, PoolingParams) else []
         return ProcessedRequest(request, [prompt.media[i].source for i in order], text, answers)
 
+    def close(self) -> None:
+        """Stop the processes that read videos' headers."""
+        self._probe.close()
+
     # ------------------------------------------------------------------------------------------------- inside
+
+    def _opener(self, media_io_kwargs: Mapping[str, Any] | None) -> Opener:
+        choice = FrameChoice.of(self._media.media_io_kwargs, media_io_kwargs)
+        return Opener(self._media, self.spec.feature_width, self._probe, choice)
+
+    def _layout(self, source: PictureSource | VideoSource, options: Mapping[str, Any]) -> MediaLayout:
+        if isinstance(source, EncodedVideo | FrameSequence):
+            return self.rule.video_layout(source.clip, options)
+        return self.rule.layout("image", *source.size, 1, options)
 
     def _expand(
         self, prompt: Prompt, items: Sequence[MediaItem], params: SamplingParams | PoolingParams
@@ -312,8 +339,7 @@ class InputProcessor:
         if isinstance(source, GivenFeatures):
             layout = self.rule.embedding_layout(item.modality, len(source.data), source.extras)
         else:
-            width, height = source.size
-            layout = self.rule.layout(item.modality, width, height, 1, options)
+            layout = self._layout(source, options)
         # A uuid stands for the content within its salt; it can never collide with a digest, or reach another salt.
         names = [name.encode("utf-8", "surrogatepass") for name in (prompt.cache_salt, item.uuid or "")]
         identity = ("content", source.digest) if item.uuid is None else ("uuid", *names)

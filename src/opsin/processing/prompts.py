@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from opsin.config import MediaConfig
 from opsin.errors import RequestError
+from opsin.media.clips import FrameChoice, Probe, VideoSource, is_described, open_video
 from opsin.media.source import PictureSource, open_picture
 from opsin.processing.chat import MediaReference
 from opsin.processing.embeddings import GivenFeatures, is_embedding, read_embedding, read_embeddings, split_embeddings
 from opsin.processing.neutral import Rendered
 from opsin.types import Modality
 
-MediaSource = PictureSource | GivenFeatures
+MediaSource = PictureSource | VideoSource | GivenFeatures
 """What an item's payload is made from, when the engine asks for it."""
 
 _KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids", "cache_salt")
@@ -55,11 +58,34 @@ class Prompt:
     add_special_tokens: bool | None = True
 
 
-def read_prompt(prompt: Any, config: MediaConfig, feature_width: int) -> Prompt:
-    """Read a ``PromptType``.
+@dataclass(frozen=True, slots=True)
+class Opener:
+    """How media are opened.
 
-    Args:
+    Attributes:
         feature_width: values per row that features given by the caller must have.
+        probe: reads videos' headers.
+        choice: which frames of a video are taken.
+    """
+
+    config: MediaConfig
+    feature_width: int
+    probe: Probe
+    choice: FrameChoice
+
+    def __call__(self, value: Any, modality: Modality) -> MediaSource:
+        """Open one item.
+
+        Raises:
+            MediaError: what is wrong with it.
+        """
+        if modality == "video":
+            return open_video(value, self.config, self.choice, self.probe)
+        return open_picture(value, self.config)
+
+
+def read_prompt(prompt: Any, opener: Opener) -> Prompt:
+    """Read a ``PromptType``.
 
     Raises:
         RequestError: an unknown key, a missing or a wrongly typed value.
@@ -100,7 +126,7 @@ def read_prompt(prompt: Any, config: MediaConfig, feature_width: int) -> Prompt:
                     f"Unknown modality {key!r} in {name}. Allowed are {', '.join(_MODALITIES)}.", param=f"{name}.{key}"
                 )
     for modality in _MODALITIES:
-        media += _read_modality(modality, data.get(modality), uuids.get(modality), config, feature_width)
+        media += _read_modality(modality, data.get(modality), uuids.get(modality), opener)
     return Prompt(
         rendered=Rendered(text) if ids is None and text is not None else None,
         token_ids=None if ids is None else _read_ids(ids),
@@ -110,9 +136,7 @@ def read_prompt(prompt: Any, config: MediaConfig, feature_width: int) -> Prompt:
     )
 
 
-def open_reference(
-    reference: MediaReference, fetched: bytes | None, config: MediaConfig, feature_width: int
-) -> MediaInput:
+def open_reference(reference: MediaReference, fetched: bytes | None, opener: Opener) -> MediaInput:
     """Open an item that a conversation named.
 
     Args:
@@ -121,12 +145,12 @@ def open_reference(
     value = reference.value if fetched is None else fetched
     try:
         if reference.is_embedding and value is not None:
-            source: MediaSource = read_embedding(value, feature_width)
+            source: MediaSource = read_embedding(value, opener.feature_width)
         else:
             _require_data(value, reference.modality, reference.param)
             if isinstance(value, str):
                 raise RequestError("A URL must be fetched before it is opened.")
-            source = _open(value, reference.modality, config)
+            source = opener(value, reference.modality)
     except RequestError as error:
         error.param = error.param or reference.param
         raise
@@ -156,16 +180,14 @@ def _read_ids(ids: Any) -> list[int]:
     return list(ids)
 
 
-def _read_modality(
-    modality: Modality, data: Any, uuids: Any, config: MediaConfig, feature_width: int
-) -> list[MediaInput]:
+def _read_modality(modality: Modality, data: Any, uuids: Any, opener: Opener) -> list[MediaInput]:
     param = f"multi_modal_data.{modality}"
     if isinstance(uuids, str):
         uuids = [uuids]
     if data is None:
         values: list[Any] = [None] * len(uuids or ())
     else:
-        values = _items(modality, data, feature_width, param)
+        values = _items(modality, data, opener.feature_width, param)
     if uuids is not None and (
         not isinstance(uuids, Sequence) or not all(u is None or (isinstance(u, str) and u) for u in uuids)
     ):
@@ -183,7 +205,7 @@ def _read_modality(
     for i, value in enumerate(values):
         try:
             _require_data(value, modality, param)
-            source = value if isinstance(value, GivenFeatures) else _open(value, modality, config)
+            source = value if isinstance(value, GivenFeatures) else opener(value, modality)
         except RequestError as error:
             error.param = error.param or (param if len(values) == 1 else f"{param}.{i}")
             raise
@@ -195,11 +217,13 @@ def _items(modality: Modality, data: Any, feature_width: int, param: str) -> lis
     """One entry per item, from a single item, a list, a batch, or features."""
     if isinstance(data, Mapping):
         return list(read_embeddings(modality, data, feature_width, param))
+    if modality == "video" and _is_one_video(data):
+        return [data]
     if is_embedding(data):
         return list(split_embeddings(data, feature_width, param))
     if isinstance(data, list | tuple):
         return [read_embedding(v, feature_width, f"{param}.{i}") if is_embedding(v) else v for i, v in enumerate(data)]
-    if getattr(data, "ndim", None) == 4:  # a batch of pictures
+    if getattr(data, "ndim", None) == (4 if modality == "image" else 5):  # a batch
         return list(data)
     return [data]
 
@@ -214,7 +238,9 @@ def _require_data(value: Any, modality: Modality, param: str) -> None:
         )
 
 
-def _open(value: Any, modality: Modality, config: MediaConfig) -> MediaSource:
-    if modality == "video":
-        raise RequestError("This model takes no video.")
-    return open_picture(value, config)
+def _is_one_video(data: Any) -> bool:
+    """Whether it is one video rather than several, or features: frames, or a pair with metadata."""
+    if is_described(data) or getattr(data, "ndim", None) == 4:
+        return True
+    frames = isinstance(data, list | tuple) and len(data) > 0
+    return frames and all(isinstance(item, Image.Image) or getattr(item, "ndim", None) == 3 for item in data)

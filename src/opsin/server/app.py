@@ -23,13 +23,21 @@ from opsin.server.errors import MethodNotAllowedError, RouteNotFoundError
 from opsin.server.gate import Gate, Keys
 from opsin.server.metrics import Metrics
 from opsin.server.page import FILES, page_file
+from opsin.server.pick import create_pick
+from opsin.server.pooling import classify, create_pooling
 from opsin.server.requests import (
     ChatCompletionRequest,
+    ClassifyRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    PickRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
     TokenizeRequest,
 )
+from opsin.server.scores import create_score, rerank
 from opsin.server.seen import SeenRequest, see_picture
 from opsin.server.state import ServerState
 from opsin.server.tokens import detokenize, tokenize
@@ -43,6 +51,14 @@ _POSTS: Sequence[tuple[str, Handler, type[msgspec.Struct]]] = (
     ("/v1/completions", create_completion, CompletionRequest),
     ("/v1/embeddings", create_embeddings, EmbeddingRequest),
     ("/page/seen", see_picture, SeenRequest),
+    ("/v1/pick", create_pick, PickRequest),
+    ("/pooling", create_pooling, PoolingRequest),
+    ("/score", create_score, ScoreRequest),
+    ("/v1/score", create_score, ScoreRequest),
+    ("/rerank", rerank, RerankRequest),
+    ("/v1/rerank", rerank, RerankRequest),
+    ("/v2/rerank", rerank, RerankRequest),
+    ("/classify", classify, ClassifyRequest),
     ("/tokenize", tokenize, TokenizeRequest),
     ("/detokenize", detokenize, DetokenizeRequest),
 )

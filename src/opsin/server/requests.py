@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from opsin.errors import RequestError
+from opsin.params import PoolingTask
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -146,6 +147,64 @@ class EmbeddingRequest(Request, kw_only=True):
     messages: list[dict[str, Any]] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
+
+
+class PoolingRequest(EmbeddingRequest, kw_only=True):
+    """``POST /pooling``: as for embeddings.
+
+    Attributes:
+        task: "token_embed", the vectors of all tokens, or "embed", the last one's.
+    """
+
+    task: PoolingTask | None = None
+
+
+class ClassifyRequest(Request, kw_only=True):
+    """``POST /classify``, which no served architecture can answer."""
+
+
+ScoreInput = str | dict[str, Any]
+"""A text as it is, or ``{"content": text or parts}``, a user's message."""
+
+ScoreInputs = str | dict[str, Any] | list[str | dict[str, Any]]
+
+
+class ScoreRequest(Request, kw_only=True):
+    """``POST /score``: two inputs or lists of them, under any of vLLM's pairs of names."""
+
+    text_1: ScoreInputs | None = None
+    text_2: ScoreInputs | None = None
+    data_1: ScoreInputs | None = None
+    data_2: ScoreInputs | None = None
+    queries: ScoreInputs | None = None
+    documents: ScoreInputs | None = None
+    items: ScoreInputs | None = None
+
+
+class RerankRequest(Request, kw_only=True):
+    """``POST /rerank``.
+
+    Attributes:
+        top_n: results to give; 0 is all.
+    """
+
+    query: ScoreInput
+    documents: ScoreInputs
+    top_n: int | None = None
+
+
+class PickRequest(Request, kw_only=True):
+    """``POST /v1/pick``: ``question`` and ``image``, or ``messages``.
+
+    Attributes:
+        choices: 2 to 64 different answers, spelt as the model would give them.
+        image: the URL of a picture, or a list of them.
+    """
+
+    choices: list[str]
+    messages: list[dict[str, Any]] | None = None
+    question: str | None = None
+    image: str | list[str] | None = None
 
 
 class TokenizeRequest(Request, kw_only=True):

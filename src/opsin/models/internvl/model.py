@@ -14,7 +14,7 @@ from opsin.layers.norm import LayerNorm
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.internvl.rule import TileGeometry
 from opsin.models.picture_model import PictureModel
-from opsin.models.projector import Projector
+from opsin.models.projector import Projector, pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.intern_vit import InternViTConfig, InternViTTower
@@ -84,7 +84,7 @@ class InternVLModel(PictureModel):
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in one pass."""
         hidden_BPD = self.tower(self.patches(torch.stack([tile for item in tiles for tile in item])))
-        return self.projector(pixel_shuffle(hidden_BPD[:, 1:], self.tile))
+        return self.projector(pixel_shuffle(hidden_BPD[:, 1:], self.tile.merge))
 
 
 class NormedProjector(Projector):
@@ -96,13 +96,6 @@ class NormedProjector(Projector):
 
     def forward(self, x_MD: torch.Tensor) -> torch.Tensor:
         return super().forward(self.layer_norm(x_MD))
-
-
-def pixel_shuffle(hidden_BPD: torch.Tensor, tile: TileGeometry) -> torch.Tensor:
-    """Lay each block of ``merge`` x ``merge`` patches side by side, row by row: (tiles * features, merge**2 * D)."""
-    edge = tile.image_size // tile.patch_size // tile.merge
-    blocks = hidden_BPD.unflatten(1, (edge, tile.merge, edge, tile.merge))  # tile, row, row in block, column, ...
-    return blocks.transpose(2, 3).flatten(3).flatten(0, 2)
 
 
 def _text_config(strict: StrictConfig, max_model_len: int | None) -> dict[str, Any]:

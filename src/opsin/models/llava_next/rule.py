@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.picture_rule import PictureRule, given_features, images_only
+from opsin.models.picture_rule import PictureRule, given_features, given_size, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
@@ -137,14 +137,9 @@ class LlavaNextRule(PictureRule):
         """Features as the model makes them, newlines included. ``image_sizes``, (height, width) each as Hugging Face's
         processor returns them, are optional: the features are counted against them."""
         images_only(modality)
-        unknown = sorted(set(extras) - {"image_size"})
-        if unknown:
-            raise RequestError(
-                f"Image embeddings of this model come alone or with image_sizes; got {', '.join(unknown)} beside them.",
-                param="multi_modal_data",
-            )
-        if extras:
-            height, width = extras["image_size"]
+        size = given_size(extras)
+        if size is not None:
+            width, height = size
             expected = self.layout(modality, width, height, 1, {}).num_features
             if num_features != expected:
                 raise RequestError(

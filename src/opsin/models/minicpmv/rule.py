@@ -41,12 +41,12 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
         "im_id_start": "<image_id>",
         "im_id_end": "</image_id>",
         "slice_mode": True,
-        "norm_mean": (0.5, 0.5, 0.5),
-        "norm_std": (0.5, 0.5, 0.5),
+        "norm_mean": [0.5, 0.5, 0.5],
+        "norm_std": [0.5, 0.5, 0.5],
         "version": 2.0,
     }
 }
-_SAVED_AGAIN = {  # attributes of the processor, which ``save_pretrained`` writes beside the keys that they are read from
+_SAVED_AGAIN = {  # the processor's attributes, which its ``save_pretrained`` writes beside the keys they were read from
     "im_start_token": "im_start",
     "im_end_token": "im_end",
     "slice_start_token": "slice_start",

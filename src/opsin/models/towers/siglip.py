@@ -10,6 +10,7 @@ from torch import nn
 
 from opsin.layers import Placement
 from opsin.layers.linear import Linear
+from opsin.layers.norm import LayerNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.vit import PositionEmbedding, ViTConfig, ViTEncoder
 
@@ -20,7 +21,10 @@ class SiglipTower(nn.Module):
     """Patches to hidden states; no class token.
 
     HF applies ``post_layernorm`` to the last hidden state alone, after the ones that feature layers select from, and
-    the attention-pooling ``head`` after that; neither is built.
+    the attention-pooling ``head`` after that; the head is not built.
+
+    Args:
+        norms_last: build ``post_layernorm``, for families that take the last hidden state.
     """
 
     num_prefix_tokens = 0
@@ -31,11 +35,12 @@ class SiglipTower(nn.Module):
         r"embeddings\.position_ids",
     )
 
-    def __init__(self, place: Placement, config: ViTConfig) -> None:
+    def __init__(self, place: Placement, config: ViTConfig, *, norms_last: bool = False) -> None:
         super().__init__()
         self.config = config
         self.embeddings = SiglipEmbeddings(place, config)
         self.encoder = ViTEncoder(place, config)
+        self.post_layernorm = LayerNorm(place, config.hidden_size, config.norm_eps) if norms_last else None
 
     @staticmethod
     def read_config(vision_config: Mapping[str, Any], select: int | Sequence[int]) -> ViTConfig:
@@ -48,7 +53,8 @@ class SiglipTower(nn.Module):
 
     def forward(self, patches_BPC: torch.Tensor) -> torch.Tensor:
         """(tiles, patches, 3 * patch_size**2) to (tiles, patches, selected * D)."""
-        return self.encoder(self.embeddings(patches_BPC))
+        hidden_BPD = self.encoder(self.embeddings(patches_BPC))
+        return hidden_BPD if self.post_layernorm is None else self.post_layernorm(hidden_BPD)
 
 
 class SiglipEmbeddings(nn.Module):

@@ -1,0 +1,1 @@
+"""Idefics3 and SmolVLM: rows of tiles with a tag each, then the whole picture; pixel shuffle."""

@@ -1,0 +1,80 @@
+"""PaliGemma, arXiv:2407.07726, and PaliGemma 2, arXiv:2412.03555 (HF ``PaliGemmaForConditionalGeneration``): SigLIP,
+one linear layer, Gemma or Gemma 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+
+from opsin.errors import UnsupportedModelError
+from opsin.layers import Placement
+from opsin.layers.linear import Linear
+from opsin.models.decoder import Decoder, DecoderConfig
+from opsin.models.picture_model import PictureModel
+from opsin.models.rule import PixelNorm
+from opsin.models.strict import StrictConfig
+from opsin.models.towers.patches import Patches
+from opsin.models.towers.siglip import SiglipTower
+from opsin.models.weights import WeightTable
+from opsin.types import MediaLayout
+
+# Beside the tower's and the decoder's own: the number of patches once more, and that the rule lets prompts see ahead.
+_VISION_EXTRAS = ("num_image_tokens", "num_positions", "projector_hidden_act")
+_TEXT_EXTRAS = ("num_image_tokens", "use_bidirectional_attention")
+# Hub checkpoints (``language_model.model.``), transformers 5's module names (``model.language_model.``), and towers
+# with and without the ``vision_model`` level.
+_RENAMES = (
+    (r"^(model\.language_model|language_model\.model)\.", "decoder."),
+    (r"^(language_model\.)?lm_head\.", "decoder.lm_head."),
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "tower."),
+    (r"^(model\.)?multi_modal_projector\.linear\.", "projector."),
+)
+
+
+class PaliGemmaModel(PictureModel):
+    """One picture is one tile."""
+
+    def __init__(
+        self, place: Placement, tower: SiglipTower, projector: Linear, decoder: Decoder, norm: PixelNorm
+    ) -> None:
+        super().__init__("PaliGemmaForConditionalGeneration", decoder)
+        self.tower = tower
+        self.projector = projector
+        self.patches = Patches(place, tower.config.patch_size, norm)
+
+    @classmethod
+    def from_hf(
+        cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
+    ) -> Self:
+        strict = StrictConfig(config, "config.json")
+        vision = {key: value for key, value in strict.require("vision_config").items() if key not in _VISION_EXTRAS}
+        text = {key: value for key, value in strict.require("text_config").items() if key not in _TEXT_EXTRAS}
+        text["tie_word_embeddings"] = strict.take("tie_word_embeddings", True)
+        tower_config = SiglipTower.read_config(vision, -1)
+        decoder_config = DecoderConfig.from_hf(text)
+        width = strict.take("projection_dim", 2048)
+        if width != decoder_config.hidden_size:
+            raise UnsupportedModelError(
+                f"projection_dim is {width}; the decoder takes {decoder_config.hidden_size} values."
+            )
+        strict.skip("image_token_index", "image_token_id", "ignore_index")
+        strict.skip("vocab_size", "_vocab_size", "hidden_size", "num_hidden_layers")  # the decoder's, once more
+        strict.finish()
+        return cls(
+            place,
+            SiglipTower(place, tower_config, norms_last=True),
+            Linear(place, tower_config.hidden_size, width, bias=True),
+            Decoder(place, decoder_config, max_model_len),
+            norm,
+        )
+
+    def weight_table(self) -> WeightTable:
+        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
+        return WeightTable.of(_RENAMES, unused)
+
+    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
+        """(sum of num_features, D), all pictures in one pass."""
+        hidden_BPD = self.tower(self.patches(torch.stack([tile for item in tiles for tile in item])))
+        return self.projector(hidden_BPD.flatten(0, 1))

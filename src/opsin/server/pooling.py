@@ -1,0 +1,126 @@
+"""Requests that generate nothing: the road that all of them take, and ``POST /pooling`` and ``POST /classify``."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import numpy as np
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from opsin.errors import EngineDeadError, RequestError
+from opsin.outputs import EmbeddingOutput, PoolingRequestOutput, TokenEmbeddingOutput
+from opsin.params import PoolingParams
+from opsin.processing.pooling import missing_head
+from opsin.processing.processor import ProcessedRequest
+from opsin.server.answers import EmbeddingUsage, PoolingItem, Poolings
+from opsin.server.requests import ClassifyRequest, EmbeddingRequest, PoolingRequest
+from opsin.server.state import ServerState, blame, prompts_of
+from opsin.server.transport import ClientGone, GoneResponse, json_response, until_gone
+
+_MAX_INPUTS = 2048  # OpenAI's
+
+
+async def create_pooling(http: HTTPRequest, server: ServerState) -> Response:
+    """Read numbers off inputs: every token's vector, or ("task": "embed") the last one's."""
+    request = await server.read(http, PoolingRequest)
+    params = PoolingParams(task=request.task or "token_embed", dimensions=request.dimensions)
+    outputs = await pool_inputs(http, server, request, params, "pool")
+    if outputs is None:
+        return GoneResponse()
+    name, finished = outputs
+    items: list[PoolingItem] = []
+    for i, output in enumerate(finished):
+        assert isinstance(output.outputs, EmbeddingOutput | TokenEmbeddingOutput)
+        data = output.outputs.data
+        items.append(PoolingItem(i, as_base64(data) if request.encoding_format == "base64" else data.tolist()))
+    return json_response(Poolings(name, int(time.time()), server.names[0], items, usage_of(finished)))
+
+
+async def classify(http: HTTPRequest, server: ServerState) -> Response:
+    """vLLM's route for models with a classification head, which no served architecture has."""
+    await server.read(http, ClassifyRequest)
+    raise missing_head("classify")
+
+
+async def pool_inputs(
+    http: HTTPRequest, server: ServerState, request: EmbeddingRequest, params: PoolingParams, prefix: str
+) -> tuple[str, list[PoolingRequestOutput]] | None:
+    """Run a body's ``input`` or ``messages``; None when the client has gone.
+
+    Returns:
+        The answer's id, and one output per input.
+
+    Raises:
+        OpsinError: what is wrong.
+    """
+    messages = request.messages
+    if (request.input is None) == (messages is None):
+        raise RequestError("Give either input or messages.", param="input")
+    inputs = [] if messages is not None else prompts_of(request.input, "input")
+    if len(inputs) > _MAX_INPUTS:
+        raise RequestError(f"input has {len(inputs)} entries; at most {_MAX_INPUTS} are taken.", param="input")
+    name = server.name_of(http, request, prefix)
+
+    async def prepare() -> list[ProcessedRequest]:
+        if messages is not None:
+            return [await server.prepare_chat(name, request, messages, params, add_generation_prompt=False)]
+        return [await server.prepare(name, request, text, params, "input") for text in inputs]
+
+    with blame("input" if messages is None else "messages"):
+        outputs = await pool(http, server, prepare, max(1, len(inputs)))
+    return None if outputs is None else (name, outputs)
+
+
+async def pool(
+    http: HTTPRequest, server: ServerState, prepare: Callable[[], Awaitable[list[ProcessedRequest]]], num_places: int
+) -> list[PoolingRequestOutput] | None:
+    """Admit, prepare and run requests, and wait for all of them; None when the client has gone.
+
+    Args:
+        num_places: places to take in the queue.
+
+    Raises:
+        OpsinError: the first failure among them.
+    """
+
+    async def work() -> list[PoolingRequestOutput]:
+        with server.admission.enter(num_places):
+            prepared = await prepare()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(_run(server, processed)) for processed in prepared]
+            except ExceptionGroup as failures:  # one cause is enough, and its class decides the status
+                raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    try:
+        return await until_gone(http.receive, work())
+    except ClientGone:
+        return None
+
+
+async def _run(server: ServerState, processed: ProcessedRequest) -> PoolingRequestOutput:
+    metrics = server.metrics
+    metrics.admitted(len(processed.request.prompt_token_ids), len(processed.sources))
+    async with contextlib.aclosing(server.engine.stream(processed, "final")) as outputs:
+        async for output in outputs:
+            assert isinstance(output, PoolingRequestOutput)
+            metrics.finished("stop", None, 0.0)
+            return output
+    raise EngineDeadError("The engine stopped before the request was answered.")
+
+
+def usage_of(outputs: Sequence[PoolingRequestOutput]) -> EmbeddingUsage:
+    """The tokens of all prompts."""
+    total = sum(len(output.prompt_token_ids) for output in outputs)
+    return EmbeddingUsage(total, total)
+
+
+def as_base64(numbers: np.ndarray) -> str:
+    """Little-endian float32, one row after the other."""
+    return base64.b64encode(numbers.astype("<f4").tobytes()).decode("ascii")
