@@ -55,10 +55,22 @@ class _Caller:
     outputs: asyncio.Queue[Output | BaseException]
 
     def send(self, item: Output | BaseException) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.outputs.put_nowait, item)
-        except RuntimeError:  # the loop was closed with the request still running
-            logger.debug("A caller's event loop is closed; its output is dropped.")
+        _send(self.loop, [(self.outputs, item)])
+
+
+_Mail = tuple["asyncio.Queue[Output | BaseException]", Output | BaseException]
+
+
+def _send(loop: asyncio.AbstractEventLoop, mail: Sequence[_Mail]) -> None:
+    try:
+        loop.call_soon_threadsafe(_hand_out, mail)
+    except RuntimeError:  # the loop was closed with the requests still running
+        logger.debug("A caller's event loop is closed; its output is dropped.")
+
+
+def _hand_out(mail: Sequence[_Mail]) -> None:
+    for outputs, item in mail:
+        outputs.put_nowait(item)
 
 
 class AsyncLLM:
@@ -448,11 +460,15 @@ class AsyncLLM:
 
     def _deliver(self) -> None:
         batch = self._front.step()
+        mail: dict[asyncio.AbstractEventLoop, list[_Mail]] = {}  # one call per step wakes each loop once
         for request_id, error in batch.failures.items():
-            self._callers.pop(request_id).send(error)
+            caller = self._callers.pop(request_id)
+            mail.setdefault(caller.loop, []).append((caller.outputs, error))
         for output in batch.outputs:
             caller = self._callers.pop(output.request_id) if output.finished else self._callers[output.request_id]
-            caller.send(output)
+            mail.setdefault(caller.loop, []).append((caller.outputs, output))
+        for loop, items in mail.items():
+            _send(loop, items)
 
     def _start(self, processed: ProcessedRequest, kind: OutputKind, caller: _Caller) -> None:
         if self._dead is not None:  # posted in time, but not begun

@@ -10,6 +10,7 @@ transformers (and with it torch) is imported only when a folder is opened.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ class Tokenizer:
         """Open the tokenizer of a checkpoint folder; nothing is downloaded and no code of the checkpoint is run."""
         from transformers import AutoTokenizer
 
-        hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        return cls(hf, generation_config)
+        settings = {"local_files_only": True, "trust_remote_code": False, "config": _foreign_config(Path(folder))}
+        return cls(AutoTokenizer.from_pretrained(str(folder), **settings), generation_config)
 
     def to_json(self) -> str:
         """The tokenizer as a tokenizer.json."""
@@ -190,6 +191,17 @@ class Tokenizer:
         if right is not None and self._added[right].lstrip:
             piece = piece.rstrip()
         return piece
+
+
+def _foreign_config(folder: Path) -> Any:
+    """The config of a checkpoint that transformers has no code for, which it would read alike, but with a warning that
+    its users need not heed; None where it has."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    is_foreign = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
+    return PreTrainedConfig.from_dict(values) if is_foreign else None
 
 
 def _end_ids(eos_token_id: int | None, generation_config: Mapping[str, Any] | None) -> frozenset[int]:

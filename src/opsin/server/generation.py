@@ -180,6 +180,12 @@ async def _merged(
     engine: EngineClient, prepared: Sequence[ProcessedRequest], kind: OutputKind
 ) -> AsyncGenerator[_Numbered, None]:
     """The outputs of all prompts as they come."""
+    if len(prepared) == 1:  # no task and no queue between the engine and the client
+        async with contextlib.aclosing(engine.stream(prepared[0], kind)) as outputs:
+            async for output in outputs:
+                assert isinstance(output, RequestOutput)
+                yield 0, output
+        return
     queue: asyncio.Queue[_Numbered | Exception | None] = asyncio.Queue()
 
     async def pump(prompt: int, processed: ProcessedRequest) -> None:

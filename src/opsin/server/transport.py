@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -111,9 +111,45 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with contextlib.aclosing(self._events) as events:
+        async with contextlib.aclosing(self._events) as events, _Patience(_SEND_IDLE_S) as patience:
             async for event in events:
                 message = {"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True}
-                async with asyncio.timeout(_SEND_IDLE_S):
-                    await send(message)
+                patience.is_tried = True
+                await send(message)
+                patience.is_tried = False
+                patience.num_sent += 1
         await send({"type": "http.response.body", "body": b""})
+
+
+class _Patience:
+    """Ends its block with TimeoutError once one and the same send was under way at two looks in a row.
+
+    A timeout around every send would cost as much as the send.
+
+    Attributes:
+        is_tried: a send is under way.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._timeout = asyncio.timeout(None)
+        self._seen: int | None = None
+        self.is_tried = False
+        self.num_sent = 0
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(self._seconds, self._look)
+        await self._timeout.__aenter__()
+        return self
+
+    async def __aexit__(self, *failure: Any) -> bool | None:
+        self._timer.cancel()
+        return await self._timeout.__aexit__(*failure)
+
+    def _look(self) -> None:
+        seen, self._seen = self._seen, self.num_sent if self.is_tried else None
+        if seen is not None and seen == self._seen:
+            self._timeout.reschedule(self._loop.time())
+        else:
+            self._timer = self._loop.call_later(self._seconds, self._look)
