@@ -10,7 +10,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from opsin.errors import RequestError
-from opsin.outputs import CompletionOutput, RequestOutput
+from opsin.outputs import CompletionOutput, Logprob, RequestOutput
 from opsin.params import MAX_N
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
@@ -27,7 +27,12 @@ async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
     """Go on writing one prompt or several."""
     request = await server.read(http, CompletionRequest)
     refuse_unsupported(request)
+    only_echo = bool(request.echo) and request.max_tokens == 0
+    if only_echo:
+        request.max_tokens = 1  # drawn, and not shown
     params = sampling_params(request, server.engine.get_default_sampling_params())
+    if request.echo and params.logprobs is not None:
+        params.prompt_logprobs = params.logprobs
     prompts = prompts_of(request.prompt, "prompt")
     num_answers = len(prompts) * params.n
     if num_answers > _MAX_ANSWERS:
@@ -38,13 +43,18 @@ async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
         )
     name = server.name_of(http, request, "cmpl")
 
+    echo: _Echo | None = _Echo(only_echo) if request.echo else None
+
     async def prepare() -> list[ProcessedRequest]:
-        return [await server.prepare(name, request, prompt, params, "prompt") for prompt in prompts]
+        prepared = [await server.prepare(name, request, prompt, params, "prompt") for prompt in prompts]
+        if echo is not None:
+            await echo.read(server, prompts, prepared)
+        return prepared
 
     return await respond(
         http,
         server,
-        _CompletionForm(name, server.names[0], params.n, params.logprobs),
+        _CompletionForm(name, server.names[0], params.n, params.logprobs, echo),
         prepare,
         num_answers=num_answers,
         stream=bool(request.stream),
@@ -52,18 +62,43 @@ async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
     )
 
 
+class _Echo:
+    """The prompts' own text, in front of their answers.
+
+    Attributes:
+        alone: the answers are left out.
+        texts: by prompt.
+        tokens: by prompt, the text of its first token, which no log-probability names.
+    """
+
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
+        self.texts: list[str] = []
+        self.tokens: list[str] = []
+
+    async def read(
+        self, server: ServerState, prompts: Sequence[str | list[int]], prepared: Sequence[ProcessedRequest]
+    ) -> None:
+        for prompt, processed in zip(prompts, prepared, strict=True):
+            self.texts.append(prompt if isinstance(prompt, str) else await server.engine.detokenize(prompt))
+            self.tokens.append(await server.engine.detokenize(processed.request.prompt_token_ids[:1]))
+
+
 class _CompletionForm:
     """Completions and their chunks, which have the same shape.
 
     Args:
         top: alternatives to tell per token; None tells no log-probabilities.
+        echo: what stands in front of every answer.
     """
 
-    def __init__(self, name: str, model: str, n: int, top: int | None) -> None:
+    def __init__(self, name: str, model: str, n: int, top: int | None, echo: _Echo | None) -> None:
         self._name = name
         self._model = model
         self._n = n
         self._top = top
+        self._echo = echo
+        self._echoed: set[int] = set()
         self._created = int(time.time())
         self._num_chars: dict[int, int] = {}
 
@@ -71,7 +106,7 @@ class _CompletionForm:
         return []
 
     def event(self, prompt: int, output: RequestOutput, usage: Usage | UnsetType | None) -> Completion:
-        return self._body([self._choice(prompt, answer) for answer in output.outputs], usage)
+        return self._body([self._choice(prompt, output, answer) for answer in output.outputs], usage)
 
     def closing(self, usage: Usage) -> Completion:
         return self._body([], usage)
@@ -80,7 +115,7 @@ class _CompletionForm:
         choices: list[CompletionChoice] = []
         for prompt, output in enumerate(outputs):
             for answer in output.outputs:
-                choices.append(self._choice(prompt, answer))
+                choices.append(self._choice(prompt, output, answer))
                 if output.prompt_logprobs is not None:
                     choices[-1].prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
         return self._body(choices, usage)
@@ -88,11 +123,22 @@ class _CompletionForm:
     def _body(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
         return Completion(self._name, self._created, self._model, choices, usage=usage)
 
-    def _choice(self, prompt: int, answer: CompletionOutput) -> CompletionChoice:
+    def _choice(self, prompt: int, output: RequestOutput, answer: CompletionOutput) -> CompletionChoice:
         index = prompt * self._n + answer.index
+        text, ids = answer.text, answer.token_ids
+        positions: list[dict[int, Logprob] | None] = list(answer.logprobs or ())
+        if self._echo is not None and self._echo.alone:
+            text, ids, positions = "", [], []
+        first = ""
+        if self._echo is not None and index not in self._echoed:
+            self._echoed.add(index)
+            text = self._echo.texts[prompt] + text
+            if output.prompt_logprobs is not None:
+                first = self._echo.tokens[prompt]
+                ids, positions = output.prompt_token_ids + ids, [*output.prompt_logprobs, *positions]
         logprobs: CompletionLogprobs | None = None
         if self._top is not None and answer.logprobs is not None:
             offset = self._num_chars.get(index, 0)
-            logprobs = completion_logprobs(answer.token_ids, answer.logprobs, self._top, offset)
+            logprobs = completion_logprobs(ids, positions, self._top, offset, first)
             self._num_chars[index] = offset + sum(len(token) for token in logprobs.tokens)
-        return CompletionChoice(index, answer.text, logprobs, answer.finish_reason, answer.stop_reason, UNSET)
+        return CompletionChoice(index, text, logprobs, answer.finish_reason, answer.stop_reason, UNSET)

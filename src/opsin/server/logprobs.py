@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from opsin.outputs import PromptLogprobs, SampleLogprobs
+from collections.abc import Mapping, Sequence
+
+from opsin.outputs import Logprob, PromptLogprobs, SampleLogprobs
 from opsin.server import answers
 from opsin.server.answers import (
     ChatLogprobs,
@@ -18,23 +20,38 @@ def chat_logprobs(token_ids: list[int], logprobs: SampleLogprobs, top: int) -> C
     content: list[ChatTokenLogprob] = []
     for token, position in zip(token_ids, logprobs, strict=True):
         named = {i: (entry.decoded_token or "", entry.logprob) for i, entry in position.items()}
-        best = sorted(position, key=lambda i: position[i].rank or 0)[:top]
+        best = _best(position, top)
         content.append(
             ChatTokenLogprob(*_alternative(*named[token]), [TokenAlternative(*_alternative(*named[i])) for i in best])
         )
     return ChatLogprobs(content)
 
 
-def completion_logprobs(token_ids: list[int], logprobs: SampleLogprobs, top: int, offset: int) -> CompletionLogprobs:
+def completion_logprobs(
+    token_ids: Sequence[int],
+    logprobs: Sequence[Mapping[int, Logprob] | None],
+    top: int,
+    offset: int,
+    unnamed: str = "",
+) -> CompletionLogprobs:
     """As four lists.
 
     Args:
+        logprobs: per token; None for a prompt's first one.
         offset: characters of the answer before the first of these tokens.
+        unnamed: the text of the token that has none.
     """
     told = CompletionLogprobs([], [], [], [])
     for token, position in zip(token_ids, logprobs, strict=True):
+        if position is None:
+            told.text_offset.append(offset)
+            told.tokens.append(unnamed)
+            told.token_logprobs.append(None)
+            told.top_logprobs.append(None)
+            offset += len(unnamed)
+            continue
         text = position[token].decoded_token or ""
-        best = sorted(position, key=lambda i: position[i].rank or 0)[:top]
+        best = _best(position, top)
         told.text_offset.append(offset)
         told.tokens.append(text)
         told.token_logprobs.append(_finite(position[token].logprob))
@@ -56,6 +73,10 @@ def prompt_logprobs(logprobs: PromptLogprobs) -> answers.PromptLogprobs:
         }
         for position in logprobs
     ]
+
+
+def _best(position: Mapping[int, Logprob], top: int) -> list[int]:
+    return sorted(position, key=lambda token: position[token].rank or 0)[:top]
 
 
 def _alternative(text: str, logprob: float) -> tuple[str, float, list[int]]:

@@ -125,7 +125,8 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     Attributes:
         prompt: text, token ids, or a list of either.
         logprobs: alternatives to tell per token.
-        echo: begin with the prompt; not supported yet, nor are ``suffix`` and ``best_of``.
+        echo: begin the answer with the prompt; with ``logprobs``, tell the prompt's as well. ``max_tokens`` may then be
+            0. ``suffix`` and ``best_of`` are not supported.
     """
 
     prompt: str | list[str | int | list[int]]
