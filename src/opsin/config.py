@@ -60,7 +60,9 @@ class ModelConfig:
     max_model_len: int | None = setting(
         None, "Longest prompt plus answer, in tokens; the model's own limit by default."
     )
-    chat_template: str | None = setting(None, "Jinja chat template, as a path or as text; the model's own by default.")
+    chat_template: str | None = setting(
+        None, "Jinja chat template: a path, text, or the name of one that comes with opsin; the model's own by default."
+    )
     hf_overrides: Mapping[str, Any] = setting(None, "Values that replace config.json's (JSON).", factory=dict)
     trust_remote_code: bool = setting(False, "Accepted for compatibility; opsin never runs a checkpoint's code.")
     runner: Literal["auto", "generate", "pooling"] = setting("auto", "Generate text, or pool embeddings.")

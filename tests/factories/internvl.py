@@ -6,6 +6,7 @@ torchvision, so its parts are called one by one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,8 @@ from tests.factory import VOCAB_SIZE, redraw_weights, write_chatml_tokenizer, wr
 
 PATCH_SIZE = 8
 IMAGE = "<IMG_CONTEXT>"
-_SIGNS = ("<img>", "</img>", IMAGE, "<video>")
+VIDEO = "<video>"
+_SIGNS = ("<img>", "</img>", IMAGE, VIDEO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,26 +109,42 @@ def build_internvl(shape: InternVLShape, tokenizer: PreTrainedTokenizerFast) -> 
     return model
 
 
-def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
-    """What transformers' ``InternVLProcessor`` makes of a prompt, with ``options`` for the pictures."""
+def hf_inputs(
+    folder: Path,
+    text: str,
+    images: Sequence[Image.Image] = (),
+    videos: Sequence[Sequence[Image.Image]] = (),
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """What transformers' ``InternVLProcessor`` makes of a prompt, with ``options`` for the pictures.
+
+    Its video processor needs torchvision, so frames go through the picture processor one by one, uncut.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs: dict[str, Any] = {}
-    if images:
-        pictures: Any = GotOcr2ImageProcessorPil.from_pretrained(folder)  # its stubs refuse its own arguments
-        options = {"crop_to_patches": True} | options  # as InternVLProcessor asks
-        made = dict(pictures(list(images), return_tensors="pt", **options))
-        config = InternVLConfig.from_pretrained(folder)
-        processor: Any = SimpleNamespace(
-            image_token=IMAGE,
-            start_image_token="<img>",
-            end_image_token="</img>",
-            image_seq_length=config.image_seq_length,
-        )
-        pieces = text.split(IMAGE)
-        assert len(pieces) == len(images) + 1
-        counts = {"num_patches": [int(count) for count in made["num_patches"]]}
-        text = pieces[0]
-        for i, piece in enumerate(pieces[1:]):
-            text += InternVLProcessor.replace_image_token(processor, counts, i) + piece
-        inputs["pixel_values"] = made["pixel_values"]
-    return inputs | dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    pictures: Any = GotOcr2ImageProcessorPil.from_pretrained(folder)  # its stubs refuse its own arguments
+    config = InternVLConfig.from_pretrained(folder)
+    processor: Any = SimpleNamespace(
+        image_token=IMAGE,
+        start_image_token="<img>",
+        end_image_token="</img>",
+        image_seq_length=config.image_seq_length,
+    )
+    options = {"crop_to_patches": True} | options  # as InternVLProcessor asks
+    stills, moving = iter(images), iter(videos)
+    pieces: list[str] = []
+    pixels: list[torch.Tensor] = []
+    for piece in re.split(f"({IMAGE}|{VIDEO})", text):
+        if piece == IMAGE:
+            made = pictures(next(stills), return_tensors="pt", **options)
+            counts = {"num_patches": [int(count) for count in made["num_patches"]]}
+            piece = InternVLProcessor.replace_image_token(processor, counts, 0)
+            pixels.append(made["pixel_values"])
+        elif piece == VIDEO:
+            made = pictures(list(next(moving)), return_tensors="pt", crop_to_patches=False)
+            piece = InternVLProcessor.replace_video_token(processor, {"pixel_values_videos": [made["pixel_values"]]}, 0)
+            pixels.append(made["pixel_values"])
+        pieces.append(piece)
+    assert next(stills, None) is None
+    assert next(moving, None) is None
+    inputs: dict[str, Any] = {"pixel_values": torch.cat(pixels)} if pixels else {}
+    return inputs | dict(tokenizer("".join(pieces), return_tensors="pt", return_token_type_ids=False))

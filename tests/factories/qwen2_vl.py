@@ -7,7 +7,7 @@ torchvision, so its parts are called one by one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,19 +126,60 @@ def _flatten_config(path: Path) -> None:
     path.write_text(json.dumps(text | config))
 
 
-def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
-    """What transformers' ``Qwen2VLProcessor`` makes of a prompt, with ``options`` for the pictures."""
+def hf_inputs(
+    folder: Path,
+    text: str,
+    images: Sequence[Image.Image] = (),
+    videos: Sequence[Sequence[Image.Image]] = (),
+    fps: Sequence[float] = (),
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """What transformers' ``Qwen2VLProcessor`` makes of a prompt, with ``options`` for the pictures.
+
+    Its video processor needs torchvision, so frames go through the picture processor one by one, and two of them are
+    laid together as that processor lays them.
+
+    Args:
+        fps: chosen frames per second of each video.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs: dict[str, Any] = {}
+    pictures: Any = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    processor: Any = SimpleNamespace(
+        image_processor=pictures, image_token="<|image_pad|>", video_processor=pictures, video_token="<|video_pad|>"
+    )
     if images:
-        pictures: Any = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        inputs = dict(pictures(list(images), return_tensors="pt", **options))
-        processor: Any = SimpleNamespace(image_processor=pictures, image_token="<|image_pad|>")
-        pieces = text.split("<|image_pad|>")
-        assert len(pieces) == len(images) + 1
-        text = pieces[0]
-        for i, piece in enumerate(pieces[1:]):
-            text += Qwen2VLProcessor.replace_image_token(processor, inputs, i) + piece
+        inputs |= dict(pictures(list(images), return_tensors="pt", **options))
+        text = _expanded(text, "<|image_pad|>", lambda i: Qwen2VLProcessor.replace_image_token(processor, inputs, i))
+    if videos:
+        made = [_video_patches(pictures, frames, options) for frames in videos]
+        inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in made])
+        inputs["video_grid_thw"] = torch.tensor([grid for _, grid in made])
+        if _model_type(folder) == "qwen2_5_vl":
+            inputs["second_per_grid_ts"] = torch.tensor([2 / f for f in fps or [24.0] * len(videos)])
+        text = _expanded(text, "<|video_pad|>", lambda i: Qwen2VLProcessor.replace_video_token(processor, inputs, i))
     inputs |= tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == tokenizer.vocab["<|image_pad|>"]).int()
+    ids = inputs["input_ids"]
+    moving = ids == tokenizer.vocab["<|video_pad|>"]
+    inputs["mm_token_type_ids"] = (ids == tokenizer.vocab["<|image_pad|>"]).int() + 2 * moving.int()
     return inputs
+
+
+def _video_patches(
+    pictures: Any, frames: Sequence[Image.Image], options: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    frames = [*frames, *frames[-1:] * (len(frames) % 2)]
+    stills = [pictures(frame, return_tensors="pt", **options) for frame in frames]
+    _, rows, cols = (int(n) for n in stills[0]["image_grid_thw"][0])
+    halves = [s["pixel_values"].view(rows * cols, 3, 2, PATCH_SIZE**2) for s in stills]
+    pairs = [torch.stack([a[:, :, 0], b[:, :, 1]], dim=2) for a, b in zip(halves[::2], halves[1::2], strict=True)]
+    return torch.cat([pair.flatten(1) for pair in pairs]), (len(pairs), rows, cols)
+
+
+def _expanded(text: str, sign: str, replacement: Callable[[int], str]) -> str:
+    first, *pieces = text.split(sign)
+    return first + "".join(replacement(i) + piece for i, piece in enumerate(pieces))
+
+
+def _model_type(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["model_type"]

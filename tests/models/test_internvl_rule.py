@@ -241,7 +241,7 @@ def test_options_that_cannot_be_honoured_are_refused(options: dict[str, Any], re
         make_rule().layout("image", 100, 100, 1, options)
 
 
-def test_video_is_refused() -> None:
+def test_video_without_a_token_for_it_is_refused() -> None:
     rule = make_rule()
     assert (rule.max_items("image"), rule.max_items("video")) == (None, 0)
     for refuse in (

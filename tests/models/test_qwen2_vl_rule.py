@@ -269,7 +269,7 @@ def test_from_hf_of_old_saved_sizes_is_read() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"fps": 2}, "unknown keys: fps"),
+        ({"frames": 2}, "unknown keys: frames"),
         ({"image_mean": [0, 0, 0]}, "cannot change image_mean"),
         ({"patch_size": 16}, "cannot change patch_size"),
         ({"max_pixels": "many"}, "max_pixels 'many'"),
@@ -285,7 +285,7 @@ def test_options_that_cannot_be_honoured_are_refused(options: dict[str, Any], re
         make_rule().layout("image", 100, 100, 1, options)
 
 
-def test_video_is_refused() -> None:
+def test_video_without_a_token_for_it_is_refused() -> None:
     rule = make_rule()
     assert (rule.max_items("image"), rule.max_items("video")) == (None, 0)
     for refuse in (

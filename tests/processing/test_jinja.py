@@ -5,7 +5,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from opsin.errors import ConfigError, RequestError
-from opsin.processing.jinja import ChatTemplate, find_template, read_template
+from opsin.processing.jinja import ChatTemplate, find_template, read_template, shipped_templates
 from tests.factory import CHAT_TEMPLATE
 
 CHATML = (
@@ -156,12 +156,46 @@ def test_template_is_found_in_the_processor_before_the_tokenizer(tmp_path: Path)
     assert find_template(None, None, "unheard-of") is None
 
 
-def test_template_is_given_as_text_or_path(tmp_path: Path) -> None:
+def test_template_is_given_as_text_or_path_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_template("llava") == LLAVA
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llava").write_text("{{ 2 }}")
+    assert read_template("llava") == "{{ 2 }}"  # a file comes before a name
     path = tmp_path / "t.jinja"
     path.write_text("{{ 1 }}")
     assert read_template(str(path)) == read_template("{{ 1 }}") == "{{ 1 }}"
-    with pytest.raises(ConfigError, match="neither jinja text"):
+    with pytest.raises(ConfigError, match=r"neither jinja text .* dse_qwen2_vl, llava"):
         read_template(str(tmp_path / "missing.jinja"))
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("template_*.jinja")), ids=lambda path: path.stem)
+def test_template_among_the_examples_is_the_shipped_one(path: Path) -> None:
+    assert read_template(path.stem.removeprefix("template_")) == path.read_text()
+
+
+@pytest.mark.parametrize("name", sorted(shipped_templates()))
+def test_shipped_template_compiles(name: str) -> None:
+    assert ChatTemplate(read_template(name), TOKENS).content_format in ("string", "openai")
+
+
+def test_dse_template_ends_in_the_token_whose_state_is_the_vector() -> None:
+    template = ChatTemplate(read_template("dse_qwen2_vl"), {})
+    content = [{"type": "image"}, {"type": "text", "text": "What is shown?"}, {"type": "video"}, {"type": "image"}]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    image, video = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+    user = f"<|im_start|>user\n{image}What is shown?{video}{image}<|im_end|>\n"
+    messages = [{"role": "user", "content": content}]
+    assert template.content_format == "openai"
+    end = "<|im_start|>assistant\n<|endoftext|>"
+    for generation in (True, False):
+        assert template.render(messages, add_generation_prompt=generation) == system + user + end
+    numbered = f"<|im_start|>user\nPicture 1: {image}What is shown?Video 1: {video}Picture 2: {image}<|im_end|>\n"
+    assert template.render(messages, kwargs={"add_vision_id": True}) == system + numbered + end
+    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert template.render(own) == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n" + end
 
 
 @pytest.mark.parametrize("given", ["\0", "x" * 5000, 5], ids=["nul", "long", "number"])

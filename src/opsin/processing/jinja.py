@@ -126,15 +126,20 @@ def find_template(
         found = (found.get("tool_use") if tools else None) or found.get("default")
     if found:
         return found
-    shipped = resources.files("opsin.processing") / "templates" / f"{model_type}.jinja"
-    return shipped.read_text(encoding="utf-8") if shipped.is_file() else None
+    return shipped_templates().get(model_type)
+
+
+def shipped_templates() -> dict[str, str]:
+    """The templates in this package by name: a ``model_type`` that often comes without one, or a kind of checkpoint."""
+    folder = resources.files("opsin.processing") / "templates"
+    return {file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8") for file in folder.iterdir()}
 
 
 def read_template(given: str) -> str:
-    """A template that a user names: the text itself, or a path to a file.
+    """A template that a user names: the text itself, a path to a file, or the name of one that is shipped here.
 
     Raises:
-        ConfigError: neither an existing file nor jinja text.
+        ConfigError: none of these.
     """
     if not isinstance(given, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"chat_template must be jinja text or a path, got {type(given).__name__}.")
@@ -143,10 +148,14 @@ def read_template(given: str) -> str:
     try:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # no such file; a NUL in its name; not text
+        shipped = shipped_templates()
+        if given in shipped:
+            return shipped[given]
         reason = error.strerror if isinstance(error, OSError) else error
         shown = given if len(given) <= _SHOWN_CHARS else given[:_SHOWN_CHARS] + "..."
         raise ConfigError(
-            f"chat_template {shown!r} is neither jinja text (it has no '{{{{' or '{{%') nor a readable file: {reason}"
+            f"chat_template {shown!r} is neither jinja text (it has no '{{{{' or '{{%') nor a readable file ({reason}) "
+            f"nor a template that comes with opsin: {', '.join(sorted(shipped))}."
         ) from error
 
 

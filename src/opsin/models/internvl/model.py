@@ -18,7 +18,7 @@ from opsin.models.projector import Projector, pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.intern_vit import InternViTConfig, InternViTTower
-from opsin.models.towers.patches import Patches
+from opsin.models.towers.patches import Patches, in_passes
 from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
@@ -36,7 +36,7 @@ _RENAMES = (
 
 
 class InternVLModel(PictureModel):
-    """A picture is as many tiles as its plan makes, each encoded by itself."""
+    """A picture is as many tiles as its plan makes, a frame of a video is one; each is encoded by itself."""
 
     def __init__(
         self,
@@ -82,8 +82,15 @@ class InternVLModel(PictureModel):
         return WeightTable.of(_RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), the tiles of all pictures in one pass."""
-        hidden_BPD = self.tower(self.patches(torch.stack([tile for item in tiles for tile in item])))
+        """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
+        every = [tile for item in tiles for tile in item]
+        passes = [
+            self._encode(torch.stack(list(some))) for some in in_passes(every, [self.tile.num_patches] * len(every))
+        ]
+        return torch.cat(passes) if len(passes) > 1 else passes[0]
+
+    def _encode(self, tiles_BYX3: torch.Tensor) -> torch.Tensor:
+        hidden_BPD = self.tower(self.patches(tiles_BYX3))
         return self.projector(pixel_shuffle(hidden_BPD[:, 1:], self.tile.merge))
 
 

@@ -1,17 +1,20 @@
-"""InternVL's pictures: square tiles on the grid of the nearest aspect ratio, and the whole picture as one more.
+"""InternVL's pictures: square tiles on the grid of the nearest aspect ratio, and the whole picture as one more; of a
+video, each frame is one tile.
 
-Source: Hugging Face ``InternVLProcessor`` with ``GotOcr2ImageProcessor``; arXiv:2404.16821.
+Source: Hugging Face ``InternVLProcessor`` with ``GotOcr2ImageProcessor`` and ``InternVLVideoProcessor``;
+arXiv:2404.16821.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.picture_rule import PictureRule, images_only
+from opsin.models.picture_rule import PictureRule, images_only, no_videos
 from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
@@ -22,10 +25,12 @@ from opsin.models.pictures import (
     with_options,
 )
 from opsin.models.rule import Placeholder, TokenIds, TokenRun
-from opsin.types import MediaLayout, Modality, PixelPlan, Resize, View
+from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample
+from opsin.types import Clip, MediaLayout, Modality, PixelPlan, Resize, View
 
-_IMAGE_TOKEN, _START_TOKEN, _END_TOKEN = "<IMG_CONTEXT>", "<img>", "</img>"
+_IMAGE_TOKEN, _START_TOKEN, _END_TOKEN, _VIDEO_TOKEN = "<IMG_CONTEXT>", "<img>", "</img>", "<video>"
 _MOST_TILES = 256
+_FIXED = frozenset({"size", "default_to_square"})
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "GotOcr2ImageProcessor": {
         **CLIP_PIXELS,
@@ -34,6 +39,15 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
         "crop_to_patches": False,
         "min_patches": 1,
         "max_patches": 12,
+    }
+}
+_VIDEO_PROCESSORS: dict[str, dict[str, Any]] = {
+    "InternVLVideoProcessor": {
+        **VIDEO_PIXELS,
+        "size": {"height": 384, "width": 384},
+        "initial_shift": True,
+        "do_center_crop": False,
+        "do_pad": False,
     }
 }
 
@@ -82,11 +96,18 @@ class TileGeometry:
 
 @dataclass(frozen=True, kw_only=True)
 class InternVLRule(PictureRule):
-    """The ``MediaRule`` of ``InternVLForConditionalGeneration``. A picture's features stand between two tags."""
+    """The ``MediaRule`` of ``InternVLForConditionalGeneration``. The features of a picture, and those of each frame of
+    a video, stand between two tags.
+
+    Attributes:
+        video_token_id: None where the tokenizer has no token for videos.
+    """
 
     tile: TileGeometry
     start_token_id: int
     end_token_id: int
+    video_token_id: int | None
+    video_settings: Mapping[str, Any]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
@@ -112,12 +133,23 @@ class InternVLRule(PictureRule):
                 f"The tokenizer's ids of {', '.join(tokens)} are {image_id}, {start_id} and {end_id}; all must be "
                 f"there, and the first must be config.json's image_token_id, which is {configured}."
             )
+        video_name, video_settings = read_video_settings(
+            processor, _VIDEO_PROCESSORS, default="InternVLVideoProcessor", family="InternVL"
+        )
         with checkpoint_settings(name):
             norm = read_norm(settings)
             read_resample(settings)
             _tile_bounds(settings)
+        with checkpoint_settings(video_name):
+            read_resample(video_settings)
+            if read_norm(video_settings) != norm or video_settings["size"] != size:
+                raise ValueError("its size or its normalisation is not that of pictures; the tower takes one of each.")
+            if video_settings["do_center_crop"] or video_settings["do_pad"]:
+                raise ValueError("do_center_crop and do_pad are not implemented.")
         return cls(
             tile=tile,
+            video_token_id=tokenizer.convert_tokens_to_ids(_VIDEO_TOKEN),
+            video_settings=video_settings,
             start_token_id=start_id,
             end_token_id=end_id,
             mark=Placeholder(_IMAGE_TOKEN, image_id, re.escape(_IMAGE_TOKEN)),
@@ -130,7 +162,7 @@ class InternVLRule(PictureRule):
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
         images_only(modality)
-        settings = with_options(self.settings, options, fixed=frozenset({"size", "default_to_square"}))
+        settings = with_options(self.settings, options, fixed=_FIXED, others=self.video_settings)
         edge = self.tile.image_size
         with request_settings():
             (least, most), resample = _tile_bounds(settings), read_resample(settings)
@@ -156,19 +188,55 @@ class InternVLRule(PictureRule):
             num_patches=num_tiles * self.tile.num_patches,
         )
 
+    def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
+        settings = with_options(self.video_settings, options, fixed=_FIXED, others=self.settings)
+        clip = sample(clip, settings, options, lambda clip: _sampled(clip, settings))
+        edge = self.tile.image_size
+        with request_settings():
+            ops = (Resize(edge, edge, read_resample(settings)),) if settings["do_resize"] else ()
+        if not ops and (clip.width, clip.height) != (edge, edge):
+            raise RequestError(
+                f"Without do_resize, videos must have {edge} x {edge} pixels, not {clip.width} x {clip.height}.",
+                param="multi_modal_data",
+            )
+        views = (View(ops, height=edge, width=edge),)
+        return MediaLayout(
+            plan=PixelPlan(width=clip.width, height=clip.height, views=views, frames=clip.frames),
+            num_features=len(clip.frames) * self.tile.num_features,
+            num_patches=len(clip.frames) * self.tile.num_patches,
+        )
+
+    def placeholder(self, modality: Modality) -> Placeholder:
+        if modality == "image":
+            return self.mark
+        if self.video_token_id is None:
+            raise no_videos()
+        return Placeholder(_VIDEO_TOKEN, self.video_token_id, re.escape(_VIDEO_TOKEN))
+
+    def max_items(self, modality: Modality) -> int | None:
+        return 0 if modality == "video" and self.video_token_id is None else None
+
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
-        layout = super().embedding_layout(modality, num_features, extras)
+        self.placeholder(modality)  # refuses videos where there are none
+        layout = super().embedding_layout("image", num_features, extras)
         if num_features % self.tile.num_features:
             raise RequestError(
-                f"An image embedding has {num_features} rows; this model's come in whole tiles of "
+                f"The {modality}'s embedding has {num_features} rows; this model's come in whole tiles of "
                 f"{self.tile.num_features}.",
                 param="multi_modal_data",
             )
         return layout
 
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
-        features = super().expand(modality, index, layout)
-        return [TokenRun(self.start_token_id), *features, TokenRun(self.end_token_id)]
+        if modality == "image":
+            return self._tagged(layout.num_features)
+        num_frames = layout.num_features // self.tile.num_features
+        captions = ["Frame1: ", *(f"\nFrame{i}: " for i in range(2, num_frames + 1))]
+        return [part for caption in captions for part in (caption, *self._tagged(self.tile.num_features))]
+
+    def _tagged(self, count: int) -> list[TokenRun]:
+        features = TokenRun(self.image_token_id, count, is_feature=True)
+        return [TokenRun(self.start_token_id), features, TokenRun(self.end_token_id)]
 
 
 def tile_grid(width: int, height: int, edge: int, least: int, most: int) -> tuple[int, int]:
@@ -187,6 +255,22 @@ def tile_grid(width: int, height: int, edge: int, least: int, most: int) -> tupl
             if distance < best_distance or (distance == best_distance and area > 0.5 * edge * edge * count):
                 best, best_distance = (cols, rows), distance
     return best
+
+
+def _sampled(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
+    """The frames that Hugging Face's video processor samples, each from the middle of its share by default.
+    ``ValueError`` where there are too few."""
+    total, count, shift = clip.num_frames, settings["num_frames"], settings["initial_shift"]
+    if count is None and settings["fps"] is not None:
+        assert clip.fps is not None
+        count = int(total / clip.fps * settings["fps"])
+    if count is None:
+        return range(total)
+    if not 1 <= count <= total:
+        raise ValueError(f"{count} frames cannot be sampled from a video of {total}; choose another num_frames or fps.")
+    step = total / count
+    start = step / 2 if shift is True else float(shift)
+    return [math.floor(start + i * step) for i in range(math.ceil((total - start) / step))]
 
 
 def _tile_bounds(settings: Mapping[str, Any]) -> tuple[int, int]:

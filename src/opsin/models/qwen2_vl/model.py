@@ -14,6 +14,7 @@ from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.picture_model import PictureModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.towers.patches import in_passes
 from opsin.models.towers.qwen_vit import QwenTower, QwenViTConfig
 from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
@@ -56,7 +57,7 @@ _RENAMES = (
 
 
 class Qwen2VLModel(PictureModel):
-    """One picture is one tile of its own size."""
+    """One picture is one tile of its own size; two frames of a video are one, too."""
 
     def __init__(self, architecture: str, tower: QwenTower, decoder: Decoder) -> None:
         super().__init__(architecture, decoder, num_position_axes=3)
@@ -84,8 +85,16 @@ class Qwen2VLModel(PictureModel):
         return WeightTable.of(_RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all pictures in one pass."""
-        return self.tower([tile for item in tiles for tile in item])
+        """(sum of num_features, D), all pictures in as few passes as can be."""
+        pictures: list[Sequence[torch.Tensor]] = []
+        for item, layout in zip(tiles, layouts, strict=True):
+            step = len(item) // layout.numbers[0]
+            pictures += [item[i : i + step] for i in range(0, len(item), step)]
+        num_patches = [
+            picture[0].shape[0] * picture[0].shape[1] // self.tower.config.patch_size**2 for picture in pictures
+        ]
+        passes = [self.tower(some) for some in in_passes(pictures, num_patches)]
+        return torch.cat(passes) if len(passes) > 1 else passes[0]
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

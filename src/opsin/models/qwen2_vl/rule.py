@@ -1,7 +1,7 @@
-"""Qwen2-VL's pictures: each at its own resolution, in whole merge units; M-RoPE positions.
+"""Qwen2-VL's pictures and videos: each at its own resolution, in whole merge units; M-RoPE positions.
 
-Source: Hugging Face ``Qwen2VLImageProcessor`` and ``Qwen2VLModel.get_rope_index``; arXiv:2409.12191. Qwen2.5-VL
-differs in its tower alone.
+Source: Hugging Face ``Qwen2VLImageProcessor``, ``Qwen2VLVideoProcessor`` and ``get_rope_index`` of ``Qwen2VLModel`` and
+``Qwen2_5_VLModel``; arXiv:2409.12191. Besides its tower, Qwen2.5-VL differs in that a video's positions count time.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 
 from opsin.errors import MediaError, RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
-from opsin.models.picture_rule import PictureRule, given_features, images_only
+from opsin.models.picture_rule import PictureRule, given_features, images_only, no_videos
 from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
@@ -26,11 +27,12 @@ from opsin.models.pictures import (
     request_settings,
     with_options,
 )
-from opsin.models.rule import Placeholder, Positions, TokenIds
-from opsin.types import MediaItem, MediaLayout, Modality, PixelPlan, Resize, View
+from opsin.models.rule import Placeholder, Positions, TokenIds, TokenRun
+from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample
+from opsin.types import Clip, MediaItem, MediaLayout, Modality, PixelPlan, Resize, View
 
 _MAX_ASPECT_RATIO = 200
-_IMAGE_TOKEN = "<|image_pad|>"
+_IMAGE_TOKEN, _VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 _GEOMETRY = ("patch_size", "merge_size", "temporal_patch_size")
 _TOWER_GEOMETRY = (("patch_size", 14), ("spatial_merge_size", 2), ("temporal_patch_size", 2))
 _PROCESSORS: dict[str, dict[str, Any]] = {
@@ -44,18 +46,42 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
         "temporal_patch_size": 2,
     }
 }
+_VIDEO_PROCESSORS: dict[str, dict[str, Any]] = {
+    "Qwen2VLVideoProcessor": {
+        **VIDEO_PIXELS,
+        "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
+        "min_pixels": None,
+        "max_pixels": None,
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "min_frames": 4,
+        "max_frames": 768,
+        "cap_pixels_per_frame": False,
+        "max_video_tokens": 128000,
+    }
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2VLRule(PictureRule):
     """The ``MediaRule`` of ``Qwen2VLForConditionalGeneration`` and ``Qwen2_5_VLForConditionalGeneration``.
 
-    A layout's ``numbers`` are the grid (frames, rows, columns) in patches; ``merge_size`` squared of them make one
-    feature.
+    A layout's ``numbers`` are the grid (time, rows, columns) in patches; ``merge_size`` squared of them make one
+    feature. A video's ``times`` is what one step of its grid takes, in seconds.
+
+    Attributes:
+        frames_per_patch: along time; an odd number of frames is made even by repeating the last.
+        video_token_id: None where the tokenizer has no token for videos.
+        tokens_per_second: how fast a video's positions count; None counts the grid's steps.
     """
 
     patch_size: int
     merge_size: int
+    frames_per_patch: int
+    video_token_id: int | None
+    video_settings: Mapping[str, Any]
+    tokens_per_second: float | None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
@@ -73,17 +99,36 @@ class Qwen2VLRule(PictureRule):
                 f"The tokenizer's id of {_IMAGE_TOKEN!r} is {token_id}; config.json's image_token_id is "
                 f"{config.get('image_token_id')}. They must be the same."
             )
-        with checkpoint_settings(name):
-            settings["size"] = _pixel_bounds(settings)
-            norm = read_norm(settings)
-            read_resample(settings)
-        settings["min_pixels"] = settings["max_pixels"] = None  # said by size from here on, which options may override
-        # Prompts hold the pad between two tags that stay; the pad alone is what expands.
-        text = f"<|vision_start|>{_IMAGE_TOKEN}<|vision_end|>"
+        video_name, video_settings = read_video_settings(
+            processor, _VIDEO_PROCESSORS, default="Qwen2VLVideoProcessor", family="Qwen2-VL and Qwen2.5-VL"
+        )
+        for of, made in ((name, settings), (video_name, video_settings)):
+            with checkpoint_settings(of):
+                made["size"] = _pixel_bounds(made)
+                norm = read_norm(made)
+                read_resample(made)
+            made["min_pixels"] = made["max_pixels"] = None  # said by size from here on, which options may override
+        norm = read_norm(settings)
+        if norm != read_norm(video_settings) or any(video_settings[key] != settings[key] for key in _GEOMETRY):
+            raise UnsupportedModelError(
+                f"The {video_name} config differs from the {name} config in {', '.join(_GEOMETRY)} or in how pixels "
+                "are normalised; the tower takes one of each."
+            )
+        video_id = tokenizer.convert_tokens_to_ids(_VIDEO_TOKEN)
+        if video_id is not None and video_id != config.get("video_token_id", video_id):
+            raise UnsupportedModelError(
+                f"The tokenizer's id of {_VIDEO_TOKEN!r} is {video_id}; config.json's video_token_id is "
+                f"{config.get('video_token_id')}. They must be the same."
+            )
+        counts_time = config.get("model_type") == "qwen2_5_vl"
         return cls(
             patch_size=settings["patch_size"],
             merge_size=settings["merge_size"],
-            mark=Placeholder(text, token_id, re.escape(_IMAGE_TOKEN)),
+            frames_per_patch=settings["temporal_patch_size"],
+            video_token_id=video_id,
+            video_settings=video_settings,
+            tokens_per_second=vision.get("tokens_per_second", 4) if counts_time else None,
+            mark=_mark(_IMAGE_TOKEN, token_id),
             image_token_id=token_id,
             norm=norm,
             settings=settings,
@@ -93,48 +138,94 @@ class Qwen2VLRule(PictureRule):
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
         images_only(modality)
-        settings = with_options(self.settings, options, fixed=frozenset(_GEOMETRY))
-        unit = self.patch_size * self.merge_size
+        settings = with_options(self.settings, options, fixed=frozenset(_GEOMETRY), others=self.video_settings)
         with request_settings():
-            bounds, resample = _pixel_bounds(settings), read_resample(settings)
+            bounds = _pixel_bounds(settings)
+        return self._layout(width, height, (0,), settings, bounds["shortest_edge"], bounds["longest_edge"])
+
+    def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
+        settings = with_options(self.video_settings, options, fixed=frozenset(_GEOMETRY), others=self.settings)
+        clip = sample(clip, settings, options, lambda clip: _sampled(clip, settings, self.frames_per_patch))
+        padding = -len(clip.frames) % self.frames_per_patch
+        frames = (*clip.frames, *clip.frames[-1:] * padding)
+        with request_settings():
+            bounds = _pixel_bounds(settings)
+        least, most = bounds["shortest_edge"], bounds["longest_edge"]
+        if settings["cap_pixels_per_frame"]:
+            unit = self.patch_size * self.merge_size
+            total = int(settings["max_video_tokens"] * unit * unit * 0.9)
+            most = max(min(most, total * self.frames_per_patch // len(clip.frames)), int(least * 1.05))
+        layout = self._layout(clip.width, clip.height, frames, settings, least, most)
+        if self.tokens_per_second is None:
+            return layout
+        return msgspec.structs.replace(layout, times=(self.frames_per_patch / clip.chosen_fps,))
+
+    def _layout(
+        self, width: int, height: int, frames: tuple[int, ...], settings: Mapping[str, Any], least: int, most: int
+    ) -> MediaLayout:
+        unit = self.patch_size * self.merge_size
         ops: tuple[Resize, ...] = ()
         if settings["do_resize"]:
-            size = smart_resize(width, height, unit, bounds["shortest_edge"], bounds["longest_edge"])
-            ops = (Resize(*size, resample),)
+            with request_settings():
+                resample = read_resample(settings)
+            ops = (Resize(*smart_resize(width, height, unit, least, most), resample),)
         elif width % unit or height % unit:
             raise RequestError(
                 f"Without do_resize, sides must be multiples of {unit}, not {width} x {height}.",
                 param="multi_modal_data",
             )
         made_width, made_height = output_size(ops, width, height)
-        rows, cols = made_height // self.patch_size, made_width // self.patch_size
+        view = View(ops, height=made_height, width=made_width)
+        grid = (-(-len(frames) // self.frames_per_patch), made_height // self.patch_size, made_width // self.patch_size)
         return MediaLayout(
-            plan=PixelPlan(width=width, height=height, views=(View(ops, height=made_height, width=made_width),)),
-            num_features=rows * cols // self.merge_size**2,
-            num_patches=rows * cols,
-            numbers=(1, rows, cols),
+            plan=PixelPlan(width=width, height=height, views=(view,), frames=frames),
+            num_features=math.prod(grid) // self.merge_size**2,
+            num_patches=math.prod(grid),
+            numbers=grid,
         )
 
+    def placeholder(self, modality: Modality) -> Placeholder:
+        if modality == "image":
+            return self.mark
+        if self.video_token_id is None:
+            raise no_videos()
+        return _mark(_VIDEO_TOKEN, self.video_token_id)
+
+    def max_items(self, modality: Modality) -> int | None:
+        return 0 if modality == "video" and self.video_token_id is None else None
+
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
-        images_only(modality)
-        if set(extras) != {"image_grid_thw"}:
+        self.placeholder(modality)  # refuses videos where there are none
+        key = f"{modality}_grid_thw"
+        most_frames = "1" if modality == "image" else "time"
+        if set(extras) != {key}:
             raise RequestError(
-                "Image embeddings of this model come with their grids, since positions depend on them: "
-                "{'image_embeds': tensor, 'image_grid_thw': [(1, rows, columns)]}, in patches.",
+                f"{modality.capitalize()} embeddings of this model come with their grids, since positions depend on "
+                f"them: {{'{modality}_embeds': tensor, '{key}': [({most_frames}, rows, columns)]}}, in patches.",
                 param="multi_modal_data",
             )
-        frames, rows, cols = grid = extras["image_grid_thw"]
+        grid = extras[key]
         merge = self.merge_size
-        if frames != 1 or rows % merge or cols % merge or rows * cols != num_features * merge**2:
+        fits = math.prod(grid) == num_features * merge**2 and not any(size % merge for size in grid[1:])
+        if not fits or (modality == "image" and grid[0] != 1):
             raise RequestError(
-                f"image_grid_thw is {grid} for {num_features} features; it must be 1 and two multiples of {merge} "
-                f"whose product is {merge**2} times the number of features.",
+                f"{key} is {grid} for {num_features} features; it must be {most_frames} and two multiples of {merge}, "
+                f"with a product of {merge**2} times the number of features.",
                 param="multi_modal_data",
             )
-        return given_features(num_features, tuple(grid))
+        layout = given_features(num_features, tuple(grid))
+        if modality == "image" or self.tokens_per_second is None:
+            return layout
+        return msgspec.structs.replace(layout, times=(1.0,))  # as in transformers, where nobody says
+
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
+        token_id = self.placeholder(modality).token_id
+        assert token_id is not None
+        return [TokenRun(token_id, layout.num_features, is_feature=True)]
 
     def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
         """Text counts on all three axes; a picture counts its rows and columns, and takes as many as the longer side.
+        A video counts time as well, which takes no more.
 
         Linear in the prompt.
         """
@@ -143,16 +234,23 @@ class Qwen2VLRule(PictureRule):
         parts: list[np.ndarray] = []
         done = position = 0  # the next token, and its position
         for item in items:
-            start = token_ids.index(self.image_token_id, done)
-            _, rows, cols = (size // self.merge_size for size in item.layout.numbers)
+            token_id = self.placeholder(item.modality).token_id
+            assert token_id is not None
+            start = token_ids.index(token_id, done)
+            steps = item.layout.numbers[0]
+            rows, cols = (size // self.merge_size for size in item.layout.numbers[1:])
             parts.append(_counted(position, start - done))
             position += start - done
-            parts.append(np.indices((1, rows, cols)).reshape(3, -1) + position)
+            counted = np.indices((steps, rows, cols)).reshape(3, -1)
+            if item.layout.times and self.tokens_per_second is not None:
+                step = np.float32(self.tokens_per_second) * np.float32(item.layout.times[0])  # rounded as torch does
+                counted[0] = (counted[0].astype(np.float32) * step).astype(np.int64)
+            parts.append(counted + position)
             position += max(rows, cols)
-            done = start + rows * cols
+            done = start + steps * rows * cols
         parts.append(_counted(position, len(token_ids) - done))
-        axes = np.concatenate(parts, axis=1).tolist()
-        return Positions(axes, delta=position - done)
+        axes = np.concatenate(parts, axis=1)
+        return Positions(axes.tolist(), delta=int(axes.max()) + 1 - len(token_ids))
 
 
 def smart_resize(width: int, height: int, unit: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -176,6 +274,31 @@ def smart_resize(width: int, height: int, unit: int, min_pixels: int, max_pixels
         grow = math.sqrt(min_pixels / (height * width))
         return math.ceil(width * grow / unit) * unit, math.ceil(height * grow / unit) * unit
     return round(width / unit) * unit, round(height / unit) * unit
+
+
+def _sampled(clip: Clip, settings: Mapping[str, Any], factor: int) -> Sequence[int]:
+    """The frames that Hugging Face's video processor samples. ``ValueError`` where there are too few."""
+    total, count, fps = clip.num_frames, settings["num_frames"], settings["fps"]
+    if count is not None and fps is not None:
+        raise ValueError("num_frames and fps exclude one another; give one.")
+    if count is not None:
+        count = round(count / factor) * factor
+    elif fps is not None:
+        assert clip.fps is not None
+        most = math.floor(min(settings["max_frames"], total) / factor) * factor
+        wanted = min(max(total / clip.fps * fps, settings["min_frames"]), most, total)
+        count = math.floor(wanted / factor) * factor
+    else:
+        return range(total)
+    if not 1 <= count <= total:
+        raise ValueError(f"{count} frames cannot be sampled from a video of {total}; choose another num_frames or fps.")
+    step = total / count
+    return [math.floor(i * step) for i in range(math.ceil(total / step))]
+
+
+def _mark(token: str, token_id: int) -> Placeholder:
+    """Prompts hold the pad between two tags that stay; the pad alone is what expands."""
+    return Placeholder(f"<|vision_start|>{token}<|vision_end|>", token_id, re.escape(token))
 
 
 def _pixel_bounds(settings: Mapping[str, Any]) -> dict[str, int]:

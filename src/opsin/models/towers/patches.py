@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 
 from opsin.layers import Placement
 from opsin.models.rule import PixelNorm
+
+T = TypeVar("T")
+
+MAX_PASS = 16384
+"""Most patches of one pass: a long video alone may be many times what a step is planned for."""
+
+
+def in_passes(pictures: Sequence[T], num_patches: Sequence[int]) -> Iterator[Sequence[T]]:
+    """The pictures in order, in as few lists as hold ``MAX_PASS`` patches each; a larger picture is one alone."""
+    start = total = 0
+    for i, count in enumerate(num_patches):
+        if total and total + count > MAX_PASS:
+            yield pictures[start:i]
+            start, total = i, 0
+        total += count
+    yield pictures[start:]
+
+
+def cut_blocks(picture_YX3: torch.Tensor, edge: int) -> torch.Tensor:
+    """A picture as its blocks of ``edge`` x ``edge`` pixels, row by row: (blocks, edge, edge, 3)."""
+    return picture_YX3.unflatten(1, (-1, edge)).unflatten(0, (-1, edge)).transpose(1, 2).flatten(0, 1)
 
 
 class Patches:

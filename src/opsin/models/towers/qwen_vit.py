@@ -1,7 +1,8 @@
 """The vision towers of Qwen2-VL (arXiv:2409.12191) and Qwen2.5-VL (arXiv:2502.13923): pictures of any size, packed.
 
-Patches run in merge order: the ``merge_size`` x ``merge_size`` patches that become one feature are neighbours. So a
-picture is first cut into the blocks of pixels that become features, and each block into its patches.
+A video is a row of pictures that do not see one another, each of ``num_frames`` frames. Patches run in merge order: the
+``merge_size`` x ``merge_size`` patches that become one feature are neighbours. So a picture is first cut into the
+blocks of pixels that become features, and each block into its patches.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from opsin.layers.norm import LayerNorm, RMSNorm, normed
 from opsin.layers.rope import Rotary
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
-from opsin.models.towers.patches import Patches
+from opsin.models.towers.patches import Patches, cut_blocks
 
 _NORM_EPS = 1e-6
 
@@ -34,7 +35,7 @@ class QwenViTConfig:
 
     Attributes:
         out_size: width of the features, which is the decoder's.
-        num_frames: equal frames that make one patch of a still picture.
+        num_frames: frames that a patch reaches over; of a still picture, equal ones.
         is_gated: RMSNorm and a gated MLP (Qwen2.5-VL) in place of LayerNorm and a plain one.
         window: edge of the attention windows in features; None where every layer sees the whole picture.
         full_layers: with windows, the layers that see the whole picture all the same.
@@ -78,7 +79,7 @@ class QwenViTConfig:
         Raises:
             UnsupportedModelError: an unknown key or value.
         """
-        config.skip("tokens_per_second")  # for videos
+        config.skip("tokens_per_second")  # the rule's
         unit = config.take("patch_size", 14) * config.take("spatial_merge_size", 2)
         return cls._read(
             config,
@@ -137,7 +138,7 @@ class QwenViTConfig:
 
 
 class Packing(NamedTuple):
-    """How the patches of several pictures lie in one sequence, on the host.
+    """How the patches of several pictures lie in one sequence, on the host. Two frames of a video are one picture.
 
     Attributes:
         positions_P2: row and column of each patch in its own picture.
@@ -212,19 +213,21 @@ class QwenTower(nn.Module):
         self.blocks = nn.ModuleList(QwenViTBlock(place, config) for _ in range(config.num_layers))
         self.merger = PatchMerger(place, config)
 
-    def forward(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """uint8 (height, width, 3) pictures, sides in whole features, to (M, out_size), one after the other."""
+    def forward(self, pictures: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """Pictures, sides in whole features, to (M, out_size), one after the other.
+
+        Args:
+            pictures: uint8 (height, width, 3), once for a still picture, or the ``num_frames`` frames of a moving one.
+        """
         config = self.config
-        patch, edge = config.patch_size, config.patch_size * config.merge_size
-        grids = [(picture.shape[0] // patch, picture.shape[1] // patch) for picture in pictures]
+        patch = config.patch_size
+        grids = [(picture[0].shape[0] // patch, picture[0].shape[1] // patch) for picture in pictures]
         packing = pack(grids, config.merge_size, config.window)
-        device = pictures[0].device
+        device = pictures[0][0].device
         order_M = None if packing.order_M is None else _upload(packing.order_M, device)
 
-        blocks_MYX3 = torch.cat([_cut(picture, edge) for picture in pictures])
-        if order_M is not None:
-            blocks_MYX3 = blocks_MYX3[order_M]
-        x_PD = self.patch_embed(self.patches(blocks_MYX3).flatten(0, 1))
+        x_MAD = self._embed(pictures)
+        x_PD = (x_MAD if order_M is None else x_MAD[order_M]).flatten(0, 1)
         rotary = self._rotary(_upload(packing.positions_P2, device))
         whole = Segments.of(packing.full_lens, device)
         windows = whole if config.window is None else Segments.of(packing.window_lens, device)
@@ -235,15 +238,30 @@ class QwenTower(nn.Module):
             return features_MD
         return torch.empty_like(features_MD).index_copy_(0, order_M, features_MD)
 
+    def _embed(self, pictures: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """Patches by feature, (M, merge_size**2, D), in the pictures' order; stills and frames each in one product."""
+        config = self.config
+        edge, area = config.patch_size * config.merge_size, config.merge_size**2
+        parts: dict[int, torch.Tensor] = {}
+        for moves in (False, True):
+            chosen = [i for i, picture in enumerate(pictures) if (len(picture) > 1) == moves]
+            if not chosen:
+                continue
+            frames = [
+                torch.cat([cut_blocks(frame, edge) for frame in views])
+                for views in zip(*(pictures[i] for i in chosen), strict=True)
+            ]
+            x_PD = self.patch_embed([self.patches(frame_MYX3).flatten(0, 1) for frame_MYX3 in frames])
+            if len(chosen) == len(pictures):
+                return x_PD.unflatten(0, (-1, area))
+            sizes = [pictures[i][0].shape[0] * pictures[i][0].shape[1] // edge**2 for i in chosen]
+            parts |= dict(zip(chosen, x_PD.unflatten(0, (-1, area)).split(sizes), strict=True))
+        return torch.cat([parts[i] for i in range(len(pictures))])
+
     def _rotary(self, positions_P2: torch.Tensor) -> Rotary:
         """The first half of each head's pairs turns with the row, the second with the column."""
         angles_PR = (positions_P2.unsqueeze(-1) * self.inverse_frequencies).flatten(1)
         return Rotary(angles_PR.cos(), angles_PR.sin())
-
-
-def _cut(picture_YX3: torch.Tensor, edge: int) -> torch.Tensor:
-    """A picture as its blocks of ``edge`` x ``edge`` pixels, row by row: (M, edge, edge, 3)."""
-    return picture_YX3.unflatten(1, (-1, edge)).unflatten(0, (-1, edge)).transpose(1, 2).flatten(0, 1)
 
 
 def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -251,19 +269,30 @@ def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 class PatchEmbedding(Linear):
-    """A convolution over ``num_frames`` frames. A still picture repeats one frame, so the frames' kernels are added up
-    once, when the weights are packed: half the product, equal up to rounding."""
+    """A convolution over ``num_frames`` frames. A still picture repeats one frame, so for it the frames' kernels are
+    added up once, when the weights are packed: half the product, equal up to rounding."""
 
     def __init__(self, place: Placement, config: QwenViTConfig) -> None:
         shape = (config.hidden_size, 3, config.num_frames, config.patch_size, config.patch_size)
         in_features = 3 * config.num_frames * config.patch_size**2
         super().__init__(place, in_features, config.hidden_size, bias=False, checkpoint_shape=shape)
         self.shape = shape
+        self.moving_weight: nn.Parameter | None = None
 
     def pack(self) -> None:
-        summed = self.weight.view(self.shape).sum(dim=2, dtype=torch.float32).flatten(1)
+        weight = self.weight.view(self.shape)
+        by_frame = weight.transpose(1, 2).flatten(1)
+        self.moving_weight = nn.Parameter(self.kernels.pack_linear(by_frame.contiguous()), requires_grad=False)
+        summed = weight.sum(dim=2, dtype=torch.float32).flatten(1)
         self.weight = nn.Parameter(summed.to(self.weight.dtype), requires_grad=False)
         super().pack()
+
+    def forward(self, frames: Sequence[torch.Tensor]) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(P, D) of the patches of one still frame, or of ``num_frames`` frames, (P, 3 * patch_size**2) each."""
+        if len(frames) == 1:
+            return super().forward(frames[0])
+        assert self.moving_weight is not None
+        return self.kernels.linear(torch.cat(tuple(frames), dim=1), self.moving_weight, None)
 
 
 class QwenViTBlock(nn.Module):
