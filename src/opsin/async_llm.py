@@ -20,6 +20,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack
 from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.engine import EngineFacts
 from opsin.engine.front import Front, template_text
+from opsin.engine.histogram import Histogram
 from opsin.engine.remote import Watch
 from opsin.engine.spawn import spawn_front
 from opsin.errors import EngineDeadError, RequestError
@@ -361,6 +362,10 @@ class AsyncLLM:
     def stats(self) -> dict[str, float]:
         """Gauges and counters by name, as of now; counters end in ``_total``."""
         return self._front.engine.stats()
+
+    def histograms(self) -> dict[str, Histogram]:
+        """What the engine observed since it was started, by name."""
+        return self._front.engine.histograms()
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model."""

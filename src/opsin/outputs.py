@@ -61,6 +61,7 @@ class RequestMetrics:
     """When things happened, in seconds of the monotonic clock; None while they have not."""
 
     arrival_time: float
+    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
     finished_time: float | None = None
@@ -250,13 +251,24 @@ class ScoringOutput:
 
 @dataclass(slots=True)
 class PoolingRequestOutput:
-    """What was read off one prompt: a vector, one vector per token, or the probabilities of given answers."""
+    """What was read off one prompt.
+
+    Attributes:
+        outputs: by task an ``EmbeddingOutput``, a ``TokenEmbeddingOutput`` or a ``PickOutput``.
+    """
 
     request_id: str
-    outputs: EmbeddingOutput | TokenEmbeddingOutput | PickOutput
+    outputs: Any
     prompt_token_ids: list[int]
     finished: bool = True
     num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput(PoolingRequestOutput):
+    """The vector of one prompt."""
+
+    outputs: EmbeddingOutput
 
 
 @dataclass(slots=True)
@@ -269,10 +281,8 @@ class ScoringRequestOutput:
     finished: bool = True
 
     @classmethod
-    def of(cls, first: PoolingRequestOutput, second: PoolingRequestOutput) -> Self:
-        """From the outputs that hold both vectors."""
-        assert isinstance(first.outputs, EmbeddingOutput)
-        assert isinstance(second.outputs, EmbeddingOutput)
+    def of(cls, first: EmbeddingRequestOutput, second: EmbeddingRequestOutput) -> Self:
+        """From both vectors."""
         score = ScoringOutput(cosine(first.outputs.embedding, second.outputs.embedding))
         return cls(second.request_id, score, [*first.prompt_token_ids, *second.prompt_token_ids])
 

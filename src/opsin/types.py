@@ -236,6 +236,7 @@ class RequestUpdate(msgspec.Struct, kw_only=True):
     """What one committed step did for one request.
 
     ``values`` are what a pooling task read at several positions, in their order: float32 numbers as bytes.
+    ``scheduled_s`` says when the request first got a slot, by the machine's monotonic clock.
     """
 
     request_id: str
@@ -249,6 +250,7 @@ class RequestUpdate(msgspec.Struct, kw_only=True):
     error: str | None = None
     error_code: str | None = None
     num_cached_tokens: int = 0
+    scheduled_s: float | None = None
 
 
 # ---------------------------------------------------------------------------------------------- steps

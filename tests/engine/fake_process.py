@@ -38,7 +38,7 @@ def main(descriptor: int) -> None:
 
     def beat() -> None:
         while not silent.is_set():
-            send(Beat(step_begun_s[0], {"num_requests_running": 1.0}))
+            send(Beat(step_begun_s[0], {"num_requests_running": 1.0}, {}))
             time.sleep(0.05)
 
     if behaviour == "refuses":

@@ -16,9 +16,11 @@ prompt prefix are cached is never asked for.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from typing import NamedTuple
 
+from opsin.engine.histogram import SHORT_SECONDS, TOKENS, Histogram
 from opsin.errors import EngineDeadError, RequestError
 from opsin.params import SamplingParams
 from opsin.processing.grammar import Grammar, GrammarCompiler
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 class _Flight(NamedTuple):
     plan: StepPlan
     pending: PendingStep
+    begun_s: float
 
 
 class EngineCore:
@@ -56,6 +59,12 @@ class EngineCore:
         self._in_flight: deque[_Flight] = deque()
         self._updates: list[RequestUpdate] = []
         self._dead: BaseException | None = None
+        self._num_items = self._num_needs = 0
+        self.histograms = {
+            "iteration_tokens": Histogram.of(TOKENS),
+            "step_seconds": Histogram.of(SHORT_SECONDS),
+            "encode_step_seconds": Histogram.of(SHORT_SECONDS),
+        }
         self.is_stalled = False
         """The last ``step`` found nothing to run and nothing to commit."""
 
@@ -70,6 +79,7 @@ class EngineCore:
         """
         self._require_alive()
         self._scheduler.add(request, self._grammar(request))
+        self._num_items += len(request.media)
 
     def _grammar(self, request: EngineRequest) -> Grammar | None:
         params = request.params
@@ -90,7 +100,9 @@ class EngineCore:
 
     def take_needs(self) -> list[MediaNeed]:
         """Items whose payload the engine wants, in the order in which it wants them; each is asked for once."""
-        return self._scheduler.take_needs()
+        needs = self._scheduler.take_needs()
+        self._num_needs += len(needs)
+        return needs
 
     def wants(self, key: bytes) -> bool:
         """Somebody still waits for this item's payload."""
@@ -128,13 +140,15 @@ class EngineCore:
         """
         self._require_alive()
         try:
-            plan = self._scheduler.plan()
+            now_s = time.monotonic()
+            plan = self._scheduler.plan(now_s)
             self.is_stalled = plan is None and not self._in_flight
             if plan is not None:
-                self._in_flight.append(_Flight(plan, self.executor.launch(plan)))
+                self._in_flight.append(_Flight(plan, self.executor.launch(plan), now_s))
             if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
                 oldest = self._in_flight.popleft()
                 self._updates += self._scheduler.commit(oldest.plan, oldest.pending.result())
+                self._observe(oldest)
         except Exception as error:
             # Requests are validated before they get here, so this is a bug or a broken device: nothing on it is
             # to be trusted any more.
@@ -153,7 +167,16 @@ class EngineCore:
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters by name, as of now; counters end in ``_total``."""
-        return dict(self._scheduler.stats())
+        media = {"mm_cache_queries_total": self._num_items, "mm_cache_misses_total": self._num_needs}
+        return {**dict(self._scheduler.stats()), **media}
+
+    def _observe(self, flight: _Flight) -> None:
+        seconds = time.monotonic() - flight.begun_s
+        self.histograms["step_seconds"].observe(seconds)
+        if flight.plan.encode:
+            self.histograms["encode_step_seconds"].observe(seconds)
+        if flight.plan.rows:
+            self.histograms["iteration_tokens"].observe(flight.plan.num_tokens)
 
     def _require_alive(self) -> None:
         if self._dead is not None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from opsin.engine.histogram import Histogram
 from opsin.processing.prompts import MediaSource
 from opsin.runner.executor import MemoryPlan
 from opsin.types import EngineRequest, ModelSpec, RequestUpdate
@@ -76,6 +77,10 @@ class Engine(Protocol):
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters by name, as of now; counters end in ``_total``."""
+        ...
+
+    def histograms(self) -> dict[str, Histogram]:
+        """What was observed since the engine was started, by name."""
         ...
 
     def close(self) -> None:

@@ -5,10 +5,12 @@ Sources stay here until their request ends, since a preempted request may need i
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 
 from opsin.engine.core import EngineCore
+from opsin.engine.histogram import SECONDS, Histogram
 from opsin.errors import RequestError
 from opsin.media.pool import MAX_PENDING, Finished, MediaPool
 from opsin.processing.embeddings import GivenFeatures
@@ -24,14 +26,21 @@ class MediaFeeder:
         self._pool = pool
         self._held: dict[str, tuple[EngineRequest, Sequence[MediaSource]]] = {}
         self._backlog: deque[MediaNeed] = deque()  # the pool takes a bounded number of jobs
-        self._decoding: set[bytes] = set()
+        self._decoding: dict[bytes, tuple[float, int]] = {}  # since when, and how many pixels
         self._may_be_unwanted = False
         self.num_decoded = 0
+        self.num_pixels_decoded = 0
+        self.decode_seconds = Histogram.of(SECONDS)
 
     @property
     def is_waiting(self) -> bool:
         """Pictures are being decoded."""
         return bool(self._decoding)
+
+    @property
+    def num_decoding(self) -> int:
+        """Pictures that were asked for and have not come."""
+        return len(self._decoding) + len(self._backlog)
 
     def hold(self, request: EngineRequest, sources: Sequence[MediaSource]) -> None:
         """Keep a request's sources until ``release``."""
@@ -69,14 +78,18 @@ class MediaFeeder:
         if isinstance(source, GivenFeatures):
             core.put_payload(need.key, Embedding(source.data))
             return
-        self._decoding.add(need.key)
-        self._pool.submit(need.key, source, request.media[need.item].layout.plan)
+        plan = request.media[need.item].layout.plan
+        self._decoding[need.key] = time.monotonic(), plan.width * plan.height * len(plan.frames)
+        self._pool.submit(need.key, source, plan)
 
     def _hand_in(self, core: EngineCore, finished: Finished) -> None:
         assert isinstance(finished.job_id, bytes)
-        self._decoding.discard(finished.job_id)
+        begun = self._decoding.pop(finished.job_id, None)
         if finished.pixels is not None:
             self.num_decoded += 1
+            if begun is not None:
+                self.num_pixels_decoded += begun[1]
+                self.decode_seconds.observe(time.monotonic() - begun[0])
             core.put_payload(finished.job_id, Pixels(finished.pixels))
         elif core.wants(finished.job_id):
             error = finished.error
@@ -87,4 +100,4 @@ class MediaFeeder:
         self._may_be_unwanted = False
         for key in [key for key in self._decoding if not core.wants(key)]:
             self._pool.cancel(key)
-            self._decoding.remove(key)
+            del self._decoding[key]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from opsin.engine.core import EngineCore
 from opsin.engine.engine import EngineFacts
 from opsin.engine.feeder import MediaFeeder
+from opsin.engine.histogram import Histogram
 from opsin.errors import EngineDeadError
 from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.prompts import MediaSource
@@ -82,7 +83,15 @@ class LocalEngine:
         self._news.set()
 
     def stats(self) -> dict[str, float]:
-        return {**self.core.stats(), "num_pictures_decoded_total": self.feeder.num_decoded}
+        decoded = {
+            "num_pictures_decoded_total": self.feeder.num_decoded,
+            "num_pixels_decoded_total": self.feeder.num_pixels_decoded,
+            "num_pictures_decoding": self.feeder.num_decoding,
+        }
+        return {**self.core.stats(), **decoded}
+
+    def histograms(self) -> dict[str, Histogram]:
+        return {**self.core.histograms, "decode_seconds": self.feeder.decode_seconds}
 
     def close(self) -> None:
         self.feeder.close()

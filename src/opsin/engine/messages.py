@@ -11,6 +11,7 @@ import numpy as np
 
 from opsin.config import EngineConfig
 from opsin.engine.engine import EngineFacts
+from opsin.engine.histogram import Histogram
 from opsin.media.clips import EncodedVideo, FrameSequence
 from opsin.media.decode import AlphaMode
 from opsin.media.sniff import ImageHeader
@@ -88,6 +89,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 
     step_begun_s: float | None
     stats: dict[str, float]
+    histograms: dict[str, Histogram]
 
 
 FromEngine = Loaded | LoadFailed | News | Beat

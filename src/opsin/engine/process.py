@@ -164,7 +164,8 @@ class _Service:
         try:
             while True:
                 engine = self._engine
-                self._send(Beat(self._step_begun_s, engine.stats() if engine is not None else {}))
+                stats, histograms = ({}, {}) if engine is None else (engine.stats(), engine.histograms())
+                self._send(Beat(self._step_begun_s, stats, histograms))
                 time.sleep(_BEAT_S)
         except OSError:
             _leave()

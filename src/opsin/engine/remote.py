@@ -22,6 +22,7 @@ import opsin.errors
 from opsin.config import EngineConfig
 from opsin.engine.channel import FrontEnd
 from opsin.engine.engine import EngineFacts
+from opsin.engine.histogram import Histogram
 from opsin.engine.messages import Abort, Add, Beat, FromEngine, Load, Loaded, LoadFailed, News, ToEngine, pack_sources
 from opsin.errors import EngineDeadError, EngineRestartError
 from opsin.processing.output import ENGINE_RESTARTED
@@ -84,6 +85,7 @@ class RemoteEngine:
         self._watch = watch
         self._facts: EngineFacts | None = None
         self._stats: dict[str, float] = {}
+        self._histograms: dict[str, Histogram] = {}
         self._running: set[str] = set()
         self._failed: list[RequestUpdate] = []
         self._deaths: deque[float] = deque()
@@ -142,6 +144,9 @@ class RemoteEngine:
 
     def stats(self) -> dict[str, float]:
         return {**self._stats, "num_engine_restarts_total": self._num_restarts}
+
+    def histograms(self) -> dict[str, Histogram]:
+        return self._histograms
 
     def close(self) -> None:
         if self._state is _State.CLOSED:
@@ -217,9 +222,9 @@ class RemoteEngine:
                     if update.finish_reason is not None or update.error is not None:
                         self._running.discard(update.request_id)
                 self._failed += updates
-            case Beat(step_begun_s, stats):
+            case Beat(step_begun_s, stats, histograms):
                 self._step_begun_s = step_begun_s
-                self._stats = stats
+                self._stats, self._histograms = stats, histograms
             case Loaded(facts):
                 self._facts = facts
                 self._state = _State.RUNNING

@@ -14,6 +14,7 @@ from opsin.errors import EngineRestartError, MediaError, OpsinError, RequestErro
 from opsin.outputs import (
     CompletionOutput,
     EmbeddingOutput,
+    EmbeddingRequestOutput,
     Logprob,
     PickOutput,
     PoolingRequestOutput,
@@ -307,6 +308,7 @@ class _Request:
             self._prompt_logprobs += [_named(p, self._tokenizer) for p in update.prompt_logprobs if p is not None]
         new = len(answer.token_ids) - before
         if new:
+            self._metrics.first_scheduled_time = self._metrics.first_scheduled_time or update.scheduled_s
             self._metrics.first_token_time = self._metrics.first_token_time or now
             self._metrics.last_token_time = now
             self._metrics.num_generation_tokens += new
@@ -323,7 +325,8 @@ class _Request:
             pooled = self._pooled(self._pooling) if finished else None
             if pooled is None:
                 return None
-            return PoolingRequestOutput(self.request_id, pooled, self._prompt_ids, True, self._num_cached)
+            kind = EmbeddingRequestOutput if isinstance(pooled, EmbeddingOutput) else PoolingRequestOutput
+            return kind(self.request_id, pooled, self._prompt_ids, True, self._num_cached)
         if finished:
             self._metrics.finished_time = now
         if self._kind == "final":

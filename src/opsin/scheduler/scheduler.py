@@ -47,8 +47,8 @@ from opsin.types import (
 class _Step:
     """A plan in the making."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens_left = num_tokens
+    def __init__(self, num_tokens: int, now_s: float) -> None:
+        self.num_tokens_left, self.now_s = num_tokens, now_s
         self.opened: list[SlotOpen] = []
         self.decodes: list[tuple[Sequence, RowPlan]] = []
         self.prefills: list[tuple[Sequence, RowPlan]] = []
@@ -56,7 +56,7 @@ class _Step:
 
 
 class Scheduler:
-    """Plans steps and turns their results into updates. Single-threaded; never blocks, never reads a clock.
+    """Plans steps and turns their results into updates. Single-threaded; never blocks, and is told the time.
 
     Args:
         limits: what may be handed out.
@@ -142,7 +142,7 @@ class Scheduler:
 
     # ---------------------------------------------------------------------------------------- plan
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, now_s: float = 0.0) -> StepPlan | None:
         """Decide the next step; None when nothing can run before a commit, a payload or a request comes in."""
         if len(self._in_flight) >= self.limits.pipeline_depth:
             return None
@@ -154,7 +154,7 @@ class Scheduler:
         for item in encode:
             for seq in tuple(self._parked.get(item.key, {}).values()):
                 self._unpark(seq)
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = _Step(self.limits.max_num_batched_tokens, now_s)
         if head is not None and head.slot is None:
             self._start_head(step, head)
         self._plan_running(step, head)
@@ -286,7 +286,7 @@ class Scheduler:
             update.stop_token_id = token if token in seq.request.stop_token_ids and reason == "stop" else None
         else:
             update = RequestUpdate(request_id=seq.request.request_id, num_cached_tokens=seq.num_cached_tokens)
-        update.token_ids = [token]
+        update.token_ids, update.scheduled_s = [token], seq.scheduled_s
         if result.logprobs is not None:
             update.logprobs = [result.logprobs]
         if seq.prompt_logprobs is not None:
@@ -339,7 +339,7 @@ class Scheduler:
         assert len(seq.tokens) == seq.num_tokens, "all tokens of a request that starts over are known"
         order = heapq.heappop(self._waiting)
         assert order == seq.order
-        seq.slot = self._free_slots.pop()
+        seq.slot, seq.scheduled_s = self._free_slots.pop(), seq.scheduled_s or step.now_s
         insort(self._running, seq, key=lambda other: other.order)
         request = seq.request
         step.opened.append(

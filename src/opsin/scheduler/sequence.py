@@ -55,6 +55,7 @@ class Sequence:
         prompt_logprobs: collected until the first token is reported; None when not asked for, or reported.
         first_read: the first prompt position whose hidden state is asked for; None when only the last token's is.
         values: what was read so far, by position.
+        scheduled_s: when it first got a slot.
         grammar: what the answer must look like. Its next token is drawn only once all those before are known.
     """
 
@@ -65,6 +66,7 @@ class Sequence:
         self.grammar = grammar
         self.block_size = limits.block_size
         self.order = order
+        self.scheduled_s: float | None = None
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = self.num_tokens = len(self.tokens)
         params = request.params

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol, Unpack
 
+from opsin.engine.histogram import Histogram
 from opsin.inputs import PromptType
 from opsin.outputs import PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
@@ -71,6 +72,10 @@ class EngineClient(Protocol):
 
     def stats(self) -> dict[str, float]:
         """Gauges, and counters whose names end in ``_total``."""
+        ...
+
+    def histograms(self) -> dict[str, Histogram]:
+        """What was observed since the engine was started."""
         ...
 
     def shutdown(self) -> None:
