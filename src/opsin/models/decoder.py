@@ -218,21 +218,23 @@ def _gemma(config: StrictConfig, hidden_size: int) -> dict[str, Any]:
 
 
 def _gemma2(config: StrictConfig, hidden_size: int) -> dict[str, Any]:
-    config.skip("cache_implementation")
-    return _gemma(config, hidden_size) | {
-        "norms_outputs": True,
-        "attention_scale": config.take("query_pre_attn_scalar", 256) ** -0.5,
+    return _normed_gemma(config, hidden_size) | {
         "attention_softcap": _or_null(config, "attn_logit_softcapping", 50.0),
         "logit_softcap": _or_null(config, "final_logit_softcapping", 30.0),
     }
 
 
 def _gemma3(config: StrictConfig, hidden_size: int) -> dict[str, Any]:
-    caps = {
-        "attention_softcap": config.take("attn_logit_softcapping"),
-        "logit_softcap": config.take("final_logit_softcapping"),
-    }
-    return _gemma2(config, hidden_size) | {"norms_heads": True} | caps
+    """Its config still has Gemma 2's caps, which no checkpoint sets and transformers applies by halves."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        config.choose(name, (None,), None)
+    return _normed_gemma(config, hidden_size) | {"norms_heads": True}
+
+
+def _normed_gemma(config: StrictConfig, hidden_size: int) -> dict[str, Any]:
+    config.skip("cache_implementation")
+    scale = config.take("query_pre_attn_scalar", 256) ** -0.5
+    return _gemma(config, hidden_size) | {"norms_outputs": True, "attention_scale": scale}
 
 
 def _gemma3_ropes(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -282,12 +282,12 @@ class InputProcessor:
         written = expansion.write(items, self.rule, self.tokenizer)
         if prompt.token_ids is not None:
             self._check_ids(prompt.token_ids)
+            # First, since what an item expands to may hold the very token that marked it. Mixed modalities cannot be
+            # told apart before they are matched, so they are taken as given.
+            ready = expansion.match_expanded(prompt.token_ids, written) if items else None
+            if ready is not None:
+                return ready, list(range(len(items)))
             slotted = expansion.cut(prompt.token_ids, self._placeholders)
-            if len(slotted.slots) != len(items):
-                # Mixed modalities cannot be told apart before they are matched, so they are taken as given.
-                ready = expansion.match_expanded(prompt.token_ids, written) if items else None
-                if ready is not None:
-                    return ready, list(range(len(items)))
             written = [item.with_texts(self.tokenizer) for item in written]
         else:
             rendered = prompt.rendered or Rendered("")
