@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from opsin.errors import MediaError, RequestError
 from opsin.types import MediaLayout
 from tests import factory
-from tests.factories import hub_configs, idefics3, internvl, llava_next, llava_onevision, paligemma, qwen2_vl
+from tests.factories import hub_configs, idefics3, internvl, llava_next, llava_onevision, paligemma, phi3_v, qwen2_vl
 from tests.factories.idefics3 import Idefics3Shape
 from tests.factories.internvl import InternVLShape
 from tests.factories.llava_onevision import OnevisionShape
 from tests.factories.paligemma import PaliGemmaShape
+from tests.factories.phi3_v import Phi3VShape
 from tests.factories.qwen2_vl import Qwen2VLShape
 from tests.factory import LlavaShape
 
@@ -52,7 +54,7 @@ class Family:
     Attributes:
         write: writes a tiny checkpoint of a shape.
         hf_inputs: what transformers' processor makes of a prompt and its pictures.
-        image: what a prompt writes for a picture.
+        image: what a prompt writes for a picture, the ``{index}``-th where they are numbered.
         paged: shapes that run in chunks and in mixed batches.
         towers: shapes whose towers differ: features over sizes, half precision, parameters.
         served: shapes that run through ``LLM``.
@@ -69,6 +71,7 @@ class Family:
         bad_embeddings: features that are refused, and words of the error.
         refused: pictures' size, options, and how such a request is refused.
         renamed: transformers saves tensors under other names than its modules'.
+        oracle: gives transformers' model of a folder, where it is not an ``AutoModelForImageTextToText``.
     """
 
     name: str
@@ -96,15 +99,30 @@ class Family:
     bad_embeddings: Callable[[list[torch.Tensor], list[MediaLayout]], tuple[Any, str]]
     refused: Sequence[tuple[Size, dict[str, Any], type[Exception], str]] = ()
     renamed: bool = True
+    oracle: Callable[[Path, torch.dtype], Any] | None = None
 
     @property
     def question(self) -> str:
         """A prompt about two pictures."""
-        return f"USER: {self.image}\nWhat is in the picture, and {self.image} in this one? ASSISTANT:"
+        return f"USER: {self.sign(1)}\nWhat is in the picture, and {self.sign(2)} in this one? ASSISTANT:"
+
+    def sign(self, index: int = 1) -> str:
+        """What a prompt writes for its ``index``-th picture."""
+        return self.image.replace("{index}", str(index))
+
+    def signs(self, count: int) -> str:
+        """What a prompt writes for its pictures, in a row."""
+        return "".join(self.sign(i + 1) for i in range(count))
 
     def pictures_inputs(self, folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """``hf_inputs`` of pictures alone."""
-        return self.hf_inputs(folder, self.image * len(images), list(images))
+        return self.hf_inputs(folder, self.signs(len(images)), list(images))
+
+    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+        """transformers' model of a checkpoint, in eval mode."""
+        if self.oracle is not None:
+            return self.oracle(folder, dtype)
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
 
 
 def over(pick: Callable[[Family], Sequence[str] | Mapping[str, Any]]) -> Any:
@@ -346,4 +364,36 @@ PALIGEMMA = Family(
     refused=[((90, 70), {"size": {"height": 64, "width": 64}}, RequestError, "32 x 32")],
 )
 
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL, IDEFICS3, PALIGEMMA)
+PHI3_V = Family(
+    name="phi3_v",
+    write=phi3_v.write_phi3_v,
+    hf_inputs=phi3_v.hf_inputs,
+    image="<|image_{index}|>",
+    shapes={
+        "mha": Phi3VShape(original=None),
+        "gqa-3-layers": Phi3VShape(num_kv_heads=2, num_layers=3, original=None),
+        "mqa-tied": Phi3VShape(num_kv_heads=1, tied=True, original=None),
+        # The short ones while the context is longer are in test_phi3_v_recorded.py: transformers turns to the long ones
+        # by each prompt's length, opsin by the longest that it may run.
+        "long-factors": Phi3VShape(original=4),
+        "short-factors": Phi3VShape(original=2048),
+        "window": Phi3VShape(window=12, original=None),
+        "large-tiles": Phi3VShape(edge=48, num_crops=2, original=None),
+        "last-layer": Phi3VShape(layer=-1, original=None),
+    },
+    paged=("gqa-3-layers", "long-factors", "window"),
+    towers=("mha", "large-tiles"),
+    served=("gqa-3-layers", "long-factors"),
+    hub_configs={},  # tests/models/test_phi3_v_recorded.py
+    feature_sizes=(*((w, h) for w, h in FEATURE_SIZES if max(w, h) <= 96 * min(w, h)), (1, 96), (96, 1)),
+    options=[(options, options) for options in ({"num_crops": 1}, {"num_crops": 9})],
+    bad_embeddings=lambda parts, layouts: ([parts[0][:-1], parts[1]], "no picture has as many"),
+    refused=[
+        ((90, 70), {"num_crops": 0}, RequestError, "num_crops is 0"),
+        ((90, 70), {"num_img_tokens": 9}, RequestError, "cannot change num_img_tokens"),
+        ((900, 3), {}, MediaError, "too narrow"),
+    ],
+    oracle=phi3_v.Phi3V.load,
+)
+
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL, IDEFICS3, PALIGEMMA, PHI3_V)

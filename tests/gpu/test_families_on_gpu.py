@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opsin import LLM, SamplingParams
-from tests.engine.conftest import assert_idle, hf_model, picture
+from tests.engine.conftest import assert_idle, picture
 from tests.factories.families import FAMILIES
 
 pytestmark = pytest.mark.gpu
@@ -32,12 +32,12 @@ def exact_float32() -> Iterator[None]:
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_greedy_ids_equal_transformers_on_the_device(family: Any, name: str, tmp_path: Path):
     folder = family.write(tmp_path, family.shapes[name])
-    model = hf_model(folder)
+    model = family.load(folder)
     prompts: list[Any] = []
     expected: list[list[int]] = []
     for sizes in family.asked:
         images = [picture(width * height + i, width, height) for i, (width, height) in enumerate(sizes)]
-        text = f"USER: {family.image * len(sizes)}\nWhat is this? ASSISTANT:"
+        text = f"USER: {family.signs(len(sizes))}\nWhat is this? ASSISTANT:"
         inputs = family.hf_inputs(folder, text, images) if images else family.hf_inputs(folder, text)
         generated = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=None)
         expected.append(generated[0, inputs["input_ids"].shape[1] :].tolist())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoTokenizer
 
 from opsin.config import MediaConfig
 from opsin.kernels import select
@@ -95,7 +95,7 @@ class Driver:
     ) -> None:
         files = find_model(str(folder), overrides=overrides)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        family = resolve(files.config["architectures"])
+        family = resolve(files.config)
         self.rule = family.load_rule().from_hf(files.config, files.processor, self.tokenizer)
         place: Any = {"device": torch.device("cpu"), "dtype": dtype, "kernels": kernels}
         self.model = load_model(files, self.rule.norm, max_model_len=max_model_len, **place)
@@ -215,10 +215,10 @@ class Driver:
 
 
 class Oracle:
-    """transformers on the same folder."""
+    """transformers' model of the same folder."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    def __init__(self, model: Any) -> None:
+        self.model = model
 
     @torch.inference_mode()
     def logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -260,4 +260,4 @@ def copy_with_weights(folder: Path, to: Path, weights: Mapping[str, torch.Tensor
 def meta_model(config: Mapping[str, Any], **settings: Any) -> Any:
     """A family's model without values: it has shapes, and fails where it reads one back from its device."""
     place = Placement(select(torch.device("cpu"), "reference"), torch.device("meta"), torch.float32)
-    return resolve(config["architectures"]).load_model().from_hf(config, place=place, norm=NORM, **settings)
+    return resolve(config).load_model().from_hf(config, place=place, norm=NORM, **settings)

@@ -149,7 +149,7 @@ def test_half_precision_scales_embeddings_as_transformers_rounds():
 def test_likely_mistakes_move_the_logits(tiny: Tiny, name: str):
     folder = tiny(PALIGEMMA, name)
     driver, images = Driver(folder), pictures(PALIGEMMA.sizes)
-    expected = Oracle(folder).logits(hf_inputs(folder, PALIGEMMA.question, images))
+    expected = Oracle(PALIGEMMA.load(folder)).logits(hf_inputs(folder, PALIGEMMA.question, images))
 
     def moved(change: Callable[[Row], None]) -> float:
         row = driver.prompt(PALIGEMMA.question, images)
