@@ -49,3 +49,13 @@ class TokensPrompt(TypedDict):
 
 
 PromptType = str | list[int] | TextPrompt | TokensPrompt
+
+
+class MessageContent(TypedDict):
+    """A user's message, for the chat template to make a prompt of: text, or parts as in conversations."""
+
+    content: str | Sequence[Mapping[str, Any]]
+
+
+PoolingInput = PromptType | MessageContent
+"""What a vector may be wanted of."""

@@ -18,8 +18,15 @@ from opsin.engine.build import build_front
 from opsin.engine.front import template_text
 from opsin.engine.offline import Progress, ReadAhead, between_steps
 from opsin.errors import OpsinError, RequestError
-from opsin.inputs import PromptType
-from opsin.outputs import BeamSearchOutput, PickOutput, PoolingRequestOutput, RequestOutput, ScoringRequestOutput
+from opsin.inputs import PoolingInput, PromptType
+from opsin.outputs import (
+    BeamSearchOutput,
+    EmbeddingRequestOutput,
+    PickOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+)
 from opsin.params import BeamSearchParams, PoolingParams, PoolingTask, SamplingParams
 from opsin.processing.chat import ChatOptions
 from opsin.processing.jinja import ContentFormat
@@ -110,16 +117,19 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        media_io_kwargs: Mapping[str, Any] | None = None,
         return_exceptions: bool = False,
     ) -> list[RequestOutput]:
-        """Answer OpenAI-style conversations; text and pictures may be interleaved.
+        """Answer OpenAI-style conversations; text, pictures and videos may be interleaved.
 
         Pictures come as ``image_url`` (http(s), ``data:``, or ``file:`` below ``allowed_local_media_path``),
-        ``image_pil`` or ``image_embeds`` parts. Placeholders need not, and cannot, be written into the text.
+        ``image_pil`` or ``image_embeds`` parts; videos as ``video_url``, or as ``{"type": "video", "video": frames}``.
+        Placeholders need not, and cannot, be written into the text.
 
         Args:
             messages: one conversation, or several to be batched.
             chat_template: jinja text or a path, instead of the model's own template.
+            media_io_kwargs: which frames of the videos to take: ``{"video": {"num_frames": 16}}``, or by ``fps``.
 
         Returns, Raises:
             As ``generate``.
@@ -132,6 +142,7 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            media_io_kwargs=media_io_kwargs,
         )
         readers = [lambda c=c: self._front.read_chat(c, mm_processor_kwargs, **options) for c in conversations]
         params = _paired(sampling_params, len(conversations), SamplingParams, self.get_default_sampling_params)
@@ -155,13 +166,13 @@ class LLM:
 
     def embed(
         self,
-        prompts: PromptType | Sequence[PromptType],
+        prompts: PoolingInput | Sequence[PoolingInput],
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         *,
         use_tqdm: bool = True,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         return_exceptions: bool = False,
-    ) -> list[PoolingRequestOutput]:
+    ) -> list[EmbeddingRequestOutput]:
         """The last token's final hidden state of each prompt, normalised.
 
         Args:
@@ -172,16 +183,17 @@ class LLM:
         Returns, Raises:
             As ``generate``, with vectors for outputs.
         """
-        items = _as_list(prompts)
+        items = _as_items(prompts)
         params = _paired(pooling_params, len(items), PoolingParams, PoolingParams)
-        readers = [lambda item=item: self._read_item(item, mm_processor_kwargs) for item in items]
-        with ReadAhead(readers) as ahead:
-            outputs = self._run(ahead, params, None, use_tqdm, return_exceptions)
-        return cast("list[PoolingRequestOutput]", outputs)
+        other = next((each.task for each in params if each.task != "embed"), None)
+        if other is not None:
+            raise RequestError(f"embed makes one vector per prompt; for the task {other!r} use encode.", param="task")
+        outputs = self._read_off(items, params, use_tqdm, mm_processor_kwargs, return_exceptions)
+        return cast("list[EmbeddingRequestOutput]", outputs)
 
     def encode(
         self,
-        prompts: PromptType | Sequence[PromptType],
+        prompts: PoolingInput | Sequence[PoolingInput],
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         *,
         pooling_task: PoolingTask | None = None,
@@ -196,12 +208,14 @@ class LLM:
         Returns:
             Outputs whose ``outputs.data`` is a float32 array: (dimensions,), or (tokens, dimensions).
         """
-        params = _paired(pooling_params, len(_as_list(prompts)), PoolingParams, PoolingParams)
+        items = _as_items(prompts)
+        params = _paired(pooling_params, len(items), PoolingParams, PoolingParams)
         if pooling_task is not None:
             params = [msgspec.structs.replace(each, task=pooling_task) for each in params]
-        return self.embed(prompts, params, use_tqdm=use_tqdm, mm_processor_kwargs=mm_processor_kwargs)
+        outputs = self._read_off(items, params, use_tqdm, mm_processor_kwargs, return_exceptions=False)
+        return cast("list[PoolingRequestOutput]", outputs)
 
-    def classify(self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: bool = True) -> NoReturn:
+    def classify(self, prompts: PoolingInput | Sequence[PoolingInput], *, use_tqdm: bool = True) -> NoReturn:
         """vLLM's call for models with a classification head, which no served architecture has; see ``pick``.
 
         Raises:
@@ -227,7 +241,7 @@ class LLM:
         Raises:
             As ``embed``.
         """
-        first, second = (_as_list(data) for data in (data_1, data_2))
+        first, second = (_as_items(data) for data in (data_1, data_2))
         compared = pairs(len(first), len(second))
         vectors = self.embed([*first, *second], use_tqdm=use_tqdm, mm_processor_kwargs=mm_processor_kwargs)
         left, right = vectors[: len(first)], vectors[len(first) :]
@@ -311,6 +325,18 @@ class LLM:
         self._front.close()
 
     # ------------------------------------------------------------------------------------- inside
+
+    def _read_off(
+        self,
+        items: Sequence[Any],
+        params: Sequence[PoolingParams],
+        use_tqdm: bool,
+        mm_processor_kwargs: Mapping[str, Any] | None,
+        return_exceptions: bool,
+    ) -> list[Output | OpsinError]:
+        readers = [lambda item=item: self._read_item(item, mm_processor_kwargs) for item in items]
+        with ReadAhead(readers) as ahead:
+            return self._run(ahead, params, None, use_tqdm, return_exceptions)
 
     def _read_item(self, item: Any, mm_processor_kwargs: Mapping[str, Any] | None) -> Prompt:
         """What a vector is wanted of: a prompt, a message or a picture."""
@@ -415,6 +441,11 @@ def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
     if items and all(isinstance(item, int) for item in items):
         return [cast("PromptType", items)]
     return cast("list[PromptType]", items)
+
+
+def _as_items(given: Any) -> list[Any]:
+    """``_as_list`` for calls that also take messages and pictures."""
+    return _as_list(given) if as_conversation(given) is None else [given]
 
 
 def _paired(params: P | Sequence[P] | None, count: int, kind: type[P], default: Callable[[], P]) -> list[P]:

@@ -10,7 +10,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from opsin.errors import RequestError
-from opsin.outputs import PoolingRequestOutput, ScoringRequestOutput
+from opsin.outputs import EmbeddingRequestOutput, PoolingRequestOutput, ScoringRequestOutput
 from opsin.params import PoolingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.processing.scoring import pairs
@@ -89,7 +89,8 @@ async def _vectors(
 def _scores(
     outputs: Sequence[PoolingRequestOutput], num_first: int, compared: Sequence[tuple[int, int]]
 ) -> list[float]:
-    return [ScoringRequestOutput.of(outputs[i], outputs[num_first + j]).outputs.score for i, j in compared]
+    vectors = [output for output in outputs if isinstance(output, EmbeddingRequestOutput)]
+    return [ScoringRequestOutput.of(vectors[i], vectors[num_first + j]).outputs.score for i, j in compared]
 
 
 def _listed(given: ScoreInputs, field: str) -> list[ScoreInput]:
