@@ -175,6 +175,7 @@ class AsyncLLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        media_io_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the answer to one conversation. Arguments as in ``LLM.chat``; otherwise as ``generate``."""
 
@@ -191,6 +192,7 @@ class AsyncLLM:
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
+            media_io_kwargs=media_io_kwargs,
         )
         async with contextlib.aclosing(self.stream(processed, output_kind)) as stream:
             async for output in stream:

@@ -63,17 +63,20 @@ class Served(NamedTuple):
     def expected(self, text: str, **media: Any) -> tuple[list[int], list[int], list[float]]:
         """Prompt ids, greedy tokens, and the log-probability of every token behind the first, by transformers."""
         inputs = self.case.hf_inputs(self.folder, self.prompt(text), **media)
-        with torch.inference_mode():
-            whole = self.model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None)
-            longer = dict(inputs) | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+        prompt = inputs["input_ids"][0].tolist()
+        ids, logprobs = list(prompt), torch.empty(0)
+        for _ in range(NUM_TOKENS + 1):
+            inputs["input_ids"] = torch.tensor([ids])
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             if "mm_token_type_ids" in inputs:
-                kinds = torch.zeros_like(whole, dtype=torch.int32)
-                kinds[:, : inputs["mm_token_type_ids"].shape[1]] = inputs["mm_token_type_ids"]
-                longer["mm_token_type_ids"] = kinds
-            logprobs = self.model(**longer).logits[0].log_softmax(-1)
-        ids = whole[0].tolist()
-        start = inputs["input_ids"].shape[1]
-        return ids[:start], ids[start:], logprobs[range(len(ids) - 1), ids[1:]].tolist()
+                kinds = inputs["mm_token_type_ids"][:, : len(ids)]
+                inputs["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, len(ids) - kinds.shape[1]))
+                inputs["position_ids"] = qwen2_vl.positions(self.model.model, inputs)
+            with torch.inference_mode():
+                logprobs = self.model(**inputs).logits[0].log_softmax(-1)
+            ids.append(int(logprobs[-1].argmax()))
+        ids.pop()
+        return prompt, ids[len(prompt) :], logprobs[range(len(ids) - 1), ids[1:]].tolist()
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -6,6 +6,7 @@ torchvision, so its parts are called one by one.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,27 @@ def hf_inputs(
     moving = ids == tokenizer.vocab["<|video_pad|>"]
     inputs["mm_token_type_ids"] = (ids == tokenizer.vocab["<|image_pad|>"]).int() + 2 * moving.int()
     return inputs
+
+
+def positions(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rotary positions (3, 1, T) by the papers' rule: everything begins behind the highest position before it.
+
+    transformers' own ``get_rope_index`` did so until 5.0; since then it leaves time out where text follows a video.
+    """
+    config = model.config.vision_config
+    grids = {1: iter(inputs.get("image_grid_thw", [])), 2: iter(inputs.get("video_grid_thw", []))}
+    seconds = iter(inputs.get("second_per_grid_ts", []))
+    parts = [torch.zeros(3, 0, dtype=torch.long)]
+    begin = 0
+    for kind, group in itertools.groupby(inputs["mm_token_type_ids"][0].tolist()):
+        if kind == 0:
+            part = torch.arange(len(list(group))).expand(3, -1) + begin
+        else:
+            step = config.tokens_per_second * next(seconds) if kind == 2 and "second_per_grid_ts" in inputs else 1
+            part = model.get_vision_position_ids(begin, next(grids[kind]), 1, config.spatial_merge_size, step)
+        parts.append(part)
+        begin = int(part.max()) + 1
+    return torch.cat(parts, dim=1)[:, None]
 
 
 def _video_patches(

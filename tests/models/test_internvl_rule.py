@@ -225,7 +225,7 @@ def test_from_hf_without_the_tags_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"fps": 2}, "unknown keys: fps"),
+        ({"frames": 2}, "unknown keys: frames"),
         ({"image_mean": [0, 0, 0]}, "cannot change image_mean"),
         ({"size": {"height": 56, "width": 56}}, "cannot change size"),
         ({"max_patches": "many"}, "max_patches 'many'"),

@@ -34,6 +34,7 @@ class Request(msgspec.Struct, kw_only=True):
         request_id: a name for the request, to become part of the answer's id.
         priority: lower runs first, where the engine schedules by priority.
         mm_processor_kwargs: settings of the picture processor.
+        media_io_kwargs: which frames of videos to take.
         cache_salt: cached prompts are shared only under the same salt.
         chat_template: jinja text instead of the model's own; refused unless the server trusts its callers so far.
         continue_final_message: go on writing the last message instead of answering it.
@@ -44,6 +45,7 @@ class Request(msgspec.Struct, kw_only=True):
     request_id: str | None = None
     priority: int | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None

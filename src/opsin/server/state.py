@@ -104,6 +104,7 @@ class ServerState:
                 add_generation_prompt=add_generation_prompt and not continues if given is None else given,
                 continue_final_message=continues,
                 mm_processor_kwargs=request.mm_processor_kwargs,
+                media_io_kwargs=request.media_io_kwargs,
                 cache_salt=request.cache_salt or "",
             )
 

@@ -224,10 +224,11 @@ class Qwen2VLRule(PictureRule):
         return [TokenRun(token_id, layout.num_features, is_feature=True)]
 
     def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
-        """Text counts on all three axes; a picture counts its rows and columns, and takes as many as the longer side.
-        A video counts time as well, which takes no more.
+        """Text counts on all three axes; a picture counts its rows and columns, a video its steps in time as well. What
+        follows goes on behind the highest position so far, as in the papers and in training.
 
-        Linear in the prompt.
+        Transformers did so until 5.0; since then it passes over time there, so that text behind a video that is longer
+        than it is wide comes at positions within it. Linear in the prompt.
         """
         if not items:
             return None
@@ -246,11 +247,11 @@ class Qwen2VLRule(PictureRule):
                 step = np.float32(self.tokens_per_second) * np.float32(item.layout.times[0])  # rounded as torch does
                 counted[0] = (counted[0].astype(np.float32) * step).astype(np.int64)
             parts.append(counted + position)
-            position += max(rows, cols)
+            position += int(counted.max()) + 1
             done = start + steps * rows * cols
         parts.append(_counted(position, len(token_ids) - done))
-        axes = np.concatenate(parts, axis=1)
-        return Positions(axes.tolist(), delta=int(axes.max()) + 1 - len(token_ids))
+        axes = np.concatenate(parts, axis=1).tolist()
+        return Positions(axes, delta=position - done)
 
 
 def smart_resize(width: int, height: int, unit: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
