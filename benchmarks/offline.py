@@ -91,7 +91,14 @@ def _arguments() -> argparse.Namespace:
 def _picture_sets(n: int) -> list[tuple[str, int, tuple[tuple[int, int], ...]]]:
     from pictures import MIXED, VGA, XGA
 
-    return [("w1a", n, MIXED), ("w1b", n, MIXED), ("w3a", n, XGA), ("w3b", n, XGA), ("w5", n // 4, MIXED), ("w2", 12, VGA)]
+    return [
+        ("w1a", n, MIXED),
+        ("w1b", n, MIXED),
+        ("w3a", n, XGA),
+        ("w3b", n, XGA),
+        ("w5", n // 4, MIXED),
+        ("w2", 12, VGA),
+    ]
 
 
 def _run_worker(args: argparse.Namespace, engine: str, models: Path, images: Path) -> dict[str, Any]:
@@ -184,7 +191,9 @@ def _opsin(args: argparse.Namespace, model: str) -> tuple[Ask, Stream]:
     def stream(text: str, jpeg: bytes, tokens: int) -> list[float]:
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         front = llm._front
-        front.submit(text, front.read_prompt({"prompt": text, "multi_modal_data": {"image": jpeg}}), params, kind="delta")
+        front.submit(
+            text, front.read_prompt({"prompt": text, "multi_modal_data": {"image": jpeg}}), params, kind="delta"
+        )
         times: list[float] = []
         while front.num_unfinished:
             batch = front.step()
@@ -217,9 +226,7 @@ def _vllm(args: argparse.Namespace, model: str) -> tuple[Ask, Stream]:
         return [len(output.prompt_token_ids) for output in outputs]
 
     def stream(text: str, jpeg: bytes, tokens: int) -> list[float]:
-        params = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
-        )
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
         request = {"prompt": text, "multi_modal_data": {"image": decode(jpeg)}}
         engine = llm.llm_engine
         engine.add_request(text, llm._preprocess_cmpl_one(request), params)

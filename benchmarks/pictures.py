@@ -21,7 +21,9 @@ def make(folder: Path, tag: str, count: int, sizes: tuple[tuple[int, int], ...])
     jobs: list[tuple[Path, int, int, tuple[int, int]]] = []
     for index in range(count):
         width, height = sizes[index % len(sizes)]
-        jobs.append((folder / f"{tag}_{index:04d}_{width}x{height}.jpg", width, height, (zlib.crc32(tag.encode()), index)))
+        jobs.append(
+            (folder / f"{tag}_{index:04d}_{width}x{height}.jpg", width, height, (zlib.crc32(tag.encode()), index))
+        )
     missing = [job for job in jobs if not job[0].exists()]
     if missing:
         with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as processes:

@@ -140,7 +140,10 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint) -> LocalEngine:
     )
     grammars = GrammarCompiler(tokenizer, spec.vocab_size)
     core = EngineCore(
-        scheduler, InlineExecutor(runner, memory), pipeline_depth=budgets.pipeline_depth, grammars=grammars
+        scheduler,
+        InlineExecutor(runner, memory, use_graphs=not config.device.enforce_eager),
+        pipeline_depth=budgets.pipeline_depth,
+        grammars=grammars,
     )
     facts = EngineFacts(
         spec=spec,

@@ -35,8 +35,15 @@ class RmsNorm(Protocol):
 
 class LayerNorm(Protocol):
     def __call__(
-        self, x_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float
-    ) -> torch.Tensor: ...
+        self,
+        x_TD: torch.Tensor,
+        weight_D: torch.Tensor,
+        bias_D: torch.Tensor,
+        eps: float,
+        residual_TD: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``RmsNorm``: (normalised sum, the sum)."""
+        ...
 
 
 class Activation(Protocol):
@@ -64,6 +71,21 @@ class WriteKV(Protocol):
         self, k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_mapping_T: torch.Tensor
     ) -> None:
         """Store this step's keys and values at their slots, in place."""
+        ...
+
+
+class RopeAndWrite(Protocol):
+    def __call__(
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
+        cache: LayerCache,
+        slot_mapping_T: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``apply_rope``, then ``write_kv`` of the rotated keys; returns queries and keys, rotated."""
         ...
 
 
@@ -119,9 +141,19 @@ class Patchify(Protocol):
         ...
 
 
+class Greedy(Protocol):
+    def __call__(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(int64 (B,) the likeliest token, the first of equals; bool (B,) whether the row's largest is a number)."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One implementation of every operation."""
+    """One implementation of every operation.
+
+    ``replayable``: none looks at the host's copies of lengths but to bound its work, so a pass can be captured in a
+    graph and replayed on other rows.
+    """
 
     pack_linear: PackLinear
     linear: Linear
@@ -131,6 +163,9 @@ class Kernels:
     gated_activation: GatedActivation
     apply_rope: ApplyRope
     write_kv: WriteKV
+    rope_and_write: RopeAndWrite
     paged_attention: PagedAttention
     varlen_attention: VarlenAttention
     patchify: Patchify
+    greedy: Greedy
+    replayable: bool = False

@@ -38,8 +38,17 @@ def rms_norm(
     return (F.rms_norm(x_TD.float(), weight_D.shape, None, eps) * weight_D).to(x_TD.dtype), x_TD
 
 
-def layer_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
+def layer_norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    bias_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layer norm after an optional residual add, arXiv:1607.06450."""
+    if residual_TD is not None:
+        x_TD = x_TD + residual_TD
+    return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps), x_TD
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -92,6 +101,20 @@ def _rotate(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -
 def write_kv(k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_mapping_T: torch.Tensor) -> None:
     for new_TKH, stored in ((k_TKH, cache.key), (v_TKH, cache.value)):
         stored.view(-1, *stored.shape[2:]).index_copy_(0, slot_mapping_T, new_TKH)
+
+
+def rope_and_write(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    cache: LayerCache,
+    slot_mapping_T: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q_TNH, k_TKH = apply_rope(q_TNH, k_TKH, cos_TR, sin_TR)
+    write_kv(k_TKH, v_TKH, cache, slot_mapping_T)
+    return q_TNH, k_TKH
 
 
 def paged_attention(
@@ -250,6 +273,10 @@ def patchify(tiles_BYX3: torch.Tensor, patch_size: int, table_3: torch.Tensor, d
     return torch.cat(channels, dim=1)
 
 
+def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits_BV.argmax(dim=-1), logits_BV.amax(dim=-1).isfinite()
+
+
 KERNELS = Kernels(
     pack_linear=pack_linear,
     linear=linear,
@@ -259,7 +286,9 @@ KERNELS = Kernels(
     gated_activation=gated_activation,
     apply_rope=apply_rope,
     write_kv=write_kv,
+    rope_and_write=rope_and_write,
     paged_attention=paged_attention,
     varlen_attention=varlen_attention,
     patchify=patchify,
+    greedy=greedy,
 )

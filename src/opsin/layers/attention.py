@@ -57,8 +57,7 @@ class Attention(nn.Module):
         q_TNH, k_TKH, v_TKH = (y.unflatten(-1, heads) for y in self.qkv_proj.split(self.qkv_proj(x_TD)))
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = _each_head(self.q_norm, q_TNH), _each_head(self.k_norm, k_TKH)
-        q_TNH, k_TKH = self.kernels.apply_rope(q_TNH, k_TKH, rotary.cos_TR, rotary.sin_TR)
-        self.kernels.write_kv(k_TKH, v_TKH, cache, attention.slot_mapping_T)
+        q_TNH, k_TKH = self.kernels.rope_and_write(q_TNH, k_TKH, v_TKH, *rotary, cache, attention.slot_mapping_T)
         out_TNH = self.kernels.paged_attention(
             q_TNH, k_TKH, v_TKH, cache, attention, self.scale, self.window, self.softcap
         )

@@ -41,7 +41,18 @@ class LayerNorm(nn.Module):
         self.bias = place.parameter(size)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.kernels.layer_norm(x_TD, self.weight, self.bias, self.eps)
+        return self.kernels.layer_norm(x_TD, self.weight, self.bias, self.eps)[0]
+
+    def add(self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + residual), x + residual), in one pass."""
+        return self.kernels.layer_norm(x_TD, self.weight, self.bias, self.eps, residual_TD)
+
+
+def added(
+    norm: LayerNorm | RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x + residual), x + residual), for towers that have the one or the other."""
+    return norm(x_TD, residual_TD) if isinstance(norm, RMSNorm) else norm.add(x_TD, residual_TD)
 
 
 def normed(norm: LayerNorm | RMSNorm, x_TD: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,18 @@ from opsin.types import ModelSpec, StepPlan
 
 
 class InlineExecutor:
-    """``Executor`` over one ``ModelRunner``."""
+    """``Executor`` over one ``ModelRunner``.
 
-    def __init__(self, runner: ModelRunner, memory: MemoryPlan) -> None:
+    Args:
+        use_graphs: replay steps that only decode, where the device can.
+    """
+
+    def __init__(self, runner: ModelRunner, memory: MemoryPlan, *, use_graphs: bool = True) -> None:
         self._runner = runner
         self._memory = memory
         runner.allocate_kv(memory.num_blocks)
+        if use_graphs:
+            runner.capture_graphs()
 
     @property
     def spec(self) -> ModelSpec:

@@ -6,23 +6,31 @@ rows that pool, and those whose prompt is scored, are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from opsin.kernels import Kernels, select
 from opsin.kernels.inputs import LayerCache
 from opsin.models.interface import VisionLanguageModel
 from opsin.params import PoolingParams, SamplingParams
 from opsin.runner.executor import Payload
-from opsin.runner.inputs import StepInputs, build_inputs
+from opsin.runner.graphs import DecodeGraphs
+from opsin.runner.inputs import RowNumbers, build_inputs, update_blocks
 from opsin.runner.launched import LaunchedStep
 from opsin.runner.pooling import RowValues, pool, read_row
-from opsin.runner.sampler import SampleRow, prompt_logprobs, sample
+from opsin.runner.sampler import SampledTokens, SampleRow, prompt_logprobs, sample
 from opsin.runner.slots import SlotTable
 from opsin.runner.vision import VisionStore
 from opsin.types import PositionLogprobs, RowPlan, RowResult, StepPlan
 
 
 class ModelRunner:
-    """Model, KV cache and per-request tables of one device."""
+    """Model, KV cache and per-request tables of one device.
+
+    Args:
+        kernels: those that the model was built with; by default the device's best.
+    """
 
     def __init__(
         self,
@@ -33,11 +41,15 @@ class ModelRunner:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        kernels: Kernels | None = None,
     ) -> None:
         self.model = model
         self.device = device
         self.dtype = dtype
         self.block_size = block_size
+        self._kernels = kernels or select(device)
+        self._max_num_seqs = max_num_seqs
+        self._graphs: DecodeGraphs | None = None
         self.vision = VisionStore(model, device, dtype)
         self._caches: list[LayerCache] = []
         self._slots = SlotTable(
@@ -50,12 +62,20 @@ class ModelRunner:
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Make a KV cache of ``num_blocks`` blocks, the scratch block 0 included; replaces any former one."""
+        self._graphs = None
         self._caches = []
         for layer in self.model.spec.layers:
             shape = (num_blocks, self.block_size, layer.num_kv_heads, layer.head_dim)
             # Zeros, since attention may multiply unwritten slots by a weight of exactly 0, and 0 * NaN is NaN.
             key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
             self._caches.append(LayerCache(key, value))
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """From now on replay decode steps where the device and the kernels can; ``allocate_kv`` ends that."""
+        if self.device.type == "cuda" and self._kernels.replayable:
+            self._graphs = DecodeGraphs(self.model, self._caches, self._slots, self.block_size, self._max_num_seqs)
+            self._graphs.capture_all()
 
     def put_payload(self, key: bytes, payload: Payload) -> None:
         self.vision.put(key, payload)
@@ -74,22 +94,48 @@ class ModelRunner:
         if not plan.rows:
             return LaunchedStep(plan.step, [])
 
-        inputs = build_inputs(plan.rows, self._slots, self.block_size)
+        update_blocks(self._slots)
+        numbers = RowNumbers.of(plan.rows)
+        if self._graphs is not None and numbers.is_decode(self._slots):
+            hidden_TD, token_at_E = self._graphs.run(numbers)
+            return self._emit(plan, numbers, range(len(plan.rows)), hidden_TD, hidden_TD, token_at_E)
+        inputs = build_inputs(plan.rows, numbers, self._slots, self.block_size)
         hidden_TD = self.model.embed(inputs.ids_T)
         extra_TE = self.vision.scatter(hidden_TD, plan.rows, inputs.row_starts)
         hidden_TD = self.model.forward(hidden_TD, inputs.positions_AT, inputs.attention, self._caches, extra_TE)
-        return self._emit(plan, inputs, hidden_TD)
+        last_ED = hidden_TD[inputs.emit_index_E]
+        return self._emit(plan, numbers, inputs.row_starts, hidden_TD, last_ED, inputs.token_at_E)
 
-    def _emit(self, plan: StepPlan, inputs: StepInputs, hidden_TD: torch.Tensor) -> LaunchedStep:
-        """Draw tokens for the rows that generate, pool those that embed, score prompts where asked."""
+    def _emit(
+        self,
+        plan: StepPlan,
+        numbers: RowNumbers,
+        row_starts: Sequence[int],
+        hidden_TD: torch.Tensor,
+        last_ED: torch.Tensor,
+        token_at_E: torch.Tensor,
+    ) -> LaunchedStep:
+        """Draw tokens for the rows that generate, pool those that embed, score prompts where asked.
+
+        Args:
+            last_ED: hidden states of the emitting rows' last tokens.
+            token_at_E: where in the flat token table those rows' next tokens belong.
+        """
         results = [RowResult() for _ in plan.rows]
+        if self._slots.is_plain_S[numbers.slot_B].all():
+            emitting_results = [(result, None) for result, row in zip(results, plan.rows, strict=True) if row.emits]
+            if not emitting_results:
+                return LaunchedStep(plan.step, results)
+            sampled = SampledTokens(*self._kernels.greedy(self.model.logits(last_ED)), None)
+            self._slots.tokens_SL.view(-1).index_copy_(0, token_at_E, sampled.ids_B)
+            return LaunchedStep(plan.step, results, sampled, emitting_results)
         sample_rows: list[SampleRow] = []
         sample_at: list[int] = []  # index among the emitting rows
         pooled_at: list[tuple[int, int]] = []  # (index among all rows, index among the emitting rows)
         sampled_results: list[RowResult] = []
         values: list[RowValues] = []
         emitting = 0
-        for b, (row, begin) in enumerate(zip(plan.rows, inputs.row_starts, strict=True)):
+        for b, (row, begin) in enumerate(zip(plan.rows, row_starts, strict=True)):
             slot = self._slots[row.slot]
             if isinstance(slot.params, SamplingParams) and slot.params.prompt_logprobs is not None:
                 results[b].prompt_logprobs = self._score_prompt(row, begin, hidden_TD)
@@ -119,7 +165,6 @@ class ModelRunner:
         if not emitting:
             return LaunchedStep(plan.step, results, values=values)
 
-        last_ED = hidden_TD[inputs.emit_index_E]
         pooled: list[tuple[RowResult, torch.Tensor]] = []
         for b, e in pooled_at:
             params = self._slots[plan.rows[b].slot].params
@@ -129,11 +174,10 @@ class ModelRunner:
         sampled = None
         if sample_rows:
             if pooled_at:
-                last_ED = last_ED[torch.tensor(sample_at, device=self.device)]
+                index = torch.tensor(sample_at, device=self.device)
+                last_ED, token_at_E = last_ED[index], token_at_E[index]
             sampled = sample(self.model.logits(last_ED), sample_rows, self._slots.tokens_SL)
-            slots = torch.tensor([row.slot for row in sample_rows], device=self.device)
-            ends = torch.tensor([row.num_tokens for row in sample_rows], device=self.device)
-            self._slots.tokens_SL[slots, ends] = sampled.ids_B
+            self._slots.tokens_SL.view(-1).index_copy_(0, token_at_E, sampled.ids_B)
         counts = [row.params.logprobs for row in sample_rows]
         sampled_rows = list(zip(sampled_results, counts, strict=True))
         return LaunchedStep(plan.step, results, sampled, sampled_rows, pooled, values)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opsin.params import SamplingParams
+from opsin.params import PoolingParams, SamplingParams
 from opsin.types import PositionLogprobs, TokenLogprob
 
 _NEG_INF = float("-inf")
@@ -58,6 +58,24 @@ class SampledTokens:
     ids_B: torch.Tensor
     finite_B: torch.Tensor
     top: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+
+def is_plain(params: SamplingParams | PoolingParams, stop_token_ids: frozenset[int]) -> bool:
+    """The likeliest token is wanted and nothing else, so that rows need not be looked at one by one."""
+    return (
+        isinstance(params, SamplingParams)
+        and params.greedy
+        and params.logprobs is None
+        and params.prompt_logprobs is None
+        and params.structured_outputs is None
+        and params.allowed_token_ids is None
+        and not params.bad_words_token_ids
+        and not params.logit_bias
+        and not (params.min_tokens and stop_token_ids)
+        and params.repetition_penalty == 1.0
+        and not params.frequency_penalty
+        and not params.presence_penalty
+    )
 
 
 def sample(logits_BV: torch.Tensor, rows: Sequence[SampleRow], tokens_SL: torch.Tensor) -> SampledTokens:

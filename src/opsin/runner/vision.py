@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
+from opsin.layers.staging import upload
 from opsin.models.interface import VisionLanguageModel
 from opsin.runner.executor import Embedding, Payload, Pixels
 from opsin.types import EncodeItem, MediaLayout, RowPlan
@@ -37,8 +37,8 @@ class VisionStore:
         for item in items:
             payload = self._payloads.pop(item.key)
             if isinstance(payload, Embedding):
-                given = torch.from_numpy(payload.data)
-                self._features[item.feature_id] = given.to(self._device, self._dtype, non_blocking=True)
+                (given,) = upload([payload.data], self._device)
+                self._features[item.feature_id] = given.to(self._dtype)
             else:
                 pictures.append((item, tiles_on_device(payload, item.layout, self._device)))
         if not pictures:
@@ -81,7 +81,7 @@ class VisionStore:
 
 def tiles_on_device(pixels: Pixels, layout: MediaLayout, device: torch.device) -> list[torch.Tensor]:
     """One upload, then uint8 (height, width, 3) views of it, tile by tile, for every frame of the plan."""
-    flat = torch.from_numpy(np.ascontiguousarray(pixels.data)).to(device, non_blocking=True)
+    (flat,) = upload([pixels.data], device)
     sizes = layout.plan.tile_sizes * len(layout.plan.frames)
     parts = flat.split([height * width * 3 for height, width in sizes])
     return [part.view(height, width, 3) for part, (height, width) in zip(parts, sizes, strict=True)]

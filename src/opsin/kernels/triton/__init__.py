@@ -1,7 +1,6 @@
-"""Triton kernels for CUDA devices: what the decoder does between its matrix products.
+"""Triton kernels for CUDA devices: what models do between their matrix products.
 
-Each replaces one function of ``opsin.kernels.reference`` and is tested against it. What is not here (towers' attention,
-layer norm, patchify) is already one or two good kernels in plain torch.
+Each replaces one function of ``opsin.kernels.reference`` and is tested against it.
 """
 
 from __future__ import annotations
@@ -10,13 +9,29 @@ import dataclasses
 
 from opsin.kernels import reference
 from opsin.kernels.triton.attention import paged_attention
-from opsin.kernels.triton.elementwise import apply_rope, gated_activation, rms_norm, write_kv
+from opsin.kernels.triton.elementwise import (
+    activation,
+    apply_rope,
+    gated_activation,
+    greedy,
+    layer_norm,
+    rms_norm,
+    rope_and_write,
+    write_kv,
+)
+from opsin.kernels.triton.varlen import varlen_attention
 
 KERNELS = dataclasses.replace(
     reference.KERNELS,
     rms_norm=rms_norm,
+    layer_norm=layer_norm,
+    activation=activation,
     gated_activation=gated_activation,
     apply_rope=apply_rope,
     write_kv=write_kv,
+    rope_and_write=rope_and_write,
     paged_attention=paged_attention,
+    varlen_attention=varlen_attention,
+    greedy=greedy,
+    replayable=True,
 )

@@ -26,7 +26,7 @@ _PROGRAMS_WANTED = 264  # two for each of an H100's 132 multiprocessors
 @triton.jit
 def _attention_kernel(
     q_ptr, key_ptr, value_ptr, out_ptr, partial_ptr, lse_ptr, table_ptr, start_ptr, context_ptr, visible_ptr, begin_ptr,
-    num_rows, table_stride, q_stride_t, q_stride_h, scale_log2, cap_log2, window, split_keys,
+    num_rows, table_stride, q_stride_t, q_stride_h, scale_log2, cap_log2, window,
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_BEGIN: tl.constexpr,
@@ -74,7 +74,8 @@ def _attention_kernel(
         if HAS_BEGIN:
             oldest = tl.minimum(oldest, tl.load(begin_ptr + flat, mask=is_query, other=0))
         key_begin = tl.maximum(tl.min(tl.where(is_query, oldest, context), axis=0), 0) // BLOCK_N * BLOCK_N
-    if NUM_SPLITS > 1:
+    if NUM_SPLITS > 1:  # by the row's own context, which only the device knows where the launch is replayed
+        split_keys = tl.cdiv(tl.cdiv(context, NUM_SPLITS), BLOCK_N) * BLOCK_N
         key_begin = tl.maximum(key_begin, split * split_keys)
         key_end = tl.minimum(key_end, (split + 1) * split_keys)
 
@@ -160,7 +161,6 @@ def paged_attention(
         wanted = triton.cdiv(_PROGRAMS_WANTED, num_rows * num_kv)
         possible = triton.cdiv(max(inputs.context_lens), _KEYS_PER_SPLIT)
         num_splits = triton.next_power_of_2(max(1, min(wanted, possible, _MAX_SPLITS)))
-    split_keys = triton.cdiv(triton.cdiv(max(inputs.context_lens), num_splits), block_n) * block_n
 
     out_TNH = torch.empty((num_tokens, num_heads, size), dtype=q_TNH.dtype, device=q_TNH.device)
     partial = lse = out_TNH
@@ -175,7 +175,7 @@ def paged_attention(
         inputs.block_tables_BL, inputs.query_start_B1, inputs.context_lens_B,
         inputs.query_start_B1 if visible is None else visible, inputs.query_start_B1 if begin is None else begin,
         num_rows, inputs.block_tables_BL.stride(0), q_TNH.stride(0), q_TNH.stride(1),
-        scale * _LOG2_E if softcap is None else scale / softcap, (softcap or 0.0) * _LOG2_E, window or 0, split_keys,
+        scale * _LOG2_E if softcap is None else scale / softcap, (softcap or 0.0) * _LOG2_E, window or 0,
         NUM_KV=num_kv, GROUP=group, SIZE=size, PAGE=cache.key.shape[1], BLOCK_Q=block_q,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_H=block_h,
         HAS_WINDOW=window is not None, HAS_VISIBLE=visible is not None, HAS_BEGIN=begin is not None,

@@ -1,4 +1,5 @@
-"""Norm, gate, rotation and cache write: memory-bound, so each reads its input once and writes its output once."""
+"""Norms, activations, rotation and cache write, the choice of a token: memory-bound, so each reads its input once and
+writes its output once."""
 
 from __future__ import annotations
 
@@ -9,7 +10,27 @@ import triton.language as tl
 from opsin.kernels import reference
 from opsin.kernels.inputs import LayerCache
 
-_GATES = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
+_ACTIVATIONS = {
+    "silu": 0,
+    "swish": 0,
+    "gelu_pytorch_tanh": 1,
+    "gelu_new": 1,
+    "gelu_fast": 1,
+    "quick_gelu": 2,
+    "gelu": 3,
+}
+
+
+@triton.jit
+def _activate(x, KIND: tl.constexpr):
+    if KIND == 0:
+        return x * tl.sigmoid(x)
+    elif KIND == 1:  # 0.5 * (1 + tanh(u)) is sigmoid(2 u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif KIND == 2:
+        return x * tl.sigmoid(1.702 * x)
+    else:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
@@ -50,31 +71,91 @@ def rms_norm(
 
 
 @triton.jit
+def _layer_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, sum_ptr, num_columns, eps,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * num_columns
+    column = tl.arange(0, BLOCK)
+    inside = column < num_columns
+    x = tl.load(x_ptr + row + column, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + row + column, mask=inside, other=0.0)
+        tl.store(sum_ptr + row + column, x, mask=inside)
+    x32 = x.to(tl.float32)
+    mean = tl.sum(x32) / num_columns
+    centred = tl.where(inside, x32 - mean, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred) / num_columns + eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    out = centred * inverse * weight + bias
+    tl.store(out_ptr + row + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def layer_norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    bias_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``reference.layer_norm``, which also takes what is not laid out row by row."""
+    width = x_TD.shape[-1]
+    if not x_TD.is_contiguous() or (residual_TD is not None and not residual_TD.is_contiguous()):
+        return reference.layer_norm(x_TD, weight_D, bias_D, eps, residual_TD)
+    out_TD = torch.empty_like(x_TD)
+    sum_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
+    if x_TD.numel():
+        block = triton.next_power_of_2(width)
+        _layer_norm_kernel[(x_TD.numel() // width,)](
+            x_TD, weight_D, bias_D, x_TD if residual_TD is None else residual_TD, out_TD, sum_TD, width, eps,
+            HAS_RESIDUAL=residual_TD is not None, BLOCK=block, num_warps=4 if block <= 4096 else 8,
+        )  # fmt: skip
+    return out_TD, sum_TD
+
+
+@triton.jit
+def _activation_kernel(x_ptr, out_ptr, num_values, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_values
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, _activate(x, KIND).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def activation(x_TF: torch.Tensor, name: str) -> torch.Tensor:
+    """As ``reference.activation``, which also takes the names that have no kernel here."""
+    if name not in _ACTIVATIONS or not x_TF.is_contiguous() or not x_TF.numel():
+        return reference.activation(x_TF, name)
+    out_TF = torch.empty_like(x_TF)
+    block = 4096
+    _activation_kernel[(triton.cdiv(x_TF.numel(), block),)](
+        x_TF, out_TF, x_TF.numel(), KIND=_ACTIVATIONS[name], BLOCK=block, num_warps=8
+    )
+    return out_TF
+
+
+@triton.jit
 def _gate_kernel(x_ptr, out_ptr, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0)
-    if KIND == 0:
-        gate = gate * tl.sigmoid(gate)
-    else:  # 0.5 * (1 + tanh(u)) is sigmoid(2 u)
-        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     # Rounded before the product, as the reference rounds.
-    gate = gate.to(out_ptr.dtype.element_ty)
+    gate = _activate(gate, KIND).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * width + column, gate * up, mask=inside)
 
 
 def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
     """As ``reference.gated_activation``, which also takes the names that have no kernel here."""
-    if name not in _GATES or not gate_up_T2F.is_contiguous():
+    if name not in _ACTIVATIONS or not gate_up_T2F.is_contiguous():
         return reference.gated_activation(gate_up_T2F, name)
     num_rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     out_TF = torch.empty((num_rows, width), dtype=gate_up_T2F.dtype, device=gate_up_T2F.device)
     if num_rows:
         block = min(1024, triton.next_power_of_2(width))
         _gate_kernel[(num_rows, triton.cdiv(width, block))](
-            gate_up_T2F, out_TF, width, KIND=_GATES[name], BLOCK=block, num_warps=4
+            gate_up_T2F, out_TF, width, KIND=_ACTIVATIONS[name], BLOCK=block, num_warps=4
         )
     return out_TF
 
@@ -128,6 +209,86 @@ def apply_rope(
 
 
 @triton.jit
+def _rope_and_write_kernel(
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, key_cache_ptr, value_cache_ptr, cos_ptr, sin_ptr, slot_ptr,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    NUM_Q: tl.constexpr, NUM_K: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_ptr + token)
+    pair = tl.arange(0, BLOCK_PAIRS)[None, :]
+    cos = tl.load(cos_ptr + token * PAIRS + pair, mask=pair < PAIRS, other=0.0)
+    sin = tl.load(sin_ptr + token * PAIRS + pair, mask=pair < PAIRS, other=0.0)
+    rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
+    dtype = q_out_ptr.dtype.element_ty
+
+    head = tl.arange(0, BLOCK_Q)[:, None]
+    source = q_ptr + token * q_stride_t + head * q_stride_h
+    target = q_out_ptr + (token * NUM_Q + head) * SIZE
+    mask = (head < NUM_Q) & (pair < PAIRS)
+    first = tl.load(source + pair, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + pair + PAIRS, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target + pair, (first * cos - second * sin).to(dtype), mask=mask)
+    tl.store(target + pair + PAIRS, (second * cos + first * sin).to(dtype), mask=mask)
+    if 2 * PAIRS < SIZE:
+        mask = (head < NUM_Q) & (rest < SIZE)
+        tl.store(target + rest, tl.load(source + rest, mask=mask), mask=mask)
+
+    head = tl.arange(0, BLOCK_K)[:, None]
+    source = k_ptr + token * k_stride_t + head * k_stride_h
+    target = k_out_ptr + (token * NUM_K + head) * SIZE
+    stored = key_cache_ptr + (slot * NUM_K + head) * SIZE
+    mask = (head < NUM_K) & (pair < PAIRS)
+    first = tl.load(source + pair, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + pair + PAIRS, mask=mask, other=0.0).to(tl.float32)
+    low = (first * cos - second * sin).to(dtype)
+    high = (second * cos + first * sin).to(dtype)
+    tl.store(target + pair, low, mask=mask)
+    tl.store(target + pair + PAIRS, high, mask=mask)
+    tl.store(stored + pair, low, mask=mask)
+    tl.store(stored + pair + PAIRS, high, mask=mask)
+    if 2 * PAIRS < SIZE:
+        mask = (head < NUM_K) & (rest < SIZE)
+        same = tl.load(source + rest, mask=mask)
+        tl.store(target + rest, same, mask=mask)
+        tl.store(stored + rest, same, mask=mask)
+
+    within = tl.arange(0, BLOCK_SIZE)[None, :]
+    mask = (head < NUM_K) & (within < SIZE)
+    value = tl.load(v_ptr + token * v_stride_t + head * v_stride_h + within, mask=mask)
+    tl.store(value_cache_ptr + (slot * NUM_K + head) * SIZE + within, value, mask=mask)
+
+
+def rope_and_write(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    cache: LayerCache,
+    slot_mapping_T: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``reference.rope_and_write``, in one launch."""
+    num_tokens, num_q, size = q_TNH.shape
+    num_k, pairs = k_TKH.shape[1], cos_TR.shape[-1]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TNH, k_TKH))
+    if num_tokens:
+        assert q_TNH.stride(2) == k_TKH.stride(2) == v_TKH.stride(2) == 1
+        _rope_and_write_kernel[(num_tokens,)](
+            q_TNH, k_TKH, v_TKH, q_out, k_out, cache.key, cache.value,
+            cos_TR.contiguous(), sin_TR.contiguous(), slot_mapping_T,
+            q_TNH.stride(0), q_TNH.stride(1), k_TKH.stride(0), k_TKH.stride(1), v_TKH.stride(0), v_TKH.stride(1),
+            NUM_Q=num_q, NUM_K=num_k, SIZE=size, PAIRS=pairs, BLOCK_Q=triton.next_power_of_2(num_q),
+            BLOCK_K=triton.next_power_of_2(num_k), BLOCK_PAIRS=triton.next_power_of_2(pairs),
+            BLOCK_REST=triton.next_power_of_2(max(1, size - 2 * pairs)), BLOCK_SIZE=triton.next_power_of_2(size),
+            num_warps=4,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+@triton.jit
 def _write_kv_kernel(
     k_ptr, v_ptr, key_cache_ptr, value_cache_ptr, slot_ptr, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     NUM_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -154,3 +315,37 @@ def write_kv(k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_m
             k_TKH.stride(0), k_TKH.stride(1), v_TKH.stride(0), v_TKH.stride(1),
             NUM_HEADS=num_heads, SIZE=size, BLOCK=triton.next_power_of_2(num_heads * size), num_warps=4,
         )  # fmt: skip
+
+
+@triton.jit
+def _greedy_kernel(logits_ptr, id_ptr, finite_ptr, stride, vocab_size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    where = tl.zeros([BLOCK], tl.int32)
+    has_nan = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, vocab_size, BLOCK):
+        at = begin + lane
+        value = tl.load(logits_ptr + row * stride + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
+        has_nan |= (value != value).to(tl.int32)
+        is_better = value > best
+        where = tl.where(is_better, at, where)
+        best = tl.where(is_better, value, best)
+    largest = tl.max(best, axis=0)
+    first = tl.min(tl.where(best == largest, where, vocab_size), axis=0)
+    is_finite = (largest < float("inf")) & (largest > float("-inf")) & (tl.max(has_nan, axis=0) == 0)
+    tl.store(id_ptr + row, tl.minimum(first, vocab_size - 1).to(tl.int64))
+    tl.store(finite_ptr + row, is_finite)
+
+
+def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``reference.greedy``; reads the logits once."""
+    num_rows, vocab_size = logits_BV.shape
+    ids_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
+    finite_B = torch.empty(num_rows, dtype=torch.bool, device=logits_BV.device)
+    if num_rows:
+        assert logits_BV.stride(1) == 1
+        _greedy_kernel[(num_rows,)](
+            logits_BV, ids_B, finite_B, logits_BV.stride(0), vocab_size, BLOCK=8192, num_warps=16
+        )
+    return ids_B, finite_B

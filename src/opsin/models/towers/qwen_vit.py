@@ -20,8 +20,9 @@ from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
 from opsin.layers.linear import Linear, MergedLinear
 from opsin.layers.mlp import MLP, GatedMLP
-from opsin.layers.norm import LayerNorm, RMSNorm, normed
+from opsin.layers.norm import LayerNorm, RMSNorm, added
 from opsin.layers.rope import Rotary
+from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.patches import Patches, cut_blocks
@@ -191,10 +192,10 @@ class Segments(NamedTuple):
     cu_seqlens_B1: torch.Tensor
     seq_lens: tuple[int, ...]
 
-    @classmethod
-    def of(cls, lens: tuple[int, ...], device: torch.device) -> Segments:
-        ends = torch.tensor((0, *lens), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(ends.to(device, non_blocking=True), lens)
+
+def _ends(lens: Sequence[int]) -> np.ndarray:
+    """int32 (B + 1,): where sequences of these lengths begin and end."""
+    return np.cumsum((0, *lens), dtype=np.int32)
 
 
 class QwenTower(nn.Module):
@@ -224,16 +225,20 @@ class QwenTower(nn.Module):
         grids = [(picture[0].shape[0] // patch, picture[0].shape[1] // patch) for picture in pictures]
         packing = pack(grids, config.merge_size, config.window)
         device = pictures[0][0].device
-        order_M = None if packing.order_M is None else _upload(packing.order_M, device)
-
+        arrays = [packing.positions_P2, _ends(packing.full_lens), _ends(packing.window_lens)]
+        positions_P2, whole_ends, window_ends, *order = upload(
+            arrays if packing.order_M is None else [*arrays, packing.order_M], device
+        )
+        order_M = order[0] if order else None
         x_MAD = self._embed(pictures)
         x_PD = (x_MAD if order_M is None else x_MAD[order_M]).flatten(0, 1)
-        rotary = self._rotary(_upload(packing.positions_P2, device))
-        whole = Segments.of(packing.full_lens, device)
-        windows = whole if config.window is None else Segments.of(packing.window_lens, device)
+        rotary = self._rotary(positions_P2)
+        whole = Segments(whole_ends, packing.full_lens)
+        windows = whole if config.window is None else Segments(window_ends, packing.window_lens)
+        residual_PD = None
         for number, block in enumerate(self.blocks):
-            x_PD = block(x_PD, rotary, whole if number in config.full_layers else windows)
-        features_MD = self.merger(x_PD)
+            x_PD, residual_PD = block(x_PD, residual_PD, rotary, whole if number in config.full_layers else windows)
+        features_MD = self.merger(x_PD, residual_PD)
         if order_M is None:
             return features_MD
         return torch.empty_like(features_MD).index_copy_(0, order_M, features_MD)
@@ -262,10 +267,6 @@ class QwenTower(nn.Module):
         """The first half of each head's pairs turns with the row, the second with the column."""
         angles_PR = (positions_P2.unsqueeze(-1) * self.inverse_frequencies).flatten(1)
         return Rotary(angles_PR.cos(), angles_PR.sin())
-
-
-def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 class PatchEmbedding(Linear):
@@ -307,9 +308,13 @@ class QwenViTBlock(nn.Module):
         else:
             self.mlp = MLP(place, size, inner, config.hidden_act)
 
-    def forward(self, x_PD: torch.Tensor, rotary: Rotary, segments: Segments) -> torch.Tensor:
-        x_PD = x_PD + self.attn(normed(self.norm1, x_PD), rotary, segments)
-        return x_PD + self.mlp(normed(self.norm2, x_PD))
+    def forward(
+        self, x_PD: torch.Tensor, residual_PD: torch.Tensor | None, rotary: Rotary, segments: Segments
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes and returns (what this block adds, what it is added to), so that add and norm are one kernel."""
+        x_PD, sum_PD = added(self.norm1, x_PD, residual_PD)
+        x_PD, sum_PD = added(self.norm2, self.attn(x_PD, rotary, segments), sum_PD)
+        return self.mlp(x_PD), sum_PD
 
 
 class QwenViTAttention(nn.Module):
@@ -341,8 +346,8 @@ class PatchMerger(nn.Module):
         self.linear_1 = Linear(place, width, width, bias=True)
         self.linear_2 = Linear(place, width, config.out_size, bias=True)
 
-    def forward(self, x_PD: torch.Tensor) -> torch.Tensor:
-        x_MD = normed(self.ln_q, x_PD).unflatten(0, (-1, self.area)).flatten(1)
+    def forward(self, x_PD: torch.Tensor, residual_PD: torch.Tensor | None) -> torch.Tensor:
+        x_MD = added(self.ln_q, x_PD, residual_PD)[0].unflatten(0, (-1, self.area)).flatten(1)
         return self.linear_2(self.kernels.activation(self.linear_1(x_MD), "gelu"))
 
 

@@ -18,6 +18,7 @@ from opsin.layers import Placement
 from opsin.layers.linear import Linear, MergedLinear
 from opsin.layers.mlp import MLP
 from opsin.layers.norm import LayerNorm
+from opsin.layers.rope import Rotary
 from opsin.models.strict import StrictConfig
 
 
@@ -102,8 +103,9 @@ class ViTBlock(nn.Module):
         self.mlp = MLP(place, config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
-        x_PD = x_PD + self.self_attn(self.layer_norm1(x_PD), cu_seqlens_B1, seq_lens)
-        return x_PD + self.mlp(self.layer_norm2(x_PD))
+        seen_PD = self.self_attn(self.layer_norm1(x_PD), cu_seqlens_B1, seq_lens)
+        normed_PD, x_PD = self.layer_norm2.add(seen_PD, x_PD)
+        return x_PD + self.mlp(normed_PD)
 
 
 class ViTAttention(nn.Module):
@@ -142,15 +144,22 @@ class ViTEncoder(nn.Module):
         packed_PE = self._run(x_BPD.flatten(0, 1), steps * length, (length,) * num_tiles)
         return packed_PE.unflatten(0, (num_tiles, length))
 
-    def packed(self, x_PD: torch.Tensor, seq_lens: Sequence[int]) -> torch.Tensor:
-        """The same for pictures of unlike lengths, one after the other: (P, selected * D)."""
-        ends = torch.tensor((0, *seq_lens), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return self._run(x_PD, ends.to(x_PD.device, non_blocking=True), tuple(seq_lens))
+    def packed(self, x_PD: torch.Tensor, seq_lens: Sequence[int], rotary: Rotary | None = None) -> torch.Tensor:
+        """The same for pictures of unlike lengths, one after the other: (P, selected * D).
 
-    def _run(self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
+        Args:
+            rotary: handed to the blocks of towers whose positions are rotary.
+        """
+        ends = torch.tensor((0, *seq_lens), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return self._run(x_PD, ends.to(x_PD.device, non_blocking=True), tuple(seq_lens), rotary)
+
+    def _run(
+        self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...], rotary: Rotary | None = None
+    ) -> torch.Tensor:
+        turns = () if rotary is None else (rotary,)
         states = {0: x_PD}
         for number, layer in enumerate(self.layers, start=1):
-            x_PD = layer(x_PD, cu_seqlens_B1, seq_lens)
+            x_PD = layer(x_PD, cu_seqlens_B1, seq_lens, *turns)
             if number in self.select:
                 states[number] = x_PD
         wanted = [states[number] for number in self.select]
