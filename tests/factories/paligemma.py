@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from tokenizers import processors
 from transformers import (
     Gemma2Config,
     GemmaConfig,
@@ -22,7 +21,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests.factory import VOCAB_SIZE, redraw_weights, train_bpe, write_generation_config
+from tests.factories.gemma import build_gemma_tokenizer, redraw_gemma_weights
+from tests.factory import VOCAB_SIZE, write_generation_config
 
 PATCH_SIZE = 8
 
@@ -52,7 +52,7 @@ class PaliGemmaShape:
 
 def write_paligemma(folder: Path, shape: PaliGemmaShape) -> Path:
     """Save a complete random checkpoint of ``shape`` in ``folder``; the same shape gives the same weights."""
-    tokenizer = build_gemma_tokenizer(("<image>",), image="<image>", adds_bos=shape.adds_bos)
+    tokenizer = build_gemma_tokenizer({"image_token": "<image>"}, image="<image>", adds_bos=shape.adds_bos)
     tokenizer.save_pretrained(folder)
     build_paligemma(shape, tokenizer).save_pretrained(folder)
     write_generation_config(folder, tokenizer)
@@ -61,33 +61,6 @@ def write_paligemma(folder: Path, shape: PaliGemmaShape) -> Path:
     pictures.image_seq_length = (edge // PATCH_SIZE) ** 2
     pictures.save_pretrained(folder)
     return folder
-
-
-def build_gemma_tokenizer(signs: Sequence[str], *, image: str, adds_bos: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer with Gemma's special tokens.
-
-    Args:
-        signs: the family's own.
-        image: what the chat template writes for a picture.
-    """
-    tokenizer = train_bpe(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *signs])
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=["<start_of_turn>", "<end_of_turn>", *signs],
-        chat_template=(
-            "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
-            "{% else %}{% for part in message['content'] %}"
-            f"{{% if part['type'] == 'image' %}}{image}{{% elif 'text' in part %}}{{{{ part['text'] }}}}{{% endif %}}"
-            "{% endfor %}{% endif %}{% endfor %}"
-        ),
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_paligemma(shape: PaliGemmaShape, tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -126,15 +99,6 @@ def build_paligemma(shape: PaliGemmaShape, tokenizer: PreTrainedTokenizerFast) -
     model = PaliGemmaForConditionalGeneration(config).eval()
     redraw_gemma_weights(model, shape.seed)
     return model.to(getattr(torch, shape.dtype))
-
-
-def redraw_gemma_weights(model: torch.nn.Module, seed: int) -> None:
-    """``redraw_weights``, and Gemma's norms around 0, since they add 1 to what they keep."""
-    redraw_weights(model, seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.weight.sub_(1.0)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
 def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:

@@ -123,9 +123,9 @@ class Driver:
         return Encodable(tiles, layouts)
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def encode(self, images: Sequence[Image.Image], options: Mapping[str, Any] | None = None) -> torch.Tensor:
         """Features of all pictures, packed."""
-        return self.model.encode(*self.read(images))
+        return self.model.encode(*self.read(images, options))
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -182,20 +182,22 @@ class Driver:
             row.done += num_tokens
         return logits_TV
 
-    def prompt(self, text: str, images: Sequence[Image.Image] = ()) -> Row:
+    def prompt(self, text: str, images: Sequence[Image.Image] = (), options: Mapping[str, Any] | None = None) -> Row:
         """A row from a prompt, as requests are made of it."""
         spec = self.model.spec
         processor = InputProcessor(
             Tokenizer(self.tokenizer), self.rule, spec, media=MediaConfig(), max_model_len=spec.max_position
         )
-        given = processor.read({"prompt": text, "multi_modal_data": {"image": list(images)} if images else {}})
+        media = {"image": list(images)} if images else {}
+        given = processor.read({"prompt": text, "multi_modal_data": media, "mm_processor_kwargs": options})
         request = processor.process("", given, SamplingParams(max_tokens=1)).request
         ids = request.prompt_token_ids
         positions = None
         if request.positions is not None:
             axes_AP = np.frombuffer(request.positions, np.int32).reshape(-1, len(ids))
             positions = Positions(axes_AP.tolist(), request.position_delta)
-        return Row(ids, self.encode(images) if images else None, positions, request.bidirectional)
+        features = self.encode(images, options) if images else None
+        return Row(ids, features, positions, request.bidirectional)
 
     def prefill(self, row: Row) -> torch.Tensor:
         """Logits of all prompt tokens, in one step."""
