@@ -19,7 +19,18 @@ from transformers import AutoModelForImageTextToText
 from opsin.errors import MediaError, RequestError
 from opsin.types import MediaLayout
 from tests import factory
-from tests.factories import hub_configs, idefics3, internvl, llava_next, llava_onevision, paligemma, phi3_v, qwen2_vl
+from tests.factories import (
+    gemma3,
+    hub_configs,
+    idefics3,
+    internvl,
+    llava_next,
+    llava_onevision,
+    paligemma,
+    phi3_v,
+    qwen2_vl,
+)
+from tests.factories.gemma3 import Gemma3Shape
 from tests.factories.idefics3 import Idefics3Shape
 from tests.factories.internvl import InternVLShape
 from tests.factories.llava_onevision import OnevisionShape
@@ -396,4 +407,31 @@ PHI3_V = Family(
     oracle=phi3_v.Phi3V.load,
 )
 
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL, IDEFICS3, PALIGEMMA, PHI3_V)
+_CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_min_ratio_to_activate": 1.0}
+GEMMA3 = Family(
+    name="gemma3",
+    write=gemma3.write_gemma3,
+    hf_inputs=gemma3.hf_inputs,
+    image=gemma3.IMAGE,
+    shapes={
+        "sliding-full": Gemma3Shape(),
+        "mqa-untied": Gemma3Shape(num_kv_heads=1, layer_types="SSF", tied=False),
+        "full-first": Gemma3Shape(layer_types="FS"),
+        "window-in-a-picture": Gemma3Shape(num_features=16, window=6),
+        "biases": Gemma3Shape(text_extra=(("attention_bias", True),)),
+    },
+    paged=("sliding-full", "window-in-a-picture"),
+    towers=("sliding-full", "window-in-a-picture"),
+    served=("sliding-full", "window-in-a-picture"),
+    hub_configs=hub_configs.GEMMA3,
+    num_blocks=34,
+    least_step=16,
+    options=[
+        (options, options)
+        for options in ({"resample": 0}, _CROPS, _CROPS | {"pan_and_scan_max_num_crops": 1}, {"do_pan_and_scan": True})
+    ],
+    bad_embeddings=lambda parts, layouts: ([parts[0][:-1], parts[1]], "as many for each of its crops"),
+    refused=[((90, 70), _CROPS | {"pan_and_scan_min_crop_size": 0}, RequestError, "pan_and_scan_min_crop_size")],
+)
+
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL, IDEFICS3, PALIGEMMA, PHI3_V, GEMMA3)

@@ -41,6 +41,7 @@ def _family(architecture: str, folder: str, name: str) -> Family:
 
 MODELS: tuple[Family, ...] = (
     _family("Idefics3ForConditionalGeneration", "idefics3", "Idefics3"),
+    _family("Gemma3ForConditionalGeneration", "gemma3", "Gemma3"),
     _family("InternVLForConditionalGeneration", "internvl", "InternVL"),
     _family("LlavaForConditionalGeneration", "llava", "Llava"),
     _family("LlavaNextForConditionalGeneration", "llava_next", "LlavaNext"),
