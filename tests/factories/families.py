@@ -26,6 +26,7 @@ from tests.factories import (
     internvl,
     llava_next,
     llava_onevision,
+    mistral3,
     paligemma,
     phi3_v,
     qwen2_vl,
@@ -34,6 +35,7 @@ from tests.factories.gemma3 import Gemma3Shape
 from tests.factories.idefics3 import Idefics3Shape
 from tests.factories.internvl import InternVLShape
 from tests.factories.llava_onevision import OnevisionShape
+from tests.factories.mistral3 import Mistral3Shape
 from tests.factories.paligemma import PaliGemmaShape
 from tests.factories.phi3_v import Phi3VShape
 from tests.factories.qwen2_vl import Qwen2VLShape
@@ -434,4 +436,32 @@ GEMMA3 = Family(
     refused=[((90, 70), _CROPS | {"pan_and_scan_min_crop_size": 0}, RequestError, "pan_and_scan_min_crop_size")],
 )
 
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL, IDEFICS3, PALIGEMMA, PHI3_V, GEMMA3)
+MISTRAL3 = Family(
+    name="mistral3",
+    write=mistral3.write_mistral3,
+    hf_inputs=mistral3.hf_inputs,
+    image=mistral3.IMAGE,
+    shapes={
+        "mistral3": Mistral3Shape(),
+        "mistral3-head-dim-tied": Mistral3Shape(head_dim=24, tied=True, num_layers=3),
+        "mistral3-merge-3": Mistral3Shape(merge=3, projector_bias=True),
+        "mistral3-window": Mistral3Shape(window=12),
+        "pixtral": Mistral3Shape(version="pixtral", projector_bias=True, longest_edge=64),
+        "pixtral-several-layers": Mistral3Shape(version="pixtral", feature_layer=(-2, 0, 3), tied=True),
+        "pixtral-silu": Mistral3Shape(version="pixtral", vision_extra=(("hidden_act", "silu"),)),
+    },
+    paged=("mistral3", "mistral3-window", "pixtral"),
+    towers=("mistral3", "mistral3-merge-3", "pixtral"),
+    served=("mistral3", "pixtral"),
+    hub_configs=hub_configs.MISTRAL3,
+    feature_sizes=(
+        *((16, 16), (300, 40), (48, 48), (48, 48), (96, 49), (40, 300), (1, 1), (640, 480), (7, 30), (1, 64), (64, 1)),
+        *((32, 32), (500, 470)),
+    ),
+    options=[(options, options) for options in ({"size": {"longest_edge": 48}}, {"resample": 0})],
+    embeddings=_sized_embeddings,
+    bad_embeddings=lambda parts, layouts: (parts, "image_sizes"),
+    refused=[((150, 1), {}, MediaError, "too narrow")],
+)
+
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL, IDEFICS3, MISTRAL3, PALIGEMMA, PHI3_V, GEMMA3)

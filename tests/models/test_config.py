@@ -143,9 +143,9 @@ def test_strict_config_null_is_absent():
 
 def test_resolve_unknown_architecture_lists_the_supported_ones():
     with pytest.raises(UnsupportedModelError, match=r"names FooModel\. Supported .*: .*LlavaForConditionalGeneration"):
-        resolve(["FooModel"])
+        resolve({"architectures": ["FooModel"]})
     with pytest.raises(UnsupportedModelError, match="names no architecture"):
-        resolve(None)
+        resolve({"architectures": None})
 
 
 @pytest.mark.parametrize("family", MODELS, ids=lambda family: family.architecture)

@@ -79,7 +79,7 @@ def describe_model(model: str, *, revision: str | None, dtype: str) -> dict[str,
     from opsin.processing.tokenizer import Tokenizer
 
     files = find_model(model, revision=revision, weights=False)
-    family = resolve(files.config.get("architectures"))
+    family = resolve(files.config)
     tokenizer = Tokenizer.from_folder(files.folder, files.generation_config)
     rule = family.load_rule().from_hf(files.config, files.processor, tokenizer)
     name = files.dtype if dtype == "auto" else dtype

@@ -74,7 +74,7 @@ def find(config: ModelConfig) -> tuple[ModelFiles, Family]:
         overrides=config.hf_overrides,
         weights=config.load_format != "dummy",
     )
-    return files, resolve(files.config.get("architectures"))
+    return files, resolve(files.config)
 
 
 def _tokenizer_folder(config: ModelConfig, files: ModelFiles) -> Path:

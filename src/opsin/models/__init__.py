@@ -7,18 +7,22 @@ in ``MODELS``.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from opsin.errors import UnsupportedModelError
 
 
 class Family(NamedTuple):
-    """Where one architecture's two halves live, as "module:Class"."""
+    """Where one architecture's two halves live, as "module:Class".
+
+    ``tower`` is the vision tower's model type where it alone makes the architecture this family.
+    """
 
     architecture: str
     rule: str
     model: str
+    tower: str | None = None
 
     def load_rule(self) -> Any:
         """The ``MediaRule`` class; imports no torch."""
@@ -34,19 +38,21 @@ def _load(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _family(architecture: str, folder: str, name: str) -> Family:
+def _family(architecture: str, folder: str, name: str, tower: str | None = None) -> Family:
     package = f"opsin.models.{folder}"
-    return Family(architecture, f"{package}.rule:{name}Rule", f"{package}.model:{name}Model")
+    return Family(architecture, f"{package}.rule:{name}Rule", f"{package}.model:{name}Model", tower)
 
 
 MODELS: tuple[Family, ...] = (
     _family("Idefics3ForConditionalGeneration", "idefics3", "Idefics3"),
     _family("Gemma3ForConditionalGeneration", "gemma3", "Gemma3"),
     _family("InternVLForConditionalGeneration", "internvl", "InternVL"),
+    _family("LlavaForConditionalGeneration", "mistral3", "Mistral3", tower="pixtral"),
     _family("LlavaForConditionalGeneration", "llava", "Llava"),
     _family("LlavaNextForConditionalGeneration", "llava_next", "LlavaNext"),
     _family("LlavaOnevisionForConditionalGeneration", "llava_onevision", "LlavaOnevision"),
     _family("MiniCPMV", "minicpmv", "MiniCPMV"),
+    _family("Mistral3ForConditionalGeneration", "mistral3", "Mistral3"),
     _family("Phi3VForCausalLM", "phi3_v", "Phi3V"),
     _family("PaliGemmaForConditionalGeneration", "paligemma", "PaliGemma"),
     _family("Qwen2VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
@@ -55,15 +61,17 @@ MODELS: tuple[Family, ...] = (
 )
 
 
-def resolve(architectures: Sequence[str] | None) -> Family:
-    """The family of a config.json's ``architectures``.
+def resolve(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json, by its ``architectures`` and its vision tower.
 
     Raises:
         UnsupportedModelError: none of them is supported; the message lists those that are.
     """
+    architectures: list[str] = config.get("architectures") or []
+    tower = (config.get("vision_config") or {}).get("model_type")
     for family in MODELS:
-        if family.architecture in (architectures or ()):
+        if family.architecture in architectures and family.tower in (None, tower):
             return family
-    named = ", ".join(architectures or ()) or "no architecture"
-    supported = ", ".join(sorted(family.architecture for family in MODELS))
+    named = ", ".join(architectures) or "no architecture"
+    supported = ", ".join(sorted({family.architecture for family in MODELS}))
     raise UnsupportedModelError(f"The model's config.json names {named}. Supported architectures are: {supported}.")

@@ -38,7 +38,7 @@ def load_model(
         UnsupportedModelError: the architecture, or a setting of it.
         WeightError: the checkpoint does not match.
     """
-    family = resolve(files.config.get("architectures"))
+    family = resolve(files.config)
     place = Placement(select(device, kernels), device, dtype)
     model = family.load_model().from_hf(files.config, place=place, norm=norm, max_model_len=max_model_len)
     if load_format == "dummy":

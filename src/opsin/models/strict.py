@@ -15,8 +15,8 @@ HARMLESS = frozenset(
     begin_suppress_tokens bad_words_ids bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty
     do_sample dropout dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout id2label
-    initializer_factor initializer_range is_matryoshka keys_to_ignore_at_inference label2id length_penalty
-    matryoshka_dimensions max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    initializer_factor initializer_range is_composition is_matryoshka keys_to_ignore_at_inference label2id
+    length_penalty matryoshka_dimensions max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
     num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
     problem_type projection_dim remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
     router_aux_loss_coef sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class

@@ -36,7 +36,7 @@ _DEFAULT_VISION = {  # LlavaConfig's, where config.json has no vision_config
 }
 # Hub checkpoints (``language_model.model.``), transformers 5's module names (``model.language_model.``), and towers
 # with and without the ``vision_model`` level.
-_RENAMES = (
+RENAMES = (
     (r"^(model\.language_model|language_model\.model)\.", "decoder."),
     (r"^(language_model\.)?lm_head\.", "decoder.lm_head."),
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "tower."),
@@ -103,7 +103,7 @@ class LlavaModel(PictureModel):
 
     def weight_table(self) -> WeightTable:
         unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
-        return WeightTable.of(_RENAMES, unused)
+        return WeightTable.of(RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all pictures in one pass."""

@@ -1,0 +1,143 @@
+"""Mistral 3 (HF ``Mistral3ForConditionalGeneration``) and Pixtral, arXiv:2410.07073 (``LlavaForConditionalGeneration``
+with a Pixtral tower): a tower for pictures of any size, a learned merger in the former, Mistral."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from opsin.errors import UnsupportedModelError
+from opsin.kernels.reference import ACTIVATIONS
+from opsin.layers import Placement
+from opsin.layers.linear import Linear
+from opsin.layers.norm import RMSNorm, normed
+from opsin.models.decoder import Decoder, DecoderConfig
+from opsin.models.llava.model import RENAMES
+from opsin.models.mistral3.rule import PatchGeometry
+from opsin.models.picture_model import PictureModel
+from opsin.models.projector import Projector
+from opsin.models.rule import PixelNorm
+from opsin.models.strict import StrictConfig
+from opsin.models.towers.pixtral import PixtralConfig, PixtralTower
+from opsin.models.weights import WeightTable
+from opsin.types import MediaLayout
+
+_DEFAULTS: dict[str, dict[str, Any]] = {  # of Mistral3Config and LlavaConfig
+    "mistral3": {
+        "architecture": "Mistral3ForConditionalGeneration",
+        "vision_config": {"patch_size": 14, "image_size": 1540},
+        "vision_feature_layer": -1,
+        "multimodal_projector_bias": False,
+    },
+    "llava": {
+        "architecture": "LlavaForConditionalGeneration",
+        "vision_config": {},
+        "vision_feature_layer": -2,
+        "multimodal_projector_bias": True,
+    },
+}
+
+
+class Mistral3Model(PictureModel):
+    """One picture is one tile of its own size."""
+
+    def __init__(
+        self, architecture: str, tower: PixtralTower, projector: Projector | MergingProjector, decoder: Decoder
+    ) -> None:
+        super().__init__(architecture, decoder)
+        self.tower = tower
+        self.projector = projector
+
+    @classmethod
+    def from_hf(
+        cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
+    ) -> Self:
+        strict = StrictConfig(config, "config.json")
+        model_type = strict.choose("model_type", tuple(_DEFAULTS), "mistral3")
+        defaults = _DEFAULTS[model_type]
+        geometry = PatchGeometry.from_hf(config)
+        select = strict.take("vision_feature_layer", defaults["vision_feature_layer"])
+        tower_config = PixtralConfig.from_hf(strict.take("vision_config") or defaults["vision_config"], select)
+        text: dict[str, Any] = {"model_type": "mistral", **strict.take("text_config", {})}
+        tied = strict.take("tie_word_embeddings")
+        if model_type == "mistral3" and tied is not None:
+            text["tie_word_embeddings"] = tied  # transformers 5's; before, text_config's alone counted
+        elif tied:
+            text["tie_word_embeddings"] = True
+        decoder_config = DecoderConfig.from_hf(text)
+        sizes = (tower_config.vit.hidden_size * len(tower_config.vit.select), decoder_config.hidden_size)
+        act = strict.choose("projector_hidden_act", tuple(ACTIVATIONS), "gelu")
+        bias = strict.take("multimodal_projector_bias", defaults["multimodal_projector_bias"])
+        if model_type == "mistral3":
+            if len(tower_config.vit.select) != 1:
+                raise UnsupportedModelError(f"vision_feature_layer is {select!r}; this family takes a single layer.")
+            strict.skip("spatial_merge_size")
+            projector = MergingProjector(
+                place, *sizes, act, bias=bias, merge=geometry.merge, norm_eps=decoder_config.norm_eps
+            )
+        else:
+            # 'default' would drop the first patch of the first picture.
+            strict.choose("vision_feature_select_strategy", ("full",), "default")
+            projector = Projector(place, *sizes, act, bias=bias)
+        strict.skip("image_token_index", "image_token_id", "image_seq_length", "ignore_index", "vocab_size")
+        strict.finish()
+        tower = PixtralTower(place, tower_config, norm, geometry.merge)
+        return cls(defaults["architecture"], tower, projector, Decoder(place, decoder_config, max_model_len))
+
+    def weight_table(self) -> WeightTable:
+        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
+        return WeightTable.of(RENAMES, unused)
+
+    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
+        """(sum of num_features, D), all pictures in one pass."""
+        return self.projector(self.tower([tile for item in tiles for tile in item]))
+
+
+class MergingProjector(Projector):
+    """Norm, merger, linear, activation, linear."""
+
+    def __init__(
+        self,
+        place: Placement,
+        in_features: int,
+        hidden_size: int,
+        act: str,
+        *,
+        bias: bool,
+        merge: int,
+        norm_eps: float,
+    ) -> None:
+        super().__init__(place, in_features, hidden_size, act, bias=bias)
+        self.merge = merge
+        self.norm = RMSNorm(place, in_features, norm_eps)
+        self.patch_merger = PatchMerger(place, in_features, merge)
+
+    def forward(self, x_MD: torch.Tensor) -> torch.Tensor:
+        """Patches in merge order to one feature for each block."""
+        merged_MD = self.patch_merger(normed(self.norm, x_MD).unflatten(0, (-1, self.merge**2)).flatten(1))
+        return super().forward(merged_MD)
+
+
+class PatchMerger(nn.Module):
+    """A block's patches side by side, to one patch's width."""
+
+    def __init__(self, place: Placement, width: int, merge: int) -> None:
+        super().__init__()
+        self.merging_layer = MergingLinear(place, width * merge**2, width, bias=False)
+
+    def forward(self, x_ME: torch.Tensor) -> torch.Tensor:
+        return self.merging_layer(x_ME)
+
+
+class MergingLinear(Linear):
+    """Checkpoints hold the weight for blocks that are laid out value by value, a block's patches within each; it is
+    turned once, when the weights are packed, to take them patch by patch."""
+
+    def pack(self) -> None:
+        width = self.weight.shape[0]
+        turned = self.weight.view(width, width, -1).transpose(1, 2).flatten(1)
+        self.weight = nn.Parameter(turned.contiguous(), requires_grad=False)
+        super().pack()
