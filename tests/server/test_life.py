@@ -32,7 +32,7 @@ LONG: dict[str, Any] = {"max_tokens": 480, "n": 16, "temperature": 1}
 def sample(client: httpx.Client, name: str, labels: str = "") -> float:
     """One sample of /metrics."""
     for line in client.get("/metrics").text.splitlines():
-        if line.startswith(f"vllm:{name}{{") and labels in line:
+        if line.startswith((f"vllm:{name}{{", f"opsin:{name}{{")) and labels in line:
             return float(line.rpartition(" ")[2])
     raise AssertionError(f"no sample {name} {labels}")
 
@@ -222,7 +222,8 @@ def test_metrics_agree_with_what_was_sent(client: httpx.Client):
 
 def test_metrics_are_in_prometheus_format(client: httpx.Client):
     text = client.get("/metrics").text
-    line = re.compile(r'(# (HELP|TYPE) vllm:\w+ .+|vllm:\w+\{model_name="tiny",engine="0"[^}]*\} [-+.e\d]+)')
+    sample = r'(vllm|opsin):\w+\{model_name="tiny",engine="0"[^}]*\} [-+.e\d]+'
+    line = re.compile(rf"(# (HELP|TYPE) (vllm|opsin):\w+ .+|{sample})")
     assert [bad for bad in text.splitlines() if not line.fullmatch(bad)] == []
     names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
     assert len(names) == len(set(names))

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -41,6 +42,7 @@ from opsin.types import RequestUpdate
 logger = logging.getLogger(__name__)
 
 _BEAT_S = 0.2
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _LAST_STEP_S = 2.0  # that a step may still take once the front is gone
 
 _decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -164,7 +166,7 @@ class _Service:
         try:
             while True:
                 engine = self._engine
-                stats, histograms = ({}, {}) if engine is None else (engine.stats(), engine.histograms())
+                stats, histograms = ({}, {}) if engine is None else (_stats(engine), engine.histograms())
                 self._send(Beat(self._step_begun_s, stats, histograms))
                 time.sleep(_BEAT_S)
         except OSError:
@@ -172,6 +174,11 @@ class _Service:
 
     def _send(self, message: FromEngine) -> None:
         self._end.send(_encoder.encode(message))
+
+
+def _stats(engine: LocalEngine) -> dict[str, float]:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return {**engine.stats(), "engine_resident_bytes": pages * _PAGE_BYTES}
 
 
 def _leave() -> None:

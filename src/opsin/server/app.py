@@ -25,6 +25,7 @@ from opsin.server.metrics import Metrics
 from opsin.server.page import FILES, page_file
 from opsin.server.pick import create_pick
 from opsin.server.pooling import classify, create_pooling
+from opsin.server.quota import Quotas
 from opsin.server.requests import (
     ChatCompletionRequest,
     ClassifyRequest,
@@ -82,7 +83,8 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
     )
     app = FastAPI(title="opsin", version=opsin.__version__, description=(opsin.__doc__ or "").strip(), redoc_url=None)
     app.state.server = server
-    app.add_middleware(Gate, keys=Keys(config.api_key), metrics=server.metrics)
+    quotas = Quotas(config.max_requests_per_minute, config.max_requests_per_key)
+    app.add_middleware(Gate, keys=Keys(config.api_key), quotas=quotas, metrics=server.metrics)
     app.add_exception_handler(HTTPException, _raise_in_form)
     for path, handler, body in _POSTS:
         _add_post(app, server, path, handler, body)
@@ -148,7 +150,8 @@ def _add_gets(app: FastAPI, server: ServerState) -> None:
     @get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format."""
-        text = server.metrics.text(server.engine.stats())
+        engine = server.engine
+        text = server.metrics.text(engine.stats(), engine.histograms(), engine.is_ready)
         return Response(text, media_type="text/plain; version=0.0.4")
 
 

@@ -22,6 +22,12 @@ class ServerConfig:
         (), "Names under which the model is asked for, the first one in answers; by default the model's own."
     )
     max_queue: int = setting(512, "Answers that wait beyond those that run; more are refused with 503.")
+    max_requests_per_minute: int | None = setting(
+        None, "Requests that one key (or address, where there are no keys) may send a minute; more get 429."
+    )
+    max_requests_per_key: int | None = setting(
+        None, "Requests of one key (or address) that are answered at the same time; more get 429."
+    )
     drain_timeout_s: float = setting(30.0, "After SIGTERM, time for running requests to finish, in seconds.")
     engine_silence_s: float = setting(
         10.0, "An engine process that gives no sign of life for so long is killed and started again, in seconds."
@@ -53,8 +59,10 @@ class ServerConfig:
             ("engine_silence_s", 1),
             ("engine_step_timeout_s", 1),
             ("max_body_bytes", 1),
+            ("max_requests_per_minute", 1),
+            ("max_requests_per_key", 1),
         ):
-            if getattr(self, name) < low:
+            if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
 
     @property

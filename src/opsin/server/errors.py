@@ -56,6 +56,10 @@ class EncodedBodyError(HTTPError):
     """The body is compressed."""
 
 
+class RateLimitedError(HTTPError):
+    """This client asks for too much; others may not."""
+
+
 class OverloadedError(HTTPError):
     """The queue is full, or the server is about to stop."""
 
@@ -84,6 +88,7 @@ TABLE = (
     Row(BodyTimeoutError, 408, "invalid_request_error", "request_timeout"),
     Row(BodyTooLargeError, 413, "invalid_request_error", "request_too_large"),
     Row(EncodedBodyError, 415, "invalid_request_error", "unsupported_content_encoding"),
+    Row(RateLimitedError, 429, "rate_limit_error", "rate_limit_exceeded"),
     Row(OverloadedError, 503, "service_unavailable_error", "server_is_overloaded"),
     Row(EngineRestartError, 503, "service_unavailable_error", "engine_restarting", retry_after_s=5),
     Row(EngineDeadError, 503, "service_unavailable_error", "engine_stopped"),

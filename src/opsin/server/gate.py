@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from opsin.errors import EngineDeadError, OpsinError
 from opsin.server import page
 from opsin.server.errors import BodyTimeoutError, BodyTooLargeError, EncodedBodyError, UnauthorizedError, describe
-from opsin.server.metrics import Metrics
+from opsin.server.metrics import LoopClock, Metrics
+from opsin.server.quota import Quotas
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +45,17 @@ class Keys:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def check(self, authorization: bytes) -> None:
+    def check(self, authorization: bytes) -> str | None:
         """Compare an Authorization header with every key, in a time that tells nothing.
+
+        Returns:
+            A name for the client with this key; None where everybody is let in.
 
         Raises:
             UnauthorizedError: it holds none of them.
         """
         if not self._digests:
-            return
+            return None
         scheme, _, key = authorization.partition(b" ")
         given = hashlib.sha256(key.strip()).digest()
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
@@ -60,20 +64,24 @@ class Keys:
                 "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return given.hex()
 
 
 class Gate:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, quotas: Quotas, metrics: Metrics) -> None:
         self._app = app
         self._keys = keys
+        self._quotas = quotas
         self._metrics = metrics
+        self._clock = LoopClock(metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._clock.start()
         headers = {name.lower(): value for name, value in scope["headers"]}
         name = request_id_from(headers.get(b"x-request-id", b"").decode("latin-1") or None)
         scope.setdefault("state", {})["request_id"] = name
@@ -88,24 +96,27 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] not in OPEN:
-                self._keys.check(headers.get(b"authorization", b""))
-            await self._app(scope, receive, send_named)
+            client = self._keys.check(headers.get(b"authorization", b"")) if scope["path"] not in OPEN else None
+            if scope["method"] == "POST":  # what costs something
+                with self._quotas.enter(client or (scope.get("client") or ("",))[0]):
+                    await self._app(scope, receive, send_named)
+            else:
+                await self._app(scope, receive, send_named)
         except Exception as error:
             if not isinstance(error, OpsinError) or isinstance(error, EngineDeadError):
                 logger.error("Request %s failed.", name, exc_info=error)
             if status is not None:  # too late for another status; the connection is broken off
                 raise
-            await _answer(send_named, error, name)
+            code = await _answer(send_named, error, name)
+            self._metrics.refused(status or 500, code)
         finally:
-            if status is not None and status >= 400:
-                self._metrics.refused(status)
             if scope["path"] not in PROBES:
                 path = scope.get("raw_path", b"").decode("latin-1")  # still percent-encoded: one line stays one
                 logger.info("%s %s %s %.3f s %s", scope["method"], path, status, time.monotonic() - start_s, name)
 
 
-async def _answer(send: Send, error: Exception, request_id: str) -> None:
+async def _answer(send: Send, error: Exception, request_id: str) -> str:
+    """Tell what went wrong; returns its code."""
     status, content, extra = describe(error, request_id)
     body = msgspec.json.encode(content)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -114,3 +125,4 @@ async def _answer(send: Send, error: Exception, request_id: str) -> None:
         headers.append((b"connection", b"close"))  # the rest of the body is not waited for
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+    return content.error.code or content.error.type

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -154,17 +155,26 @@ async def _run(
             tally.media_tokens += sum(span.length for span in processed.request.spans)
             metrics.admitted(num_tokens, len(processed.sources))
         running = set(range(len(prepared)))
+        lengths: Counter[tuple[int, int]] = Counter()
+        last_s: dict[int, float] = {}
         try:
             async with contextlib.aclosing(_merged(server.engine, prepared, kind)) as outputs:
                 async for prompt, output in outputs:
-                    new = sum(len(answer.token_ids) for answer in output.outputs)
+                    new = steps = 0
+                    for answer in output.outputs:
+                        count = len(answer.token_ids)
+                        new, steps = new + count, max(steps, count)
+                        lengths[prompt, answer.index] += count
                     tally.completion_tokens += new
                     tally.cached[prompt] = output.num_cached_tokens
-                    metrics.generated(new)
+                    now_s = time.monotonic()
+                    before_s, last_s[prompt] = last_s.get(prompt), now_s
+                    metrics.generated(new, (now_s - before_s) / steps if before_s is not None and steps else None)
                     if output.finished:
                         running.discard(prompt)
                         reason = output.outputs[0].finish_reason or "stop"
-                        metrics.finished(reason, output.metrics, time.monotonic())
+                        longest = max(length for (number, _), length in lengths.items() if number == prompt)
+                        metrics.finished(reason, output.metrics, now_s, longest)
                     yield prompt, output
         except Exception:
             for _ in running:
