@@ -16,9 +16,11 @@ def test_models_lists_every_architecture_with_a_summary(opsin_command: Command) 
     code, out, _ = opsin_command("models")
     assert code == 0
     for family in MODELS:
-        (line,) = [line for line in out.splitlines() if line.startswith(family.architecture)]
+        (line,) = [line for line in out.splitlines() if line.startswith(family.name + "  ")]
         assert len(line.split()) > 3
-    assert json.loads(opsin_command("models", "--json")[1]) == [family.architecture for family in MODELS]
+    assert json.loads(opsin_command("models", "--json")[1]) == list(
+        dict.fromkeys(family.architecture for family in MODELS)
+    )
 
 
 def test_models_show_agrees_with_transformers(opsin_command: Command, tiny_llava: Callable[[LlavaShape], Path]) -> None:

@@ -48,11 +48,11 @@ def execute_list(args: argparse.Namespace) -> int:
     from opsin.models import MODELS
 
     if args.json:
-        print(json.dumps([family.architecture for family in MODELS]))
+        print(json.dumps(list(dict.fromkeys(family.architecture for family in MODELS))))
         return 0
-    width = max(len(family.architecture) for family in MODELS)
+    width = max(len(family.name) for family in MODELS)
     for family in MODELS:
-        print(f"{family.architecture:<{width}}  {_summary(family)}")
+        print(f"{family.name:<{width}}  {_summary(family)}")
     print("\n'opsin models show MODEL' explains one model: a Hugging Face id, a folder, or 'demo'.")
     return 0
 

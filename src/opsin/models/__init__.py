@@ -24,6 +24,11 @@ class Family(NamedTuple):
     model: str
     tower: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The architecture, with the tower that tells it from others of the same."""
+        return self.architecture if self.tower is None else f"{self.architecture} ({self.tower})"
+
     def load_rule(self) -> Any:
         """The ``MediaRule`` class; imports no torch."""
         return _load(self.rule)
