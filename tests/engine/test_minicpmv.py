@@ -130,7 +130,7 @@ def encoded(llm: LLM, prompt: Any) -> tuple[list[torch.Tensor], list[tuple[int, 
 
 @pytest.mark.parametrize("key", ["image_sizes", "image_size_list"])
 def test_embeddings_equal_the_pictures(llm: LLM, served: Served, key: str):
-    two, chat = served.cases["two"], served.cases["chat"]
+    two, few, chat = (served.cases[name] for name in ("two", "few slices", "chat"))
     parts, sizes = encoded(llm, two.prompt)
     (single,), size = encoded(llm, chat.prompt)
     given: list[Any] = [
@@ -138,6 +138,7 @@ def test_embeddings_equal_the_pictures(llm: LLM, served: Served, key: str):
         (two, {"image_embeds": [part[None] for part in parts], key: torch.tensor(sizes)}),
         (chat, {"image_embeds": single[None], key: size}),  # (pictures, features, width), as vLLM's page has it
         (chat, {"image_embeds": single, key: size}),
+        (few, {"image_embeds": encoded(llm, few.prompt)[0], key: sizes}),
     ]
     prompts = [case.prompt | {"multi_modal_data": {"image": data}} for case, data in given]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
@@ -145,7 +146,7 @@ def test_embeddings_equal_the_pictures(llm: LLM, served: Served, key: str):
     assert ids(outputs) == [case.greedy for case, _ in given]
     for wrong, words in (
         (parts, "image_size_list"),
-        ({"image_embeds": [parts[0][:-1], parts[1]], key: sizes}, "features in this model; got"),
+        ({"image_embeds": [parts[0][:-1], parts[1]], key: sizes}, "this model makes 4 of it"),
         ({"image_embeds": parts, key: sizes[:1]}, "sizes or grids of 1"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -125,15 +125,28 @@ def test_video_is_one_overview_a_frame_whatever_the_options(read_rule: ReadRule)
         rule.video_layout(clip, {"num_crops": 4})
 
 
-def test_embedding_layout_is_the_picture_s_without_its_pixels(read_rule: ReadRule):
+@pytest.mark.parametrize("max_slices", [1, 2, 3, 5, 7, 9, 16])
+def test_embedding_layout_is_the_picture_s_without_its_pixels(max_slices: int, read_rule: ReadRule):
+    """Under any limit on slices, which features do not come with."""
     rule = read_rule()
-    layout = lay_out(rule, 90, 70)
-    given = rule.embedding_layout("image", layout.num_features, {"image_size": (90, 70)})
-    assert given.numbers == layout.numbers
-    assert written(rule, given) == written(rule, layout)
-    assert (given.plan.views, given.num_patches) == ((), 0)
-    with pytest.raises(RequestError, match="28 features in this model; got 27"):
-        rule.embedding_layout("image", 27, {"image_size": (90, 70)})
+    for width, height in ((90, 70), (30, 30), (200, 33), (33, 200), (640, 480), (64, 64)):
+        layout = lay_out(rule, width, height, max_slice_nums=max_slices)
+        given = rule.embedding_layout("image", layout.num_features, {"image_size": (width, height)})
+        assert given.numbers == layout.numbers
+        assert written(rule, given) == written(rule, layout)
+        assert (given.plan.views, given.num_patches) == ((), 0)
+
+
+def test_embedding_that_no_picture_of_its_size_gives_is_refused(read_rule: ReadRule):
+    rule = read_rule()
+    for num_features, size, words in (
+        (27, (90, 70), "27 features"),  # not whole slices
+        (8, (90, 70), "none or 2 to 8"),  # one slice
+        (40, (90, 70), "none or 2 to 8"),
+        (12, (30, 30), "there are none"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            rule.embedding_layout("image", num_features, {"image_size": size})
     for modality, extras in (
         ("image", {}),
         ("image", {"image_grid_thw": (1, 2, 2)}),

@@ -95,10 +95,10 @@ class MiniCPMVRule(PictureRule):
                 )
         if settings["slice_mode"] is not True:
             raise UnsupportedModelError(f"slice_mode is {settings['slice_mode']!r}; only true is implemented.")
-        vision = config.get("vision_config") or {}
+        vision = config.get("vision_config") or {"patch_size": 14}
         for key, built in (
             ("image_feature_size", config.get("query_num") or 64),
-            ("patch_size", vision.get("patch_size", 14)),
+            ("patch_size", vision.get("patch_size", 16)),
         ):
             if settings[key] != built:
                 raise UnsupportedModelError(
@@ -143,7 +143,8 @@ class MiniCPMVRule(PictureRule):
         return self._layout(clip.width, clip.height, [view], clip.frames)
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
-        """Features as the model makes them, slice after slice, beside the (width, height) of their picture."""
+        """Features as the model makes them, slice after slice, beside the (width, height) of their picture. Their number
+        tells under which limit on slices they were made."""
         if modality != "image" or set(extras) != {"image_size"}:
             raise RequestError(
                 "Image embeddings of this model come with their pictures' sizes, which tell how they are sliced: "
@@ -151,15 +152,18 @@ class MiniCPMVRule(PictureRule):
                 "video embeddings.",
                 param="multi_modal_data",
             )
-        width, height = extras["image_size"]
-        layout = self.layout(modality, width, height, 1, {})
-        if num_features != layout.num_features:
+        width, height = size = extras["image_size"]
+        num_slices = num_features // self.num_queries - 1
+        most = _num_areas(size, self.scale) + 1
+        if num_features % self.num_queries or not (num_slices == 0 or 2 <= num_slices <= most > 2):
             raise RequestError(
-                f"A picture of width {width} and height {height} has {layout.num_features} features in this model; "
-                f"got {num_features}.",
+                f"A picture of width {width} and height {height} has {num_features} features; this model makes "
+                f"{self.num_queries} of it, and {self.num_queries} of each slice, of which there are "
+                f"{f'none or 2 to {most}' if most > 2 else 'none'}.",
                 param="multi_modal_data",
             )
-        return given_features(num_features, layout.numbers)
+        grid = nearest_grid(size, (num_slices,)) if num_slices else (0, 0)
+        return given_features(num_features, (*grid, int(self.settings["use_image_id"])))
 
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
         tags = self.tags
@@ -222,14 +226,21 @@ def slice_grid(size: Size, scale: int, max_slices: int) -> Size | None:
 
     As many as the picture has areas of ``scale`` squared, one less or one more; the grid whose shape is nearest.
     """
-    width, height = size
-    count = min(math.ceil(width * height / (scale * scale)), max_slices)
+    count = min(_num_areas(size, scale), max_slices)
     if count <= 1:
         return None
-    counts = [n for n in (count - 1, count, count + 1) if 1 < n <= max_slices]
+    return nearest_grid(size, [n for n in (count - 1, count, count + 1) if 1 < n <= max_slices])
+
+
+def nearest_grid(size: Size, counts: Sequence[int]) -> Size:
+    """Of the grids of ``counts`` slices, the one whose shape is nearest to the picture's; of equals, the first."""
     grids = [(cols, n // cols) for n in counts for cols in range(1, n + 1) if n % cols == 0]
-    shape = math.log(width / height)
+    shape = math.log(size[0] / size[1])
     return min(grids, key=lambda grid: abs(shape - math.log(grid[0] / grid[1])))
+
+
+def _num_areas(size: Size, scale: int) -> int:
+    return math.ceil(size[0] * size[1] / (scale * scale))
 
 
 def best_size(width: float, height: float, scale: int, patch_size: int, *, enlarge: bool) -> Size:
