@@ -31,6 +31,7 @@ class RopeConfig:
         size: values of each head that are rotated, 2R.
         scaling: the kind's own numbers, under HF's names.
         sections: M-RoPE: how many of the R frequencies follow each position axis, in order.
+        interleaved: the frequencies take turns at the axes, until an axis has had its share; the first takes the rest.
     """
 
     size: int
@@ -40,6 +41,7 @@ class RopeConfig:
     max_position: int
     original_max_position: int
     sections: tuple[int, ...] | None = None
+    interleaved: bool = False
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, head_dim: int, max_position: int) -> RopeConfig:
@@ -56,7 +58,7 @@ class RopeConfig:
             raise UnsupportedModelError(f"rope_type is {kind!r}; implemented are {', '.join(KINDS)}.")
         theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
         partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-        sections = scaling.pop("mrope_section", None)
+        sections, interleaved = scaling.pop("mrope_section", None), scaling.pop("mrope_interleaved", None)
         original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
         missing = [name for name in _REQUIRED[kind] if scaling.get(name) is None]
         if missing:
@@ -69,6 +71,7 @@ class RopeConfig:
             max_position=max_position,
             original_max_position=original or max_position,
             sections=None if sections is None else tuple(sections),
+            interleaved=bool(interleaved),
         )
 
 
@@ -164,7 +167,9 @@ class Rope(nn.Module):
         super().__init__()
         inverse_R, self.factor = inverse_frequencies(config, context_len)
         self.register_buffer("inverse_R", inverse_R.to(device), persistent=False)
-        axis_R = None if config.sections is None else axis_of_frequency(config.sections, len(inverse_R)).to(device)
+        axis_R = None
+        if config.sections is not None:
+            axis_R = axis_of_frequency(config.sections, len(inverse_R), interleaved=config.interleaved).to(device)
         self.register_buffer("axis_R", axis_R, persistent=False)
 
     def forward(self, positions_AT: torch.Tensor) -> Rotary:
@@ -176,8 +181,14 @@ class Rope(nn.Module):
         return Rotary(angles_TR.cos() * self.factor, angles_TR.sin() * self.factor)
 
 
-def axis_of_frequency(sections: Sequence[int], num_frequencies: int) -> torch.Tensor:
-    """int64 (R,): which position axis each frequency follows. Source: Qwen2-VL, arXiv:2409.12191."""
+def axis_of_frequency(sections: Sequence[int], num_frequencies: int, *, interleaved: bool = False) -> torch.Tensor:
+    """int64 (R,): which position axis each frequency follows. Source: Qwen2-VL, arXiv:2409.12191; interleaved,
+    Qwen3-VL, arXiv:2511.21631."""
     if sum(sections) != num_frequencies:
         raise UnsupportedModelError(f"mrope_section {tuple(sections)} must sum to {num_frequencies} frequencies.")
-    return torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))
+    if not interleaved:
+        return torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))
+    axis_R = torch.zeros(num_frequencies, dtype=torch.int64)
+    for axis, share in list(enumerate(sections))[1:]:
+        axis_R[axis : len(sections) * share : len(sections)] = axis
+    return axis_R

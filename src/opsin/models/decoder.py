@@ -313,6 +313,15 @@ _DIALECTS: dict[str, _Dialect] = {
         attention_bias=lambda config: (False, False),
         windows=_window_if_given,
     ),
+    "qwen3_vl_text": _Dialect(
+        vocab_size=151936,
+        intermediate_size=22016,
+        head_dim=128,
+        max_position=128000,
+        attention_bias=_one_attention_bias,
+        windows=_no_windows,
+        more=lambda config, hidden_size: {"norms_heads": True},
+    ),
     "qwen2": _Dialect(
         vocab_size=151936,
         intermediate_size=22016,
@@ -401,14 +410,22 @@ class Decoder(nn.Module):
         positions_AT: torch.Tensor,
         attention: AttentionInputs,
         caches: Sequence[LayerCache],
+        extra_TE: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D) after the final norm. Writes this step's keys and values into ``caches``, one per layer."""
+        """(T, D) after the final norm. Writes this step's keys and values into ``caches``, one per layer.
+
+        Args:
+            extra_TE: D columns for each of the first layers, added behind it.
+        """
         rotary = self.rope(positions_AT)
         in_window = rotary if self.window_rope is None else self.window_rope(positions_AT)
+        deeper = () if extra_TE is None else extra_TE.split(hidden_TD.shape[1], dim=1)
         x_TD, residual_TD = hidden_TD, None
-        for spec, layer, cache in zip(self.config.layers, self.layers, caches, strict=True):
-            turned = rotary if spec.window is None else in_window
+        for number, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            turned = rotary if self.config.layers[number].window is None else in_window
             x_TD, residual_TD = layer(x_TD, residual_TD, turned, attention, cache)
+            if number < len(deeper):
+                x_TD = x_TD + deeper[number]
         return self.norm(x_TD, residual_TD)[0]
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,13 @@ class PictureModel(nn.Module, ABC):
     """The decoder's half of ``VisionLanguageModel``. A family brings its tower, as ``encode``, and reads its
     checkpoints, as ``from_hf`` and ``weight_table``."""
 
-    def __init__(self, architecture: str, decoder: Decoder, *, num_position_axes: int = 1) -> None:
+    def __init__(
+        self, architecture: str, decoder: Decoder, *, num_position_axes: int = 1, num_deep_layers: int = 0
+    ) -> None:
+        """
+        Args:
+            num_deep_layers: decoder layers, from the first, that features add columns of their own behind.
+        """
         super().__init__()
         self.decoder = decoder
         config = decoder.config
@@ -29,7 +35,7 @@ class PictureModel(nn.Module, ABC):
             architecture=architecture,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
-            feature_width=config.hidden_size,
+            feature_width=config.hidden_size * (1 + num_deep_layers),
             max_position=config.max_position,
             layers=tuple(LayerCacheSpec(spec.num_kv_heads, spec.head_dim) for spec in config.layers),
             num_position_axes=num_position_axes,
@@ -70,9 +76,8 @@ class PictureModel(nn.Module, ABC):
         caches: Sequence[LayerCache],
         extra_TE: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D) after the final norm. Features are D wide here, so nothing is left for deeper layers."""
-        assert extra_TE is None
-        return self.decoder(hidden_TD, positions_AT, attention, caches)
+        """(T, D) after the final norm."""
+        return self.decoder(hidden_TD, positions_AT, attention, caches, extra_TE)
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """(B, V) in float32."""

@@ -1,4 +1,5 @@
-"""The vision towers of Qwen2-VL (arXiv:2409.12191) and Qwen2.5-VL (arXiv:2502.13923): pictures of any size, packed.
+"""The vision towers of Qwen2-VL (arXiv:2409.12191), Qwen2.5-VL (arXiv:2502.13923) and Qwen3-VL (arXiv:2511.21631):
+pictures of any size, packed.
 
 A video is a row of pictures that do not see one another, each of ``num_frames`` frames. Patches run in merge order: the
 ``merge_size`` x ``merge_size`` patches that become one feature are neighbours. So a picture is first cut into the
@@ -7,12 +8,16 @@ blocks of pixels that become features, and each block into its patches.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from opsin.errors import UnsupportedModelError
@@ -20,7 +25,7 @@ from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
 from opsin.layers.linear import Linear, MergedLinear
 from opsin.layers.mlp import MLP, GatedMLP
-from opsin.layers.norm import LayerNorm, RMSNorm, added
+from opsin.layers.norm import LayerNorm, RMSNorm, added, normed
 from opsin.layers.rope import Rotary
 from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
@@ -40,6 +45,8 @@ class QwenViTConfig:
         is_gated: RMSNorm and a gated MLP (Qwen2.5-VL) in place of LayerNorm and a plain one.
         window: edge of the attention windows in features; None where every layer sees the whole picture.
         full_layers: with windows, the layers that see the whole picture all the same.
+        position_edge: of the square of learned positions (Qwen3-VL), beside the rotary ones.
+        deep_layers: layers whose outputs become columns of the features, too, behind the last layer's.
     """
 
     hidden_size: int
@@ -55,6 +62,9 @@ class QwenViTConfig:
     is_gated: bool
     window: int | None = None
     full_layers: frozenset[int] = frozenset()
+    patch_bias: bool = False
+    position_edge: int | None = None
+    deep_layers: tuple[int, ...] = ()
 
     @classmethod
     def from_qwen2_vl(cls, config: StrictConfig) -> QwenViTConfig:
@@ -94,6 +104,34 @@ class QwenViTConfig:
         )
 
     @classmethod
+    def from_qwen3_vl(cls, config: StrictConfig) -> QwenViTConfig:
+        """Read Qwen3-VL's vision_config.
+
+        Raises:
+            UnsupportedModelError: an unknown key or value.
+        """
+        num_positions = config.take("num_position_embeddings", 2304)
+        edge = math.isqrt(num_positions)
+        if edge**2 != num_positions:
+            raise UnsupportedModelError(f"num_position_embeddings is {num_positions}; only squares are implemented.")
+        deep_layers = tuple(config.take("deepstack_visual_indexes", (8, 16, 24)))
+        if list(deep_layers) != sorted({*deep_layers} & {*range(config.take("depth", 27))}):
+            raise UnsupportedModelError(
+                f"deepstack_visual_indexes is {deep_layers}; it must list layers of the tower, ascending."
+            )
+        shape = cls._read(
+            config,
+            hidden_size=config.take("hidden_size", 1152),
+            intermediate_size=config.take("intermediate_size", 4304),
+            out_size=config.take("out_hidden_size", 3584),
+            hidden_act=config.choose("hidden_act", tuple(ACTIVATIONS), "gelu_pytorch_tanh"),
+            is_gated=False,
+            num_layers=27,
+            patch_size=16,
+        )
+        return replace(shape, patch_bias=True, position_edge=edge, deep_layers=deep_layers)
+
+    @classmethod
     def _read(
         cls,
         config: StrictConfig,
@@ -105,16 +143,18 @@ class QwenViTConfig:
         is_gated: bool,
         window: int | None = None,
         full_layers: frozenset[int] = frozenset(),
+        num_layers: int = 32,
+        patch_size: int = 14,
     ) -> QwenViTConfig:
-        """Add what both name alike, and refuse what is left."""
+        """Add what all name alike, with the defaults given for it, and refuse what is left."""
         rope = config.take("rope_parameters", {})
         if rope.get("rope_type", "axial") != "axial" or set(rope) - {"rope_type", "rope_theta"}:
             raise UnsupportedModelError(f"vision_config.rope_parameters is {rope}; only plain 'axial' is implemented.")
-        patch_size = config.take("patch_size", 14)
+        patch_size = config.take("patch_size", patch_size)
         for name in ("in_channels", "in_chans"):
             config.choose(name, (3,), 3)
         config.choose("spatial_patch_size", (patch_size,), patch_size)
-        num_layers, num_heads = config.take("depth", 32), config.take("num_heads", 16)
+        num_layers, num_heads = config.take("depth", num_layers), config.take("num_heads", 16)
         if hidden_size % (4 * num_heads):
             raise UnsupportedModelError(
                 f"The vision tower has {num_heads} heads over {hidden_size} values; heads must be multiples of 4 wide."
@@ -143,12 +183,14 @@ class Packing(NamedTuple):
 
     Attributes:
         positions_P2: row and column of each patch in its own picture.
+        sizes_P2: rows and columns of that picture.
         order_M: the features in the order of the sequence, as indices into the pictures' own order; None is the same.
         full_lens: patches per picture.
         window_lens: patches per window.
     """
 
     positions_P2: np.ndarray
+    sizes_P2: np.ndarray
     order_M: np.ndarray | None
     full_lens: tuple[int, ...]
     window_lens: tuple[int, ...]
@@ -180,6 +222,7 @@ def pack(grids: Sequence[tuple[int, int]], merge_size: int, window: int | None) 
         start += high * wide
     return Packing(
         positions_P2=np.concatenate(positions),
+        sizes_P2=np.repeat(np.array(grids), [rows * cols for rows, cols in grids], axis=0),
         order_M=np.concatenate(orders) if orders else None,
         full_lens=tuple(rows * cols for rows, cols in grids),
         window_lens=tuple(window_lens),
@@ -212,10 +255,14 @@ class QwenTower(nn.Module):
         self.inverse_frequencies = (1.0 / config.rope_theta**exponents).to(place.device)
         self.patch_embed = PatchEmbedding(place, config)
         self.blocks = nn.ModuleList(QwenViTBlock(place, config) for _ in range(config.num_layers))
+        self.positions = None
+        if config.position_edge is not None:
+            self.positions = PositionGrid(place, config.position_edge, config.hidden_size)
         self.merger = PatchMerger(place, config)
+        self.deep_mergers = nn.ModuleList(PatchMerger(place, config, norms_whole=True) for _ in config.deep_layers)
 
     def forward(self, pictures: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """Pictures, sides in whole features, to (M, out_size), one after the other.
+        """Pictures, sides in whole features, to (M, out_size * (1 + deep layers)), one after the other.
 
         Args:
             pictures: uint8 (height, width, 3), once for a still picture, or the ``num_frames`` frames of a moving one.
@@ -232,13 +279,18 @@ class QwenTower(nn.Module):
         order_M = order[0] if order else None
         x_MAD = self._embed(pictures)
         x_PD = (x_MAD if order_M is None else x_MAD[order_M]).flatten(0, 1)
+        if self.positions is not None:
+            x_PD = x_PD + self.positions(packing).to(x_PD.dtype)
         rotary = self._rotary(positions_P2)
         whole = Segments(whole_ends, packing.full_lens)
         windows = whole if config.window is None else Segments(window_ends, packing.window_lens)
         residual_PD = None
+        deep: list[torch.Tensor] = []
         for number, block in enumerate(self.blocks):
             x_PD, residual_PD = block(x_PD, residual_PD, rotary, whole if number in config.full_layers else windows)
-        features_MD = self.merger(x_PD, residual_PD)
+            if number in config.deep_layers:
+                deep.append(self.deep_mergers[len(deep)](x_PD, residual_PD))
+        features_MD = torch.cat([self.merger(x_PD, residual_PD), *deep], dim=1)
         if order_M is None:
             return features_MD
         return torch.empty_like(features_MD).index_copy_(0, order_M, features_MD)
@@ -269,6 +321,28 @@ class QwenTower(nn.Module):
         return Rotary(angles_PR.cos(), angles_PR.sin())
 
 
+class PositionGrid(nn.Module):
+    """Learned vectors on the points of a square, read between them where a picture has another number of patches: its
+    corners lie on the square's."""
+
+    def __init__(self, place: Placement, edge: int, hidden_size: int) -> None:
+        super().__init__()
+        self.edge = edge
+        self.weight = place.parameter(edge**2, hidden_size)
+
+    def forward(self, packing: Packing) -> torch.Tensor:
+        """(P, D) of the packing's patches, in float32."""
+        longest_P2 = np.maximum(packing.sizes_P2 - 1, 1).astype(np.float32)
+        at_P2 = packing.positions_P2.astype(np.float32) * np.float32(self.edge - 1) / longest_P2
+        low_P2 = np.floor(at_P2).astype(np.int64)
+        far_P2 = at_P2 - low_P2.astype(np.float32)  # of the way to the next point
+        corners_412 = np.array(list(itertools.product((0, 1), repeat=2)))[:, None]  # below, right
+        index_4P = np.minimum(low_P2 + corners_412, self.edge - 1) @ np.array((self.edge, 1))
+        share_4P = np.abs(1 - corners_412.astype(np.float32) - far_P2).prod(-1)
+        corners = zip(*upload([index_4P, share_4P], self.weight.device), strict=True)
+        return functools.reduce(torch.add, (F.embedding(i, self.weight) * s.unsqueeze(1) for i, s in corners))
+
+
 class PatchEmbedding(Linear):
     """A convolution over ``num_frames`` frames. A still picture repeats one frame, so for it the frames' kernels are
     added up once, when the weights are packed: half the product, equal up to rounding."""
@@ -276,7 +350,7 @@ class PatchEmbedding(Linear):
     def __init__(self, place: Placement, config: QwenViTConfig) -> None:
         shape = (config.hidden_size, 3, config.num_frames, config.patch_size, config.patch_size)
         in_features = 3 * config.num_frames * config.patch_size**2
-        super().__init__(place, in_features, config.hidden_size, bias=False, checkpoint_shape=shape)
+        super().__init__(place, in_features, config.hidden_size, bias=config.patch_bias, checkpoint_shape=shape)
         self.shape = shape
         self.moving_weight: nn.Parameter | None = None
 
@@ -293,7 +367,7 @@ class PatchEmbedding(Linear):
         if len(frames) == 1:
             return super().forward(frames[0])
         assert self.moving_weight is not None
-        return self.kernels.linear(torch.cat(tuple(frames), dim=1), self.moving_weight, None)
+        return self.kernels.linear(torch.cat(tuple(frames), dim=1), self.moving_weight, self.bias)
 
 
 class QwenViTBlock(nn.Module):
@@ -335,19 +409,28 @@ class QwenViTAttention(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """The patches of one feature side by side, through two linear layers, to the decoder's width."""
+    """The patches of one feature side by side, through two linear layers, to the decoder's width.
 
-    def __init__(self, place: Placement, config: QwenViTConfig) -> None:
+    Args:
+        norms_whole: they are normed together, not each by itself.
+    """
+
+    def __init__(self, place: Placement, config: QwenViTConfig, *, norms_whole: bool = False) -> None:
         super().__init__()
+        self.norms_whole = norms_whole
         self.kernels = place.kernels
         self.area = config.merge_size**2
         width = config.hidden_size * self.area
-        self.ln_q = _norm(place, config)
+        self.ln_q = LayerNorm(place, width, _NORM_EPS) if norms_whole else _norm(place, config)
         self.linear_1 = Linear(place, width, width, bias=True)
         self.linear_2 = Linear(place, width, config.out_size, bias=True)
 
     def forward(self, x_PD: torch.Tensor, residual_PD: torch.Tensor | None) -> torch.Tensor:
-        x_MD = added(self.ln_q, x_PD, residual_PD)[0].unflatten(0, (-1, self.area)).flatten(1)
+        if self.norms_whole:
+            x_PD = x_PD if residual_PD is None else x_PD + residual_PD
+            x_MD = normed(self.ln_q, x_PD.unflatten(0, (-1, self.area)).flatten(1))
+        else:
+            x_MD = added(self.ln_q, x_PD, residual_PD)[0].unflatten(0, (-1, self.area)).flatten(1)
         return self.linear_2(self.kernels.activation(self.linear_1(x_MD), "gelu"))
 
 
