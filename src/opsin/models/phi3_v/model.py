@@ -18,7 +18,7 @@ from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.phi3_v.rule import Tile, tower_config
 from opsin.models.picture_model import PictureModel
-from opsin.models.projector import Projector
+from opsin.models.projector import Projector, pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.clip import ClipTower
@@ -84,11 +84,9 @@ class Phi3VModel(PictureModel):
         parts_BPC = [self.patches(torch.stack([tile for item in tiles for tile in item]))]
         parts_BPC += [self.patches.of_floats(self._overview(*pair)) for pair in zip(tiles, layouts, strict=True)]
         hidden_BPD = self.tower(torch.cat(parts_BPC))[:, 1:]
-        grid, merge = self.tile.grid, self.tile.merge
-        blocks = hidden_BPD.unflatten(1, (grid, merge, grid, merge)).transpose(2, 3).flatten(3).flatten(0, 2)
-        separators_2C = torch.cat([self.row_separator.flatten(0, 2), self.view_separator.flatten(0, 1)])
-        rows_MD = self.projector(torch.cat([blocks, separators_2C]))
-        order_M = torch.from_numpy(feature_order(layouts, grid))
+        separators = [self.row_separator.flatten(0, 2), self.view_separator.flatten(0, 1)]
+        rows_MD = self.projector(torch.cat([pixel_shuffle(hidden_BPD, self.tile.merge), *separators]))
+        order_M = torch.from_numpy(feature_order(layouts, self.tile.grid))
         return rows_MD.index_select(0, order_M.to(rows_MD.device, non_blocking=True))
 
     def _overview(self, tiles: Sequence[torch.Tensor], layout: MediaLayout) -> torch.Tensor:
@@ -106,7 +104,7 @@ def _read_layer(config: Mapping[str, Any], vision: Mapping[str, Any]) -> int:
     Raises:
         UnsupportedModelError: features or an order of them other than those of the published checkpoints.
     """
-    features = StrictConfig(config["img_processor"], "img_processor")
+    features = StrictConfig(config.get("img_processor") or {}, "img_processor")
     features.choose("name", ("clip_vision_model",), "clip_vision_model")
     features.choose("image_dim_out", (vision["hidden_size"],), None)
     features.choose("type_feature", ("patch",), "patch")
