@@ -190,7 +190,7 @@ def positions(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def _video_patches(
     pictures: Any, frames: Sequence[Image.Image], options: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    frames = [*frames, *frames[-1:] * (len(frames) % 2)]
+    frames = [*frames, *([frames[-1]] * (len(frames) % 2))]
     stills = [pictures(frame, return_tensors="pt", **options) for frame in frames]
     _, rows, cols = (int(n) for n in stills[0]["image_grid_thw"][0])
     halves = [s["pixel_values"].view(rows * cols, 3, 2, PATCH_SIZE**2) for s in stills]

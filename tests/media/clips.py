@@ -52,7 +52,7 @@ def encode(
 
 def decoded(data: bytes) -> list[Image.Image]:
     """Every frame, by PyAV alone, from first to last."""
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         return [frame.to_image() for frame in container.decode(video=0)]
 
 

@@ -239,7 +239,7 @@ def test_lack_of_memory_is_not_blamed_on_the_picture(monkeypatch: pytest.MonkeyP
     source = open_picture(encode(photo(8, 8), "BMP"), CONFIG)
     monkeypatch.setattr(BmpImagePlugin.BmpImageFile, "load", load)
     plan = PixelPlan(width=8, height=8, views=())
-    assert carry_out(source.decode, plan, np.empty(0, np.uint8)).code == "image_too_large"
+    assert carry_out(lambda: source.frames([0]), plan, np.empty(0, np.uint8)).code == "image_too_large"
 
 
 def test_mutated_pictures_decode_or_fail_with_a_code() -> None:

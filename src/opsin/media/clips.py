@@ -20,14 +20,15 @@ from PIL import Image
 
 from opsin.config import MediaConfig
 from opsin.errors import MediaError, RequestError
+from opsin.media.sniff import check_num_bytes
 from opsin.media.source import PictureSource, open_picture, read_regular_file
 from opsin.media.video import (
     VideoFormat,
     VideoHeader,
     check_decoder,
-    check_video_bytes,
     decode_frames,
     detect_video_format,
+    said_of_videos,
 )
 from opsin.types import Clip
 
@@ -150,7 +151,8 @@ def open_video(video: Any, config: MediaConfig, choice: FrameChoice, probe: Prob
     if is_described(video):
         video, metadata = video
     if isinstance(video, str | os.PathLike):
-        video = read_regular_file(video, config.max_media_bytes)
+        with said_of_videos():
+            video = read_regular_file(video, config.max_media_bytes)
     if isinstance(video, bytes | bytearray):
         return _open_encoded(bytes(video), config, choice, probe)
     if hasattr(video, "numpy") and getattr(video, "ndim", None) == 4:
@@ -173,7 +175,8 @@ def is_described(video: object) -> bool:
 
 
 def _open_encoded(data: bytes, config: MediaConfig, choice: FrameChoice, probe: Probe) -> EncodedVideo:
-    check_video_bytes(data, config.max_media_bytes)
+    with said_of_videos():
+        check_num_bytes(len(data), config.max_media_bytes)
     format = detect_video_format(data)
     check_decoder(format)
     header = probe(data, format)

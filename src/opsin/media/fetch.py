@@ -26,6 +26,7 @@ from opsin.config import MediaConfig
 from opsin.errors import MediaError
 from opsin.media.sniff import check_num_bytes
 from opsin.media.source import read_regular_file
+from opsin.media.video import said_of_videos
 from opsin.types import Modality
 
 MAX_REDIRECTS = 3
@@ -66,14 +67,21 @@ def fetch(url: str, config: MediaConfig, modality: Modality = "image") -> bytes:
 
     Raises:
         MediaError: ``invalid_image_url``, ``invalid_base64_image``, ``failed_to_download_image`` or
-            ``image_file_too_large``.
+            ``image_file_too_large``; of videos, their twins.
     """
+    if modality == "video":
+        with said_of_videos():
+            return _fetch(url, config, config.video_fetch_timeout_s)
+    return _fetch(url, config, config.image_fetch_timeout_s)
+
+
+def _fetch(url: str, config: MediaConfig, timeout_s: float) -> bytes:
     scheme = url[:8].partition(":")[0].lower() if ":" in url[:8] else ""
     if scheme == "data":
         return decode_data_url(url, config.max_media_bytes)
     if scheme == "file":
         return _read_local(url, config)
-    return _download(url, config, config.image_fetch_timeout_s if modality == "image" else config.video_fetch_timeout_s)
+    return _download(url, config, timeout_s)
 
 
 def check_url(url: str, config: MediaConfig) -> WebTarget:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib.util
 import io
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any, Literal
 
 import msgspec
@@ -21,11 +22,13 @@ from PIL import Image
 
 from opsin.errors import MediaError
 from opsin.media.decode import check_size
-from opsin.media.sniff import check_num_bytes, check_num_pixels, detect_format, open_lazily
+from opsin.media.sniff import check_num_pixels, detect_format, open_lazily
 
 VideoFormat = Literal["mov", "matroska", "avi", "mpegts", "mpeg", "flv", "GIF", "WebP"]
 
 _MAX_PACKETS = 1_000_000
+_MAX_BOXES = 10_000
+_INDEXED = ("mov", "matroska")  # where a leap to a keyframe arrives there
 _TS_PACKET = 188
 _TURNS = {  # counter-clockwise degrees, as display matrices have them
     90: Image.Transpose.ROTATE_90,
@@ -54,8 +57,10 @@ def detect_video_format(data: bytes) -> VideoFormat:
     """Name the container by magic number.
 
     Raises:
-        MediaError: ``invalid_video_format``: a picture, or no container that is read.
+        MediaError: ``empty_video_file``, or ``invalid_video_format``: a picture, or no container that is read.
     """
+    if not data:
+        raise MediaError("The video is empty: 0 bytes.", code="empty_video_file")
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
         return "mov"
     if data.startswith(b"\x1aE\xdf\xa3"):
@@ -99,16 +104,18 @@ def read_video_header(data: bytes | IO[bytes], format: VideoFormat, *, max_pixel
     """Count the frames of a video and decode its first, for the upright size.
 
     Raises:
-        MediaError: ``video_parse_error``: corrupt, cut short, or without a frame; ``image_too_large``: a frame of more
+        MediaError: ``video_parse_error``: corrupt, cut short, or without a frame; ``video_too_large``: a frame of more
             than ``max_pixels``.
     """
     with _reporting(format):
         if format == "GIF" or format == "WebP":
             return _read_animation(data, format, max_pixels)
+        if format == "mov":
+            _check_boxes(data)
         with _open(data, format) as container:
             stream = container.streams.video[0]
-            # Before a decoder allocates for it; what is decoded is looked at again.
-            check_num_pixels(stream.codec_context.width, stream.codec_context.height, max_pixels)
+            if stream.codec_context.width:  # before a decoder allocates for it; what is decoded is looked at again
+                check_num_pixels(stream.codec_context.width, stream.codec_context.height, max_pixels)
             num_frames = len(_packets(container, stream))
             fps = stream.average_rate or stream.guessed_rate
         if num_frames == 0:
@@ -157,6 +164,23 @@ def _open(data: bytes | IO[bytes], format: VideoFormat) -> Any:
     return container
 
 
+def _check_boxes(data: bytes | IO[bytes]) -> None:
+    """Refuse an MP4 file that ends before its outermost boxes do, and so was cut short."""
+    view: Any = data  # bytes, or a mapping of them
+    end, at = len(view), 0
+    for _ in range(_MAX_BOXES):
+        if at + 8 > end:
+            break
+        size = int.from_bytes(view[at : at + 4], "big")
+        if size == 1:
+            size = int.from_bytes(view[at + 8 : at + 16], "big")
+        if size < 8:  # 0: to the end; anything else is for the parser to judge
+            return
+        at += size
+    if at > end:
+        raise _broken("The video is cut short: its file ends before its contents do.")
+
+
 def _packets(container: Any, stream: Any) -> list[tuple[int | None, bool]]:
     """(time, is a keyframe) of every frame that the file holds, in the order of the file."""
     found: list[tuple[int | None, bool]] = []
@@ -178,7 +202,7 @@ def _decode_stream(data: bytes | IO[bytes], format: VideoFormat, wanted: Sequenc
         stream = container.streams.video[0]
         times = [time for time, _ in packets if time is not None]
         if len(set(times)) == len(packets):
-            keys = sorted(time for time, is_key in packets if is_key and time is not None)
+            keys = sorted(time for time, is_key in packets if is_key and time is not None) if format in _INDEXED else []
             frames = _at_times(container, stream, sorted(times), keys, wanted)
         else:
             frames = _by_count(container.decode(stream), wanted)
@@ -248,26 +272,27 @@ def _decode_animation(
 # --------------------------------------------------------------------------------------------------------- errors
 
 
-class _reporting:
+@contextmanager
+def said_of_videos() -> Generator[None]:
+    """The errors of what pictures and videos share, which speaks of pictures: their codes have twins for videos."""
+    try:
+        yield
+    except MediaError as error:
+        message = str(error).replace("picture", "video").replace("Picture", "Video")
+        raise MediaError(message, code=error.code and error.code.replace("image", "video"), param=error.param) from None
+
+
+@contextmanager
+def _reporting(format: VideoFormat) -> Generator[None]:
     """Decoders meet hostile bytes, and raise anything at all; no text of theirs is kept."""
-
-    def __init__(self, format: VideoFormat) -> None:
-        self._format = format
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, MediaError | MemoryError):
-            raise _broken(f"The video ({self._format}) is corrupt or cut short: it cannot be decoded.") from None
+    try:
+        with said_of_videos():
+            yield
+    except (MediaError, MemoryError):
+        raise
+    except Exception:
+        raise _broken(f"The video ({format}) is corrupt or cut short: it cannot be decoded.") from None
 
 
 def _broken(message: str) -> MediaError:
     return MediaError(message, code="video_parse_error")
-
-
-def check_video_bytes(data: bytes, max_bytes: int) -> None:
-    """Refuse an empty file, and one above the limit."""
-    if not data:
-        raise MediaError("The video is empty: 0 bytes.", code="invalid_video_format")
-    check_num_bytes(len(data), max_bytes)
