@@ -1,4 +1,4 @@
-"""Videos through ``LLM``, held to transformers: Qwen2-VL, Qwen2.5-VL and InternVL.
+"""Videos through ``LLM``, held to transformers: Qwen2-VL, Qwen2.5-VL, InternVL and LLaVA-OneVision.
 
 Its video processors need torchvision. So what its models are given is made by its Pillow picture processors, frame by
 frame, at the sizes and in the order in which its video processors lay them; see ``tests/factories``.
@@ -16,8 +16,9 @@ import torch
 
 from opsin import LLM, MediaError, RequestError, SamplingParams
 from tests.engine.conftest import assert_idle, engines_over, hf_model, picture
-from tests.factories import internvl, qwen2_vl
+from tests.factories import internvl, llava_onevision, qwen2_vl
 from tests.factories.internvl import InternVLShape
+from tests.factories.llava_onevision import OnevisionShape
 from tests.factories.qwen2_vl import Qwen2VLShape
 from tests.media.clips import decoded, encode, frames
 
@@ -46,6 +47,13 @@ CASES = {
         QWEN_VIDEO,
     ),
     "internvl": Case(internvl.write_internvl, InternVLShape(), internvl.hf_inputs, internvl.IMAGE, internvl.VIDEO),
+    "onevision": Case(
+        llava_onevision.write_llava_onevision,
+        OnevisionShape(),
+        llava_onevision.hf_inputs,
+        llava_onevision.IMAGE,
+        llava_onevision.VIDEO,
+    ),
 }
 
 
@@ -120,7 +128,8 @@ def test_video_of_frames_answers_as_transformers(llm: LLM, served: Served, count
 
 
 def test_pictures_and_videos_in_one_prompt_answer_as_transformers(llm: LLM, served: Served) -> None:
-    videos = [frames(3, 90, 40, seed=1), frames(4, 40, 80, seed=2)]
+    few = 4 if "Onevision" in type(served.model).__name__ else 3  # its model takes as many of each
+    videos = [frames(few, 90, 40, seed=1), frames(4, 40, 80, seed=2)]
     images = [picture(1, 60, 50), picture(2, 33, 70)]
     text = "See [image] and [video], then [video] and [image]: what is it?"
     output = ask(llm, served.prompt(text), image=images, video=videos)
@@ -228,6 +237,9 @@ def test_embeddings_of_a_video_answer_as_its_frames(served: Served, llm: LLM) ->
             media = {key: inputs[key] for key in ("pixel_values_videos", "video_grid_thw")}
             features = torch.cat(list(served.model.model.get_video_features(**media).pooler_output))
             given: Any = {"video_embeds": features, "video_grid_thw": inputs["video_grid_thw"]}
+        elif "pixel_values_videos" in inputs:
+            features = served.model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output
+            given = {"video_embeds": features}
         else:
             features = served.model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
             given = {"video_embeds": features.flatten(0, 1)[None]}

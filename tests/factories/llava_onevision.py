@@ -8,6 +8,7 @@ torchvision, so its parts are called one by one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,19 +105,39 @@ def build_processor(image_processor: Any, *, num_image_tokens: int, vision_aspec
     return processor
 
 
-def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
-    """What transformers' processor makes of a prompt, with ``options`` for the pictures."""
+def hf_inputs(
+    folder: Path,
+    text: str,
+    images: Sequence[Image.Image] = (),
+    videos: Sequence[Sequence[Image.Image]] = (),
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """What transformers' processor makes of a prompt, with ``options`` for the pictures.
+
+    Its video processor needs torchvision, so frames go through the picture processor one by one, which makes the same
+    square of each first of all. Videos of one prompt have equally many frames, as its model wants.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    pictures: Any = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+    config: Any = LlavaOnevisionConfig.from_pretrained(folder)
+    grid = config.vision_config.image_size // config.vision_config.patch_size
+    processor = build_processor(pictures, num_image_tokens=grid**2, vision_aspect_ratio=config.vision_aspect_ratio)
     inputs: dict[str, Any] = {}
     if images:
-        pictures: Any = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
         inputs = dict(pictures(list(images), return_tensors="pt", **options))
-        config: Any = LlavaOnevisionConfig.from_pretrained(folder)
-        grid = config.vision_config.image_size // config.vision_config.patch_size
-        processor = build_processor(pictures, num_image_tokens=grid**2, vision_aspect_ratio=config.vision_aspect_ratio)
-        pieces = text.split(IMAGE)
-        assert len(pieces) == len(images) + 1
-        text = pieces[0]
-        for i, piece in enumerate(pieces[1:]):
-            text += processor.replace_image_token(inputs, i) + piece
-    return inputs | dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    if videos:
+        made = [
+            torch.cat([pictures([frame], return_tensors="pt")["pixel_values"][:, 0] for frame in video])
+            for video in videos
+        ]
+        inputs["pixel_values_videos"] = torch.stack(made)
+    counts = {IMAGE: 0, VIDEO: 0}
+    pieces: list[str] = []
+    for piece in re.split(f"({IMAGE}|{VIDEO})", text):
+        if piece in counts:
+            counts[piece] += 1
+            write = processor.replace_image_token if piece == IMAGE else processor.replace_video_token
+            piece = write(inputs, counts[piece] - 1)
+        pieces.append(piece)
+    assert (counts[IMAGE], counts[VIDEO]) == (len(images), len(videos))
+    return inputs | dict(tokenizer("".join(pieces), return_tensors="pt", return_token_type_ids=False))

@@ -15,9 +15,11 @@ from opsin.media.ops import make_tiles
 from opsin.media.source import open_picture
 from opsin.models.llava_onevision.rule import LlavaOnevisionRule, shrunk
 from opsin.models.rule import TokenRun
+from opsin.types import Clip
 from tests.factories.llava_onevision import PINPOINTS, TILE, build_image_processor, build_processor
 
 VISION: dict[str, Any] = {"model_type": "siglip_vision_model", "image_size": TILE, "patch_size": 8}
+VIDEO: dict[str, Any] = {"size": {"height": TILE, "width": TILE}}
 GRID = TILE // 8
 SIZES = [(1, 1), (1, 40), (2, 300), (300, 2), (32, 32), (64, 64), (65, 63), (96, 32), (33, 101), (200, 113), (640, 481)]
 SIZES += [(3000, 2001), (1, 5000), (5000, 1)]
@@ -25,11 +27,11 @@ SIZES += [(3000, 2001), (1, 5000), (5000, 1)]
 
 class Tokenizer:
     def convert_tokens_to_ids(self, token: str) -> int | None:
-        return {"<image>": 4}.get(token)
+        return {"<image>": 4, "<video>": 5}.get(token)
 
 
 def make_rule(processor: Mapping[str, Any] | None = None, **config: Any) -> LlavaOnevisionRule:
-    base = {"vision_config": VISION, "image_token_index": 4, "image_grid_pinpoints": PINPOINTS}
+    base = {"vision_config": VISION, "image_token_index": 4, "video_token_index": 5, "image_grid_pinpoints": PINPOINTS}
     settings = build_image_processor().to_dict() if processor is None else processor
     limit = {"vision_aspect_ratio": config["vision_aspect_ratio"]} if "vision_aspect_ratio" in config else {}
     return LlavaOnevisionRule.from_hf(base | config, limit | dict(settings), Tokenizer())
@@ -86,7 +88,7 @@ def test_num_features_over_a_grid_of_sizes_equal_hf(max_tiles: int) -> None:
 
 
 def test_num_features_of_the_hub_s_checkpoints_equal_hf_at_every_aspect_ratio() -> None:
-    rule = LlavaOnevisionRule.from_hf({}, {}, Tokenizer())
+    rule = LlavaOnevisionRule.from_hf({"video_token_index": 5}, {}, Tokenizer())
     processor = build_processor(
         build_image_processor(image_grid_pinpoints=[list(pair) for pair in rule.pinpoints]),
         num_image_tokens=27**2,
@@ -118,7 +120,7 @@ def test_mosaic_that_would_shrink_to_nothing_is_refused() -> None:
 
 
 def test_absent_keys_take_the_config_class_s_defaults() -> None:
-    rule = LlavaOnevisionRule.from_hf({"image_grid_pinpoints": None}, {}, Tokenizer())
+    rule = LlavaOnevisionRule.from_hf({"image_grid_pinpoints": None, "video_token_index": 5}, {}, Tokenizer())
     assert (rule.image_size, rule.patch_size, rule.max_tiles, rule.image_token_id) == (384, 14, 9, 151646)
     assert len(rule.pinpoints) == 36
 
@@ -133,6 +135,11 @@ def test_absent_keys_take_the_config_class_s_defaults() -> None:
         ({"num_image_tokens": 17}, {}, "makes 16 features"),
         ({}, {"vision_feature_select_strategy": "default"}, "one feature per patch"),
         ({"image_grid_pinpoints": [[32, 64]]}, {}, "config.json has"),
+        ({}, {"video_token_index": 6}, "video_token_index is 6"),
+        ({"video_processor": {"do_flip": True}}, {}, "do_flip"),
+        ({"video_processor": {"size": {"height": 384, "width": 384}}}, {}, "32 x 32"),
+        ({"video_processor": VIDEO | {"image_mean": [0, 0, 0]}}, {}, "normalisation"),
+        ({"video_processor": VIDEO | {"do_center_crop": True}}, {}, "do_center_crop"),
     ],
 )
 def test_from_hf_of_what_is_not_implemented_is_refused(
@@ -146,3 +153,62 @@ def test_from_hf_of_what_is_not_implemented_is_refused(
 def test_options_that_the_model_is_built_for_are_refused(key: str) -> None:
     with pytest.raises(RequestError, match=f"cannot change {key}"):
         make_rule().layout("image", 100, 100, 1, {key: "other"})
+
+
+def clip(count: int = 3, **about: Any) -> Clip:
+    return Clip(width=90, height=70, num_frames=count, frames=tuple(range(count)), **about)
+
+
+@pytest.mark.parametrize("count", [1, 3, 32])
+def test_num_features_of_videos_equal_hf(count: int) -> None:
+    processor = build_processor(build_image_processor(), num_image_tokens=27**2, vision_aspect_ratio="anyres_max_9")
+    rule = LlavaOnevisionRule.from_hf({"video_token_index": 5}, {}, Tokenizer())
+    layout = rule.video_layout(clip(count), {})
+    text = processor.replace_video_token({"pixel_values_videos": [np.empty((count, 3, 384, 384))]}, 0)
+    assert layout.num_features == text.count("<video>") == count * 196 + 1
+    assert list(rule.expand("video", 1, layout)) == [TokenRun(5, layout.num_features, is_feature=True)]
+    assert layout.plan.frames == tuple(range(count))
+    assert layout.plan.tile_sizes == [(384, 384)]
+    assert layout.num_patches == count * 729
+
+
+def test_video_samples_as_hf_s_default_does() -> None:
+    every = clip(30, fps=10.0)
+    rule = make_rule()
+    for options in ({"num_frames": 4}, {"fps": 4 / 3}):
+        assert rule.video_layout(every, options).plan.frames == (0, 7, 15, 22)
+    assert rule.video_layout(every, {"do_sample_frames": True}).plan.frames == tuple(range(30))
+    assert rule.video_layout(every, {"image_grid_pinpoints": "any"}).plan.frames == tuple(range(30))  # pictures' own
+    with pytest.raises(RequestError, match="31 frames"):
+        rule.video_layout(every, {"num_frames": 31})
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_crops": 2}, "num_crops"),
+        ({"size": {"height": 40, "width": 40}}, "32 x 32"),
+        ({"resample": 9}, "resample"),
+    ],
+)
+def test_video_options_that_cannot_be_honoured_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        make_rule().video_layout(clip(), options)
+
+
+def test_video_s_embedding_is_whole_frames_and_a_newline() -> None:
+    rule = make_rule()
+    assert rule.embedding_layout("video", 3 * 4 + 1, {}).num_features == 13
+    for count in (1, 4, 12, 14):
+        with pytest.raises(RequestError, match="4 for each frame"):
+            rule.embedding_layout("video", count, {})
+    with pytest.raises(RequestError, match="alone"):
+        rule.embedding_layout("video", 13, {"video_grid_thw": (3, 2, 2)})
+
+
+def test_video_without_a_token_for_it_is_refused() -> None:
+    rule = make_rule(build_image_processor().to_dict() | {"video_token": "<clip>"})
+    assert (rule.max_items("image"), rule.max_items("video")) == (None, 0)
+    for ask in (lambda: rule.placeholder("video"), lambda: rule.embedding_layout("video", 13, {})):
+        with pytest.raises(RequestError, match="images only"):
+            ask()

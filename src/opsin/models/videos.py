@@ -83,3 +83,17 @@ def sample(
         if not frames:
             raise ValueError(f"not one frame is left of {clip.duration:.3g} s of video; raise fps or num_frames.")
     return msgspec.structs.replace(clip, frames=frames)
+
+
+def spread(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
+    """Frames at equal distances from the first on, ``num_frames`` of them or as many as ``fps`` makes: what Hugging
+    Face's video processors sample where theirs has no rule of its own. ``ValueError`` where there are too few."""
+    total, count = clip.num_frames, settings["num_frames"]
+    if count is None and settings["fps"] is not None:
+        assert clip.fps is not None
+        count = max(1, int(total / clip.fps * settings["fps"]))
+    if count is None:
+        return range(total)
+    if not 1 <= count <= total:
+        raise ValueError(f"{count} frames cannot be sampled from a video of {total}; choose another num_frames or fps.")
+    return [i * total // count for i in range(count)]

@@ -12,11 +12,12 @@ from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.picture_model import PictureModel
+from opsin.models.pictures import CLIP_LARGE_336
 from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.clip import ClipTower
-from opsin.models.towers.patches import Patches
+from opsin.models.towers.patches import Patches, in_passes
 from opsin.models.towers.siglip import SiglipTower
 from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
@@ -24,15 +25,6 @@ from opsin.types import MediaLayout
 _TOWERS: dict[str, type[ClipTower] | type[SiglipTower]] = {
     "clip_vision_model": ClipTower,
     "siglip_vision_model": SiglipTower,
-}
-_DEFAULT_VISION = {  # LlavaConfig's, where config.json has no vision_config
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
 }
 # Hub checkpoints (``language_model.model.``), transformers 5's module names (``model.language_model.``), and towers
 # with and without the ``vision_model`` level.
@@ -70,7 +62,7 @@ class LlavaModel(PictureModel):
         cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
     ) -> Self:
         strict = StrictConfig(config, "config.json")
-        vision_config = strict.take("vision_config") or _DEFAULT_VISION
+        vision_config = strict.take("vision_config") or CLIP_LARGE_336
         text_config: dict[str, Any] = dict(strict.take("text_config", {}))
         if strict.take("tie_word_embeddings", False):
             text_config["tie_word_embeddings"] = True
@@ -110,8 +102,14 @@ class LlavaModel(PictureModel):
         return self.encode_tiles(tiles).flatten(0, 1)
 
     def encode_tiles(self, tiles: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """Features of every tile of every item, (B, P, D)."""
-        hidden_BPD = self.tower(self.patches(torch.stack([tile for item in tiles for tile in item])))
+        """Features of every tile of every item, (B, P, D), in as few passes as can be."""
+        every = [tile for item in tiles for tile in item]
+        num_patches = self.tower.config.num_patches
+        passes = [self._encode(torch.stack(list(some))) for some in in_passes(every, [num_patches] * len(every))]
+        return torch.cat(passes) if len(passes) > 1 else passes[0]
+
+    def _encode(self, tiles_BYX3: torch.Tensor) -> torch.Tensor:
+        hidden_BPD = self.tower(self.patches(tiles_BYX3))
         if self.drop_first:
             # CLIP's class token. HF drops SigLIP's first patch too, and checkpoints were trained so.
             hidden_BPD = hidden_BPD[:, 1:]

@@ -57,7 +57,10 @@ class LlavaNextModel(LlavaModel):
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all tiles of all pictures in one pass."""
-        features_BPD = self.encode_tiles(tiles)
+        return self.arrange(self.encode_tiles(tiles), layouts)
+
+    def arrange(self, features_BPD: torch.Tensor, layouts: Sequence[MediaLayout]) -> torch.Tensor:
+        """Features of tiles to those of pictures: overview, mosaic, newlines."""
         rows_MD = torch.cat([features_BPD.flatten(0, 1), self.image_newline.unsqueeze(0)])
         tower = self.tower.config
         order_M = torch.from_numpy(feature_order(layouts, tower.image_size // tower.patch_size))

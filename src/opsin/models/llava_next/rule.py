@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
@@ -57,6 +57,7 @@ class LlavaNextRule(PictureRule):
         fixed: settings that no request changes.
         image_size: edge of a tile, in pixels.
         pinpoints: the resolutions to choose from, as (height, width).
+        video_settings: the video processor's, of kin that take videos.
     """
 
     family: ClassVar[str] = "LLaVA-NeXT"
@@ -67,6 +68,7 @@ class LlavaNextRule(PictureRule):
     image_size: int
     patch_size: int
     pinpoints: tuple[tuple[int, int], ...]
+    video_settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
@@ -107,7 +109,7 @@ class LlavaNextRule(PictureRule):
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
         images_only(modality)
-        settings = with_options(self.settings, options, fixed=self.fixed)
+        settings = with_options(self.settings, options, fixed=self.fixed, others=self.video_settings)
         edge = self.image_size
         with request_settings():
             _check_sizes(settings, edge)

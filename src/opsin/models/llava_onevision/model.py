@@ -36,8 +36,23 @@ class LlavaOnevisionModel(LlavaNextModel):
         return model
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all tiles of all pictures in one pass."""
-        whole_MD = super().encode(tiles, layouts)
+        """(sum of num_features, D), the tiles of all pictures and videos in as few passes as can be."""
+        features_BPD = self.encode_tiles(tiles)
+        if all(layout.numbers for layout in layouts):
+            return self.arrange(features_BPD, layouts)
+        items = zip(features_BPD.split([len(item) for item in tiles]), layouts, strict=True)
+        return torch.cat([self.arrange(x, [layout]) if layout.numbers else self._video(x) for x, layout in items])
+
+    def _video(self, frames_FPD: torch.Tensor) -> torch.Tensor:
+        """Each frame at half its rows and columns, one newline behind all."""
+        grid = self.tower.config.image_size // self.tower.config.patch_size
+        half = (grid + 1) // 2
+        frames_FRCD = _resampled(frames_FPD.unflatten(1, (grid, grid)), (half, half))
+        return torch.cat([frames_FRCD.flatten(0, 2), self.image_newline.unsqueeze(0)])
+
+    def arrange(self, features_BPD: torch.Tensor, layouts: Sequence[MediaLayout]) -> torch.Tensor:
+        """As LLaVA-NeXT's; mosaics that are too large come out smaller."""
+        whole_MD = super().arrange(features_BPD, layouts)
         grid = self.tower.config.image_size // self.tower.config.patch_size
         kept = [_kept(layout, grid) for layout in layouts]
         counts = [grid**2 + rows * (cols + 1) for rows, cols in kept]
@@ -48,7 +63,8 @@ class LlavaOnevisionModel(LlavaNextModel):
             size = shrunk(rows, cols, grid, self.max_tiles)
             if size != (rows, cols):
                 overview_PD, mosaic_MD = part_MD.split([grid**2, rows * (cols + 1)])
-                mosaic_RCD = _resampled(mosaic_MD.unflatten(0, (rows, cols + 1))[:, :-1], size)
+                mosaic_1RCD = mosaic_MD.unflatten(0, (1, rows, cols + 1))[:, :, :-1]
+                mosaic_RCD = _resampled(mosaic_1RCD, size).squeeze(0)
                 newlines_R1D = self.image_newline.expand(size[0], 1, -1)
                 part_MD = torch.cat([overview_PD, torch.cat([mosaic_RCD, newlines_R1D], dim=1).flatten(0, 1)])
             parts.append(part_MD)
@@ -61,7 +77,6 @@ def _kept(layout: MediaLayout, grid: int) -> tuple[int, int]:
     return rows * grid - 2 * cut_rows, cols * grid - 2 * cut_cols
 
 
-def _resampled(mosaic_RCD: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The mosaic at another number of rows and columns; bilinear, not antialiased, as it was trained."""
-    mosaic_1DRC = mosaic_RCD.permute(2, 0, 1).unsqueeze(0)
-    return F.interpolate(mosaic_1DRC, size=size, mode="bilinear").squeeze(0).permute(1, 2, 0)
+def _resampled(x_BRCD: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Mosaics or frames at another number of rows and columns; bilinear, not antialiased, as it was trained."""
+    return F.interpolate(x_BRCD.permute(0, 3, 1, 2), size=size, mode="bilinear").permute(0, 2, 3, 1)

@@ -1,4 +1,5 @@
-"""LLaVA-OneVision's pictures: LLaVA-NeXT's over more resolutions, with a limit on the features of one.
+"""LLaVA-OneVision's pictures: LLaVA-NeXT's over more resolutions, with a limit on the features of one. Its videos:
+square frames.
 
 Source: Hugging Face ``LlavaOnevisionImageProcessor`` (Pillow-backed), ``LlavaOnevisionProcessor`` and
 ``LlavaOnevisionModel.pack_image_features``; arXiv:2408.03326.
@@ -8,14 +9,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from opsin.errors import MediaError, UnsupportedModelError
+from opsin.errors import MediaError, RequestError, UnsupportedModelError
 from opsin.models.llava_next.rule import LlavaNextRule
-from opsin.models.pictures import CLIP_PIXELS
-from opsin.models.rule import TokenIds
+from opsin.models.picture_rule import given_features, no_videos
+from opsin.models.pictures import (
+    CLIP_PIXELS,
+    checkpoint_settings,
+    read_norm,
+    read_resample,
+    square_view,
+    with_options,
+)
+from opsin.models.rule import Placeholder, TokenIds, TokenRun
+from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample, spread
+from opsin.types import Clip, MediaLayout, Modality, PixelPlan
 
 CONFIG_DEFAULTS: Mapping[str, Any] = {  # LlavaOnevisionConfig's
     "image_grid_pinpoints": [[384 * rows, 384 * cols] for rows in range(1, 7) for cols in range(1, 7)],
@@ -35,6 +46,15 @@ CONFIG_DEFAULTS: Mapping[str, Any] = {  # LlavaOnevisionConfig's
     "vision_feature_select_strategy": "full",
 }
 _TOLERANCE = 1.1
+_VIDEO_PROCESSORS: dict[str, dict[str, Any]] = {
+    "LlavaOnevisionVideoProcessor": {
+        **VIDEO_PIXELS,
+        "default_to_square": False,
+        "size": {"height": 384, "width": 384},
+        "do_center_crop": None,
+        "crop_size": None,
+    }
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +63,11 @@ class LlavaOnevisionRule(LlavaNextRule):
 
     Every picture is tiled, as Hugging Face and vLLM do with a prompt's list of pictures.
 
+    A video's frames are square, and at half their rows and columns; one newline follows them all.
+
     Attributes:
         max_tiles: a mosaic that would have clearly more features than so many tiles is shrunk to about as many.
+        video_mark: what ``placeholder`` answers for videos; None where the tokenizer has no token for them.
     """
 
     family: ClassVar[str] = "LLaVA-OneVision"
@@ -67,6 +90,7 @@ class LlavaOnevisionRule(LlavaNextRule):
     )
 
     max_tiles: int = 9
+    video_mark: Placeholder | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
@@ -81,7 +105,69 @@ class LlavaOnevisionRule(LlavaNextRule):
             raise UnsupportedModelError(
                 f"The processor's num_image_tokens is {count}; the tower makes {num_patches} features of a tile."
             )
-        return replace(rule, max_tiles=max_tiles)
+        name, video_settings = read_video_settings(
+            processor, _VIDEO_PROCESSORS, default="LlavaOnevisionVideoProcessor", family=cls.family
+        )
+        with checkpoint_settings(name):
+            read_resample(video_settings)
+            if read_norm(video_settings) != rule.norm:
+                raise ValueError("its normalisation is not that of pictures; the tower takes one.")
+            if video_settings["do_center_crop"]:
+                raise ValueError("do_center_crop is not implemented.")
+            square_view(video_settings, rule.image_size, rule.image_size, rule.image_size)
+        return replace(
+            rule,
+            max_tiles=max_tiles,
+            video_settings=video_settings,
+            video_mark=_video_mark(config, rule.settings["video_token"], tokenizer),
+        )
+
+    @property
+    def num_frame_features(self) -> int:
+        """Features of one frame of a video."""
+        return ((self.image_size // self.patch_size + 1) // 2) ** 2
+
+    def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
+        settings = with_options(self.video_settings, options, others=self.settings)
+        clip = sample(clip, settings, options, lambda clip: spread(clip, settings))
+        view = square_view(settings, self.image_size, clip.width, clip.height)
+        num_patches = (self.image_size // self.patch_size) ** 2
+        return MediaLayout(
+            plan=PixelPlan(width=clip.width, height=clip.height, views=(view,), frames=clip.frames),
+            num_features=len(clip.frames) * self.num_frame_features + 1,
+            num_patches=len(clip.frames) * num_patches,
+        )
+
+    def placeholder(self, modality: Modality) -> Placeholder:
+        if modality == "image":
+            return self.mark
+        if self.video_mark is None:
+            raise no_videos()
+        return self.video_mark
+
+    def max_items(self, modality: Modality) -> int | None:
+        return 0 if modality == "video" and self.video_mark is None else None
+
+    def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
+        """Of videos: every frame's, and the newline's."""
+        self.placeholder(modality)  # refuses videos where there are none
+        if modality == "image":
+            return super().embedding_layout(modality, num_features, extras)
+        frames, newlines = divmod(num_features, self.num_frame_features)
+        if extras or frames < 1 or newlines != 1:
+            raise RequestError(
+                f"A video's embedding has {num_features} rows{' and more beside them' * bool(extras)}; in this model "
+                f"it comes alone, with {self.num_frame_features} for each frame and one for the newline behind them.",
+                param="multi_modal_data",
+            )
+        return given_features(num_features)
+
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
+        if modality == "image":
+            return super().expand(modality, index, layout)
+        token_id = self.placeholder(modality).token_id
+        assert token_id is not None
+        return [TokenRun(token_id, layout.num_features, is_feature=True)]
 
     def shown(self, rows: int, cols: int) -> tuple[int, int]:
         made = shrunk(rows, cols, self.image_size // self.patch_size, self.max_tiles)
@@ -92,6 +178,18 @@ class LlavaOnevisionRule(LlavaNextRule):
                 code="image_too_small",
             )
         return made
+
+
+def _video_mark(config: Mapping[str, Any], text: str, tokenizer: TokenIds) -> Placeholder | None:
+    """Raises UnsupportedModelError: config.json and tokenizer know it by different ids."""
+    token_id = tokenizer.convert_tokens_to_ids(text)
+    built = config.get("video_token_index", config.get("video_token_id", 151647))
+    if token_id not in (None, built):
+        raise UnsupportedModelError(
+            f"The tokenizer's id of {text!r} is {token_id}; config.json's video_token_index is {built}. They must be "
+            "the same."
+        )
+    return None if token_id is None else Placeholder(text, token_id, re.escape(text))
 
 
 def read_max_tiles(settings: Mapping[str, Any]) -> int:
