@@ -69,7 +69,9 @@ class FakeLLM:
             text = "".join(self.words[: index + 1])
             is_last = index == len(self.words) - 1
             completion = Completion(text, list(range(index + 1)), "stop" if is_last else None)
-            yield Output([7] * 20, 16, 4, [completion], is_last, RequestMetrics(0.0, first_token_time=1.0, last_token_time=1.5))
+            yield Output(
+                [7] * 20, 16, 4, [completion], is_last, RequestMetrics(0.0, first_token_time=1.0, last_token_time=1.5)
+            )
 
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
