@@ -134,3 +134,75 @@ def test_paged_attention_equals_reference(kernels: Any, dtype: torch.dtype, head
         assert torch.equal(cache.value, twin.value)
         got = kernels.paged_attention(q, k, v, cache, inputs, size**-0.5, window, softcap)
         assert_close(got, reference.paged_attention(q, k, v, twin, inputs, size**-0.5, window, softcap))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (7, 1152), (300, 1280)])
+def test_layer_norm_equals_reference(kernels: Any, dtype: torch.dtype, rows: int, width: int):
+    x, residual = rand(rows, width, dtype=dtype), rand(rows, width, dtype=dtype, seed=3)
+    weight, bias = rand(width, dtype=dtype, seed=1), rand(width, dtype=dtype, seed=2)
+    for given in (None, residual):
+        for got, expected in zip(
+            kernels.layer_norm(x, weight, bias, 1e-6, given),
+            reference.layer_norm(x, weight, bias, 1e-6, given),
+            strict=True,
+        ):
+            assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu", "quick_gelu", "relu"])
+def test_activation_equals_reference(kernels: Any, dtype: torch.dtype, name: str):
+    x = rand(33, 5121, dtype=dtype)
+    assert_close(kernels.activation(x, name), reference.activation(x, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv", "size", "pairs"), [(4, 2, 16, 8), (12, 2, 128, 64), (5, 5, 80, 20)])
+def test_rope_and_write_equals_reference(kernels: Any, dtype: torch.dtype, heads: int, kv: int, size: int, pairs: int):
+    fused = rand(9, heads + 2 * kv, size, dtype=dtype)
+    q, k, v = fused.split((heads, kv, kv), dim=1)
+    angle = rand(9, pairs, seed=2)
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:9].cuda()
+    caches = [LayerCache(*(torch.zeros(10, 4, kv, size, dtype=dtype, device="cuda") for _ in "kv")) for _ in range(2)]
+    for got, expected in zip(
+        kernels.rope_and_write(q, k, v, angle.cos(), angle.sin(), caches[0], slots),
+        reference.rope_and_write(q, k, v, angle.cos(), angle.sin(), caches[1], slots),
+        strict=True,
+    ):
+        assert_close(got, expected)
+    for got, expected in zip(*caches, strict=True):
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_greedy_equals_reference_and_takes_the_first_of_equals(kernels: Any, dtype: torch.dtype):
+    logits = rand(6, 151936, dtype=dtype)
+    logits[1, 7] = logits[1, 900] = logits[1, 150000] = 9.0
+    logits[2, 5], logits[3, 8], logits[4] = float("nan"), float("inf"), float("-inf")
+    ids, finite = kernels.greedy(logits)
+    expected_ids, expected_finite = reference.greedy(logits)
+    assert torch.equal(finite, expected_finite)
+    assert torch.equal(ids[finite], expected_ids[finite])
+    assert ids[1] == 7
+    assert ((ids >= 0) & (ids < 151936)).all()
+
+
+@pytest.mark.parametrize("size", [64, 72, 80, 88, 96, 128])
+@pytest.mark.parametrize("lens", [(1,), (150, 64, 3, 129), (577, 577)], ids=str)
+def test_varlen_attention_equals_reference(kernels: Any, size: int, lens: tuple[int, ...]):
+    heads, num_patches = 3, sum(lens)
+    ends = torch.tensor((0, *lens)).cumsum(0, dtype=torch.int32).cuda()
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v = rand(num_patches, 3 * heads, size, dtype=dtype).split(heads, dim=1)
+        expected = reference.varlen_attention(q.float(), k.float(), v.float(), ends, lens, size**-0.5)
+        assert_close(kernels.varlen_attention(q, k, v, ends, lens, size**-0.5), expected.to(dtype))
+
+
+def test_varlen_attention_reads_nothing_of_the_neighbours(kernels: Any):
+    q, k, v = rand(300, 6, 80, dtype=torch.bfloat16).split(2, dim=1)
+    lens, ends = (100, 90, 110), torch.tensor((0, 100, 190, 300), dtype=torch.int32, device="cuda")
+    alone = kernels.varlen_attention(q, k, v, ends, lens, 0.1)
+    for x in (q, k, v):
+        x[:100], x[190:] = float("nan"), float("inf")
+    assert torch.equal(kernels.varlen_attention(q, k, v, ends, lens, 0.1)[100:190], alone[100:190])

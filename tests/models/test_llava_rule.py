@@ -18,7 +18,7 @@ from opsin.errors import MediaError, RequestError, UnsupportedModelError
 from opsin.media.ops import make_tiles
 from opsin.media.source import open_picture
 from opsin.models.llava.rule import LlavaRule
-from opsin.models.rule import TokenRun
+from opsin.models.rule import Placeholder, TokenRun
 
 CLIP: dict[str, Any] = {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14}
 SIGLIP: dict[str, Any] = {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14}
@@ -153,10 +153,10 @@ def test_rule_of_llava_1_5_gives_576_features() -> None:
 
 
 def test_placeholder_is_cut_from_text_where_the_tokenizer_would_split_it() -> None:
-    assert make_rule(SIZE).placeholder("image") == ("<image>", 7, "<image>")
+    assert make_rule(SIZE).placeholder("image") == Placeholder("<image>", 7, "<image>")
     assert make_rule(SIZE, image_token_index=32000).placeholder("image").token_id is None
     custom = LlavaRule.from_hf({"vision_config": CLIP}, SIZE | {"image_token": "<picture>"}, Tokenizer())
-    assert custom.placeholder("image") == ("<picture>", 8, "<picture>")
+    assert custom.placeholder("image") == Placeholder("<picture>", 8, "<picture>")
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_layout_of_a_picture_that_would_vanish_is_refused(rule: Phi3VRule, size:
         rule.layout("image", *size, 1, {})
 
 
-@pytest.mark.parametrize("num_crops", [0, -1, 257, 2.0, True, "4", None])
+@pytest.mark.parametrize("num_crops", [0, -1, 65, 2.0, True, "4", None])
 def test_num_crops_that_is_no_count_is_refused(rule: Phi3VRule, num_crops: Any):
     if num_crops is None:  # says nothing
         assert rule.layout("image", 90, 70, 1, {"num_crops": None}) == rule.layout("image", 90, 70, 1, {})
@@ -242,3 +242,11 @@ def test_phi3_v_long_and_short_factors_differ(tmp_path: Path):
     short, longer, longest = (driver.prefill(driver.prompt("How many colours are there?")) for driver in drivers)
     assert torch.equal(longer, longest)
     assert (short - longer).abs().max() > 1000 * TOLERANCE
+
+
+def test_phi3_v_features_do_not_depend_on_the_tower_s_passes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    driver, images = Driver(tiny(FAMILY, "mha")), pictures([(90, 60), (200, 33), (1, 1)])
+    whole = driver.encode(images)
+    for most in (1, 16, 40, 100):
+        monkeypatch.setattr(phi3_v, "MAX_PASS", most)
+        torch.testing.assert_close(driver.encode(images), whole, atol=1e-6, rtol=0)

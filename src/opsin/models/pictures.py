@@ -28,6 +28,15 @@ CLIP_PIXELS: Mapping[str, Any] = {  # what most Hugging Face picture processors 
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
+CLIP_LARGE_336: Mapping[str, Any] = {  # the vision_config of the tower that many checkpoints do not spell out
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 _NORM_KEYS = frozenset({"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"})
 _INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's own config says
     {
@@ -253,8 +262,8 @@ def read_square_tower(config: Mapping[str, Any], *, family: str) -> SquareTower:
             f"{family}'s vision tower is {tower!r}; implemented are {', '.join(sorted(_SQUARE_TOWERS))}."
         )
     default_size, default_patch, extra_rows = _SQUARE_TOWERS[tower]
-    if not vision:  # LlavaConfig's own default, CLIP ViT-L/14 at 336 pixels
-        default_size, default_patch = 336, 14
+    if not vision:  # LlavaConfig's own default
+        default_size, default_patch = CLIP_LARGE_336["image_size"], CLIP_LARGE_336["patch_size"]
     image_size, patch_size = vision.get("image_size", default_size), vision.get("patch_size", default_patch)
     if not (isinstance(image_size, int) and isinstance(patch_size, int) and 1 <= patch_size <= image_size):
         raise UnsupportedModelError(

@@ -3,10 +3,12 @@ frames. No torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from opsin.errors import RequestError
 from opsin.models.pictures import CLIP_PIXELS, read_known, request_settings
@@ -57,13 +59,11 @@ def sample(
     Raises:
         RequestError: they cannot, or the frames at hand are a selection already.
     """
+    untouched = len(clip.frames) == clip.num_frames and not clip.recorded and clip.fps is not None
     wanted = options.get("do_sample_frames")
     if wanted is None:
-        wanted = any(options.get(key) is not None for key in ("fps", "num_frames"))
-        if not wanted:
-            untouched = len(clip.frames) == clip.num_frames and not clip.recorded and clip.fps is not None
-            if not (settings["do_sample_frames"] and untouched):
-                return clip
+        asked = any(options.get(key) is not None for key in ("fps", "num_frames"))
+        wanted = asked or (settings["do_sample_frames"] and untouched)
     if not wanted:
         return clip
     if clip.recorded:
@@ -97,3 +97,13 @@ def spread(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
     if not 1 <= count <= total:
         raise ValueError(f"{count} frames cannot be sampled from a video of {total}; choose another num_frames or fps.")
     return [i * total // count for i in range(count)]
+
+
+def spaced(total: int, count: int, start: float = 0.0) -> list[int]:
+    """Indices below ``total`` from ``start`` in steps of ``total / count``, rounded as torch's ``arange`` rounds.
+
+    Where that arrives at ``total`` itself, which has no frame, transformers fails and this leaves it out.
+    """
+    step = total / count
+    steps = np.arange(math.ceil((total - start) / step)) * step + start
+    return [i for i in steps.astype(np.float32).astype(np.int64).tolist() if i < total]

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from opsin.errors import RequestError
-from opsin.processing.jinja import ChatTemplate, ContentFormat
+from opsin.processing.jinja import ContentFormat
+from opsin.processing.model_templates import Template
 from opsin.processing.neutral import ControlStrings, Rendered
 from opsin.types import Modality
 
@@ -61,6 +62,7 @@ class ChatOptions(TypedDict, total=False):
         continue_final_message: go on with the last message instead of answering it.
         chat_template_kwargs: more variables for the template; they cannot replace its own.
         media_io_kwargs: which frames of the videos to take, over the engine's own setting of the name.
+        isolate_template: run ``chat_template`` in a process that may be killed, since it comes from afar.
     """
 
     chat_template: str | None
@@ -71,6 +73,7 @@ class ChatOptions(TypedDict, total=False):
     documents: Sequence[Mapping[str, Any]] | None
     chat_template_kwargs: Mapping[str, Any] | None
     media_io_kwargs: Mapping[str, Any] | None
+    isolate_template: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ _Part = _Text | MediaReference
 
 def render_chat(
     messages: Sequence[Mapping[str, Any]],
-    template: ChatTemplate,
+    template: Template,
     controls: ControlStrings,
     placeholder: Callable[[Modality, int], str],
     *,

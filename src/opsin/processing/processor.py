@@ -30,7 +30,8 @@ from opsin.processing.continuations import spelled
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.expand import Expanded, Written
 from opsin.processing.grammar import GrammarCompiler
-from opsin.processing.jinja import ChatTemplate, ContentFormat, find_template
+from opsin.processing.jinja import ContentFormat, find_template
+from opsin.processing.model_templates import ModelTemplates
 from opsin.processing.neutral import ControlStrings, Rendered
 from opsin.processing.pooling import VectorSizes, check_pooling
 from opsin.processing.prompts import MediaInput, MediaSource, Opener, Prompt, open_reference, read_prompt
@@ -39,7 +40,6 @@ from opsin.types import EngineRequest, MediaItem, MediaLayout, Modality, ModelSp
 
 _MODALITIES: tuple[Modality, ...] = ("image", "video")
 _END_TOKENS = 16  # of a prompt given in ids, in whose sight choices are tokenised
-_MAX_TEMPLATES = 16  # compiled templates kept; requests may bring their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +98,11 @@ class InputProcessor:
         self._probe = VideoProber(media)
         self._generation_config = generation_config or {}
         self._default_seed = default_seed
-        self._template_sources = {
-            tools: chat_template or find_template(folder, tokenizer.chat_template, model_type, tools=tools)
+        plain, with_tools = (
+            chat_template or find_template(folder, tokenizer.chat_template, model_type, tools=tools)
             for tools in (False, True)
-        }
-        self._templates: dict[str, ChatTemplate] = {}
+        )
+        self._templates = ModelTemplates(plain, with_tools, tokenizer.special_tokens_map)
         self._placeholders: dict[Modality, Placeholder] = {
             m: rule.placeholder(m) for m in _MODALITIES if rule.max_items(m) != 0
         }
@@ -124,7 +124,7 @@ class InputProcessor:
 
     def chat_template(self, *, tools: bool = False) -> str | None:
         """The text of the template that conversations are rendered with, with or without tools."""
-        return self._template_sources[tools]
+        return self._templates.source(tools=tools)
 
     def read(self, prompt: Any) -> Prompt:
         """Read a ``PromptType`` and open its media.
@@ -146,22 +146,16 @@ class InputProcessor:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         media_io_kwargs: Mapping[str, Any] | None = None,
+        isolate_template: bool = False,
     ) -> ChatPrompt:
         """Render one conversation with the model's template, or with ``chat_template`` (jinja text).
 
         Raises:
             RequestError: no template, a malformed message, too many items, or what the template refuses.
         """
-        source = chat_template or self._template_sources[bool(tools)]
-        if source is None:
-            raise RequestError(
-                "This model has no chat template. Give one (chat_template, or --chat-template when serving), "
-                "or write the prompt out and use generate or /v1/completions.",
-                param="messages",
-            )
         chat = render_chat(
             messages,
-            self._compiled(source),
+            self._templates.choose(chat_template, tools=bool(tools), isolate=isolate_template),
             self._controls,
             self._sign,
             content_format=chat_template_content_format,
@@ -461,15 +455,6 @@ class InputProcessor:
         if placeholder is None:
             raise RequestError(f"This model takes no {modality}.", param="messages")
         return placeholder.text.replace("{index}", str(number))
-
-    def _compiled(self, source: str) -> ChatTemplate:
-        template = self._templates.get(source)
-        if template is None:
-            template = ChatTemplate(source, self.tokenizer.special_tokens_map)
-            while len(self._templates) >= _MAX_TEMPLATES:
-                self._templates.pop(next(iter(self._templates)), None)  # another thread may have been quicker
-            self._templates[source] = template
-        return template
 
 
 def fan_out(request: EngineRequest, n: int) -> list[EngineRequest]:

@@ -28,8 +28,11 @@ def sizes_up_to(max_rows: int) -> list[int]:
 
 
 class _Captured(NamedTuple):
+    """A graph, and the memory outside its pool that it reads; nothing else keeps that alive."""
+
     graph: torch.cuda.CUDAGraph
     packed: torch.Tensor
+    starts_B1: torch.Tensor
     token_at_B: torch.Tensor
     hidden_BD: torch.Tensor
 
@@ -51,6 +54,7 @@ class DecodeGraphs:
         self._block_size = block_size
         self._sizes = sizes_up_to(max_rows)
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(table.tokens_SL.device)  # one, since cuBLAS keeps a workspace for each
         self._captured: dict[int, _Captured] = {}
 
     def capture_all(self) -> None:
@@ -99,9 +103,8 @@ class DecodeGraphs:
             return self._model.forward(hidden_BD, positions_AB, attention, self._caches)
 
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
             forward()  # compiles what is not compiled yet, and lets libraries allocate
             # Not torch.cuda.graph, which collects garbage and empties torch's cache first: half a second each time.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
@@ -109,5 +112,5 @@ class DecodeGraphs:
                 hidden_BD = forward()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        return _Captured(graph, packed, token_at_B, hidden_BD)
+        torch.cuda.current_stream(device).wait_stream(self._stream)
+        return _Captured(graph, packed, starts_B1, token_at_B, hidden_BD)

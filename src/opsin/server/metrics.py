@@ -50,7 +50,7 @@ _ENGINE_HISTOGRAMS = {
 _HISTOGRAMS = {
     "e2e": (_Family("vllm:e2e_request_latency_seconds", "From arrival to the end of the answer."), SECONDS),
     "ttft": (_Family("vllm:time_to_first_token_seconds", "From arrival to the first token."), SECONDS),
-    "itl": (_Family("vllm:inter_token_latency_seconds", "Time between tokens."), SHORT_SECONDS),
+    "itl": (_Family("vllm:inter_token_latency_seconds", "Time between tokens of streams."), SHORT_SECONDS),
     "tpot": (_Family("vllm:request_time_per_output_token_seconds", "Its mean per request."), SHORT_SECONDS),
     "queue": (_Family("vllm:request_queue_time_seconds", "From arrival to the first step."), SECONDS),
     "prefill": (_Family("vllm:request_prefill_time_seconds", "From there to the first token."), SECONDS),

@@ -99,6 +99,7 @@ class ServerState:
                 self.engine_id(name),
                 priority=request.priority or 0,
                 chat_template=request.chat_template,
+                isolate_template=True,
                 chat_template_kwargs=request.chat_template_kwargs,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt and not continues if given is None else given,

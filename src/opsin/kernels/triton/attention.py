@@ -126,8 +126,11 @@ def _join_kernel(
     s = tl.arange(0, BLOCK_S)
     h = tl.arange(0, BLOCK_H)
     lse = tl.load(lse_ptr + place * NUM_SPLITS + s, mask=s < NUM_SPLITS, other=float("-inf"))
-    weight = tl.exp2(lse - tl.max(lse, axis=0))
-    weight = weight / tl.sum(weight, axis=0)
+    best = tl.max(lse, axis=0)
+    # A row without a context, as pads a captured batch, has -inf everywhere: its result is 0, and no NaN is written.
+    weight = tl.exp2(lse - tl.where(best == float("-inf"), 0.0, best))
+    total = tl.sum(weight, axis=0)
+    weight = weight / tl.where(total == 0.0, 1.0, total)
     mask = (s < NUM_SPLITS)[:, None] & (h < SIZE)[None, :]
     part = tl.load(partial_ptr + (place * NUM_SPLITS + s)[:, None] * SIZE + h[None, :], mask=mask, other=0.0)
     result = tl.sum(part * weight[:, None], axis=0)

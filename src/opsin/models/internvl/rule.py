@@ -7,7 +7,6 @@ arXiv:2404.16821.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from opsin.models.pictures import (
     with_options,
 )
 from opsin.models.rule import Placeholder, TokenIds, TokenRun
-from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample
+from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample, spaced
 from opsin.types import Clip, MediaLayout, Modality, PixelPlan, Resize, View
 
 _IMAGE_TOKEN, _START_TOKEN, _END_TOKEN, _VIDEO_TOKEN = "<IMG_CONTEXT>", "<img>", "</img>", "<video>"
@@ -268,9 +267,7 @@ def _sampled(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
         return range(total)
     if not 1 <= count <= total:
         raise ValueError(f"{count} frames cannot be sampled from a video of {total}; choose another num_frames or fps.")
-    step = total / count
-    start = step / 2 if shift is True else float(shift)
-    return [math.floor(start + i * step) for i in range(math.ceil((total - start) / step))]
+    return spaced(total, count, start=total / count / 2 if shift is True else float(shift))
 
 
 def _tile_bounds(settings: Mapping[str, Any]) -> tuple[int, int]:

@@ -22,11 +22,17 @@ from opsin.models.projector import Projector, pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.clip import ClipTower
-from opsin.models.towers.patches import Patches
+from opsin.models.towers.patches import MAX_PASS, Patches
 from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
 _OWN_KEYS = ("_attn_implementation", "embd_layer", "img_processor", "vision_config")
+_ORDER = {
+    "hd_transform_order": "sub_glb",
+    "projection_cls": "mlp",
+    "use_hd_transform": True,
+    "with_learnable_separator": True,
+}
 _RENAMES = (
     (r"^model\.vision_embed_tokens\.img_processor\.vision_model\.", "tower."),
     (r"^model\.vision_embed_tokens\.img_projection\.0\.", "projector.linear_1."),
@@ -48,15 +54,13 @@ class Phi3VModel(PictureModel):
     exactly the reference for sequences on either side of the border, and what vLLM does.
     """
 
-    def __init__(
-        self, place: Placement, tile: Tile, tower: ClipTower, projector: Projector, decoder: Decoder, norm: PixelNorm
-    ) -> None:
+    def __init__(self, place: Placement, tile: Tile, tower: ClipTower, decoder: Decoder, norm: PixelNorm) -> None:
         super().__init__("Phi3VForCausalLM", decoder)
         self.tile = tile
         self.tower = tower
-        self.projector = projector
         self.patches = Patches(place, tile.patch_size, norm)
         width = tower.config.hidden_size * tile.merge**2
+        self.projector = Projector(place, width, decoder.config.hidden_size, "gelu", bias=True)
         self.row_separator = place.parameter(1, 1, 1, width)
         self.view_separator = place.parameter(1, 1, width)
 
@@ -69,10 +73,7 @@ class Phi3VModel(PictureModel):
         decoder_config = DecoderConfig.from_hf(text)
         vision = tower_config(config)
         tower = ClipTower(place, ClipTower.read_config(vision, _read_layer(config, vision)))
-        tile = Tile(vision["image_size"], vision["patch_size"])
-        width = tower.config.hidden_size * tile.merge**2
-        projector = Projector(place, width, decoder_config.hidden_size, "gelu", bias=True)
-        return cls(place, tile, tower, projector, Decoder(place, decoder_config, max_model_len), norm)
+        return cls(place, Tile.of(vision), tower, Decoder(place, decoder_config, max_model_len), norm)
 
     def weight_table(self) -> WeightTable:
         # ``wte`` is the embedding table once more.
@@ -80,10 +81,11 @@ class Phi3VModel(PictureModel):
         return WeightTable.of(_RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all tiles and overviews in one pass."""
+        """(sum of num_features, D), tiles and overviews in as few passes as can be."""
         parts_BPC = [self.patches(torch.stack([tile for item in tiles for tile in item]))]
         parts_BPC += [self.patches.of_floats(self._overview(*pair)) for pair in zip(tiles, layouts, strict=True)]
-        hidden_BPD = self.tower(torch.cat(parts_BPC))[:, 1:]
+        passes = torch.cat(parts_BPC).split(max(1, MAX_PASS // self.tile.num_patches))
+        hidden_BPD = torch.cat([self.tower(some_BPC) for some_BPC in passes])[:, 1:]
         separators = [self.row_separator.flatten(0, 2), self.view_separator.flatten(0, 1)]
         rows_MD = self.projector(torch.cat([pixel_shuffle(hidden_BPD, self.tile.merge), *separators]))
         order_M = torch.from_numpy(feature_order(layouts, self.tile.grid))
@@ -110,14 +112,12 @@ def _read_layer(config: Mapping[str, Any], vision: Mapping[str, Any]) -> int:
     features.choose("type_feature", ("patch",), "patch")
     features.skip("model_name", "num_img_tokens")
     layer = features.take("layer_idx", -2)
-    features.finish()
     order = StrictConfig(config.get("embd_layer") or {}, "embd_layer")
-    order.choose("use_hd_transform", (True,), False)
-    order.choose("with_learnable_separator", (True,), False)
-    order.choose("hd_transform_order", ("sub_glb",), "glb_sub")
-    order.choose("projection_cls", ("mlp",), "linear")
+    for name, implemented in _ORDER.items():
+        order.choose(name, (implemented,), None)
     order.skip("embedding_cls")
-    order.finish()
+    for section in (features, order):
+        section.finish()
     return layer
 
 

@@ -12,8 +12,9 @@ from typing import Any, Self
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
-from opsin.models.picture_rule import PictureRule
+from opsin.models.picture_rule import PictureRule, images_only
 from opsin.models.pictures import (
+    CLIP_LARGE_336,
     CLIP_PIXELS,
     checkpoint_settings,
     read_norm,
@@ -26,7 +27,8 @@ from opsin.types import MediaLayout, Modality, Pad, PixelPlan, Resize, View
 
 _MARK = Placeholder("<|image_{index}|>", None, r"<\|image_([0-9]{1,9})\|>", begins_text=True)
 _IMAGE_TOKEN = "<|image|>"
-_MOST_CROPS = 256
+_CLIP_NAME = "openai/clip-vit-large-patch14-336"
+_MOST_CROPS = 64
 _WHITE = (255, 255, 255)
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "Phi3VImageProcessor": {
@@ -47,6 +49,11 @@ class Tile:
     patch_size: int
     merge: int = 2
 
+    @classmethod
+    def of(cls, tower: Mapping[str, Any]) -> Tile:
+        """That of a ``tower_config``."""
+        return cls(tower["image_size"], tower["patch_size"])
+
     @property
     def grid(self) -> int:
         """Edge of the square of features."""
@@ -55,18 +62,6 @@ class Tile:
     @property
     def num_patches(self) -> int:
         return (self.edge // self.patch_size) ** 2
-
-
-_CLIP_NAME = "openai/clip-vit-large-patch14-336"
-_CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "hidden_act": "quick_gelu",
-}
 
 
 def tower_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,7 +76,7 @@ def tower_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         raise UnsupportedModelError(
             f"config.json's img_processor.model_name is {name!r}; without a vision_config only {_CLIP_NAME!r} is known."
         )
-    return {**_CLIP_LARGE, **(given or {})}
+    return {**CLIP_LARGE_336, **(given or {})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +91,13 @@ class Phi3VRule(PictureRule):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
-        tower = tower_config(config)
-        tile = Tile(tower["image_size"], tower["patch_size"])
+        tile = Tile.of(tower_config(config))
         name, settings = read_settings(processor, _PROCESSORS, default="Phi3VImageProcessor", family="Phi-3-vision")
         with checkpoint_settings(name):
             norm = read_norm({**CLIP_PIXELS, **settings})
             _num_crops(settings)
+            if settings["num_img_tokens"] != tile.grid**2:
+                raise ValueError(f"num_img_tokens is {settings['num_img_tokens']}; a tile has {tile.grid**2} features.")
         token_id = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
         if token_id is None:
             raise UnsupportedModelError(f"The tokenizer does not know {_IMAGE_TOKEN!r}, which stands for features.")
@@ -110,26 +106,23 @@ class Phi3VRule(PictureRule):
     def layout(
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
-        self.placeholder(modality)
+        images_only(modality)
         settings = with_options(self.settings, options, fixed=frozenset({"num_img_tokens"}))
         with request_settings():
             num_crops = _num_crops(settings)
         edge = self.tile.edge
         # Reckoned on the picture lying down, as the reference does, which lays tall ones on their side.
-        is_tall = width < height
-        long, short = (height, width) if is_tall else (width, height)
-        long, short = fitted(long, short, edge, num_crops)
+        long, short = fitted(max(width, height), min(width, height), edge, num_crops)
         gap = -short % edge
-        before = gap // 2
-        if is_tall:
+        before, behind = gap // 2, gap - gap // 2
+        if width < height:
             # Pillow resizes the width first, and rounds; a picture on its side has its height in that place.
             resizes = (Resize(width, long, "bilinear"), Resize(short, long, "bilinear"))
-            pad = Pad(before, 0, gap - before, 0, _WHITE)
+            pad = Pad(before, 0, behind, 0, _WHITE)
         else:
             resizes = (Resize(long, short, "bilinear"),)
-            pad = Pad(0, before, 0, gap - before, _WHITE)
-        made = output_size((*resizes, pad), width, height)
-        cols, rows = made[0] // edge, made[1] // edge
+            pad = Pad(0, before, 0, behind, _WHITE)
+        cols, rows = (length // edge for length in output_size((*resizes, pad), width, height))
         mosaic = View((*resizes, pad), edge, edge, rows, cols)
         return MediaLayout(
             plan=PixelPlan(width=width, height=height, views=(mosaic,)),

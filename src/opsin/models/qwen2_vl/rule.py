@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import msgspec
 import numpy as np
@@ -28,12 +28,12 @@ from opsin.models.pictures import (
     with_options,
 )
 from opsin.models.rule import Placeholder, Positions, TokenIds, TokenRun
-from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample
+from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample, spaced
 from opsin.types import Clip, MediaItem, MediaLayout, Modality, PixelPlan, Resize, View
 
 _MAX_ASPECT_RATIO = 200
 _IMAGE_TOKEN, _VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-_GEOMETRY = ("patch_size", "merge_size", "temporal_patch_size")
+GEOMETRY = ("patch_size", "merge_size", "temporal_patch_size")
 _TOWER_GEOMETRY = (("patch_size", 14), ("spatial_merge_size", 2), ("temporal_patch_size", 2))
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "Qwen2VLImageProcessor": {
@@ -76,6 +76,11 @@ class Qwen2VLRule(PictureRule):
         tokens_per_second: how fast a video's positions count; None counts the grid's steps.
     """
 
+    family: ClassVar[str] = "Qwen2-VL and Qwen2.5-VL"
+    video_processors: ClassVar[Mapping[str, Mapping[str, Any]]] = _VIDEO_PROCESSORS
+    default_video_processor: ClassVar[str] = "Qwen2VLVideoProcessor"
+    default_patch_size: ClassVar[int] = 14
+
     patch_size: int
     merge_size: int
     frames_per_patch: int
@@ -85,14 +90,12 @@ class Qwen2VLRule(PictureRule):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
-        name, settings = read_settings(
-            processor, _PROCESSORS, default="Qwen2VLImageProcessor", family="Qwen2-VL and Qwen2.5-VL"
-        )
-        vision = config.get("vision_config") or {}
+        name, settings = read_settings(processor, _PROCESSORS, default="Qwen2VLImageProcessor", family=cls.family)
+        vision = {"patch_size": cls.default_patch_size, **(config.get("vision_config") or {})}
         built = tuple(vision.get(key, default) for key, default in _TOWER_GEOMETRY)
-        given = tuple(settings[key] for key in _GEOMETRY)
+        given = tuple(settings[key] for key in GEOMETRY)
         if built != given:
-            raise UnsupportedModelError(f"The {name} config has {_GEOMETRY} = {given}, but vision_config has {built}.")
+            raise UnsupportedModelError(f"The {name} config has {GEOMETRY} = {given}, but vision_config has {built}.")
         token_id = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
         if token_id is None or token_id != config.get("image_token_id", token_id):
             raise UnsupportedModelError(
@@ -100,18 +103,18 @@ class Qwen2VLRule(PictureRule):
                 f"{config.get('image_token_id')}. They must be the same."
             )
         video_name, video_settings = read_video_settings(
-            processor, _VIDEO_PROCESSORS, default="Qwen2VLVideoProcessor", family="Qwen2-VL and Qwen2.5-VL"
+            processor, cls.video_processors, default=cls.default_video_processor, family=cls.family
         )
         for of, made in ((name, settings), (video_name, video_settings)):
             with checkpoint_settings(of):
-                made["size"] = _pixel_bounds(made)
+                made["size"] = pixel_bounds(made)
                 norm = read_norm(made)
                 read_resample(made)
             made["min_pixels"] = made["max_pixels"] = None  # said by size from here on, which options may override
         norm = read_norm(settings)
-        if norm != read_norm(video_settings) or any(video_settings[key] != settings[key] for key in _GEOMETRY):
+        if norm != read_norm(video_settings) or any(video_settings[key] != settings[key] for key in GEOMETRY):
             raise UnsupportedModelError(
-                f"The {video_name} config differs from the {name} config in {', '.join(_GEOMETRY)} or in how pixels "
+                f"The {video_name} config differs from the {name} config in {', '.join(GEOMETRY)} or in how pixels "
                 "are normalised; the tower takes one of each."
             )
         video_id = tokenizer.convert_tokens_to_ids(_VIDEO_TOKEN)
@@ -138,37 +141,61 @@ class Qwen2VLRule(PictureRule):
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
         images_only(modality)
-        settings = with_options(self.settings, options, fixed=frozenset(_GEOMETRY), others=self.video_settings)
+        settings = with_options(self.settings, options, fixed=frozenset(GEOMETRY), others=self.video_settings)
         with request_settings():
-            bounds = _pixel_bounds(settings)
-        return self._layout(width, height, (0,), settings, bounds["shortest_edge"], bounds["longest_edge"])
+            bounds = pixel_bounds(settings)
+        least, most = bounds["shortest_edge"], bounds["longest_edge"]
+        return self.laid_out(width, height, (0,), settings, lambda: smart_resize(width, height, self.unit, least, most))
 
     def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
-        settings = with_options(self.video_settings, options, fixed=frozenset(_GEOMETRY), others=self.settings)
+        settings = with_options(self.video_settings, options, fixed=frozenset(GEOMETRY), others=self.settings)
         clip = sample(clip, settings, options, lambda clip: _sampled(clip, settings, self.frames_per_patch))
-        padding = -len(clip.frames) % self.frames_per_patch
-        frames = (*clip.frames, *clip.frames[-1:] * padding)
         with request_settings():
-            bounds = _pixel_bounds(settings)
+            bounds = pixel_bounds(settings)
         least, most = bounds["shortest_edge"], bounds["longest_edge"]
         if settings["cap_pixels_per_frame"]:
-            unit = self.patch_size * self.merge_size
-            total = int(settings["max_video_tokens"] * unit * unit * 0.9)
+            total = int(settings["max_video_tokens"] * self.unit * self.unit * 0.9)
             most = max(min(most, total * self.frames_per_patch // len(clip.frames)), int(least * 1.05))
-        layout = self._layout(clip.width, clip.height, frames, settings, least, most)
+        width, height = clip.width, clip.height
+        layout = self.laid_out(
+            width,
+            height,
+            self.padded(clip.frames),
+            settings,
+            lambda: smart_resize(width, height, self.unit, least, most),
+        )
         if self.tokens_per_second is None:
             return layout
         return msgspec.structs.replace(layout, times=(self.frames_per_patch / clip.chosen_fps,))
 
-    def _layout(
-        self, width: int, height: int, frames: tuple[int, ...], settings: Mapping[str, Any], least: int, most: int
+    @property
+    def unit(self) -> int:
+        """Pixels along a feature's side."""
+        return self.patch_size * self.merge_size
+
+    def padded(self, frames: tuple[int, ...]) -> tuple[int, ...]:
+        """A video's frames in whole patches, the last one repeated."""
+        return (*frames, *frames[-1:] * (-len(frames) % self.frames_per_patch))
+
+    def laid_out(
+        self,
+        width: int,
+        height: int,
+        frames: tuple[int, ...],
+        settings: Mapping[str, Any],
+        fit: Callable[[], tuple[int, int]],
     ) -> MediaLayout:
-        unit = self.patch_size * self.merge_size
+        """The layout of these frames.
+
+        Args:
+            fit: makes their size, in units, where they are to be resized.
+        """
+        unit = self.unit
         ops: tuple[Resize, ...] = ()
         if settings["do_resize"]:
             with request_settings():
                 resample = read_resample(settings)
-            ops = (Resize(*smart_resize(width, height, unit, least, most), resample),)
+            ops = (Resize(*fit(), resample),)
         elif width % unit or height % unit:
             raise RequestError(
                 f"Without do_resize, sides must be multiples of {unit}, not {width} x {height}.",
@@ -240,7 +267,7 @@ class Qwen2VLRule(PictureRule):
             start = token_ids.index(token_id, done)
             steps = item.layout.numbers[0]
             rows, cols = (size // self.merge_size for size in item.layout.numbers[1:])
-            parts.append(_counted(position, start - done))
+            parts.append(text_positions(position, start - done))
             position += start - done
             counted = np.indices((steps, rows, cols)).reshape(3, -1)
             if item.layout.times and self.tokens_per_second is not None:
@@ -249,7 +276,7 @@ class Qwen2VLRule(PictureRule):
             parts.append(counted + position)
             position += int(counted.max()) + 1
             done = start + steps * rows * cols
-        parts.append(_counted(position, len(token_ids) - done))
+        parts.append(text_positions(position, len(token_ids) - done))
         axes = np.concatenate(parts, axis=1).tolist()
         return Positions(axes, delta=position - done)
 
@@ -293,8 +320,7 @@ def _sampled(clip: Clip, settings: Mapping[str, Any], factor: int) -> Sequence[i
         return range(total)
     if not 1 <= count <= total:
         raise ValueError(f"{count} frames cannot be sampled from a video of {total}; choose another num_frames or fps.")
-    step = total / count
-    return [math.floor(i * step) for i in range(math.ceil(total / step))]
+    return spaced(total, count)
 
 
 def _mark(token: str, token_id: int) -> Placeholder:
@@ -302,7 +328,7 @@ def _mark(token: str, token_id: int) -> Placeholder:
     return Placeholder(f"<|vision_start|>{token}<|vision_end|>", token_id, re.escape(token))
 
 
-def _pixel_bounds(settings: Mapping[str, Any]) -> dict[str, int]:
+def pixel_bounds(settings: Mapping[str, Any]) -> dict[str, int]:
     """{"shortest_edge", "longest_edge"}: despite their names, areas. ``ValueError`` where they are not."""
     size = dict(settings["size"]) if isinstance(settings["size"], Mapping) else {}
     for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
@@ -318,5 +344,6 @@ def _pixel_bounds(settings: Mapping[str, Any]) -> dict[str, int]:
     return size
 
 
-def _counted(position: int, count: int) -> np.ndarray:
+def text_positions(position: int, count: int) -> np.ndarray:
+    """(3, count): all axes alike."""
     return np.tile(np.arange(position, position + count), (3, 1))
