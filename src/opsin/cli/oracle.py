@@ -19,6 +19,7 @@ from PIL import Image
 _PICTURE_INPUTS = frozenset(
     {"pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images"}
 )
+_WHOLE_PROCESSORS = ("mistral3",)  # whose picture processor alone prepares pictures for another patch size
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Oracle:
 
     Raises:
         ValueError: transformers has no such architecture.
+        ImportError: it needs what is not installed.
     """
 
     def __init__(self, folder: Path, device: Any, dtype: Any) -> None:
@@ -57,6 +59,8 @@ class Oracle:
         self._device = device
         self._image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
         self._processor = _processor(folder)
+        if self._processor is None and config.model_type in _WHOLE_PROCESSORS:
+            raise ImportError("its processor needs torchvision (pip install torchvision)")
         self._image_options = _image_options(config.model_type)
         self._image_token_id = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
 
@@ -94,10 +98,10 @@ class Oracle:
         )
 
     def _processed(self, prompt: str, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-        if self._processor is not None:
-            return dict(self._processor(text=[prompt], images=list(pictures) or None, return_tensors="pt"))
-        if not pictures:
+        if not pictures:  # not every processor takes text alone
             return {}
+        if self._processor is not None:
+            return dict(self._processor(text=[prompt], images=list(pictures), return_tensors="pt"))
         return dict(self._image_processor(images=list(pictures), return_tensors="pt", **self._image_options))
 
 
