@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 import opsin
-from opsin.cli import bench, chat, collect_env, flags, models, run, serve
+from opsin.cli import bench, chat, collect_env, flags, models, pick, run, serve
 from opsin.errors import OpsinError
 
-COMMANDS = (run, chat, serve, models, bench, collect_env)
+COMMANDS = (run, chat, pick, serve, models, bench, collect_env)
 
 
 def build_parser() -> flags.Parser:
