@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
-import queue
-import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar, Unpack
 
 from opsin.config import EngineConfig, EngineSettings
@@ -23,6 +20,7 @@ from opsin.engine.front import Front, template_text
 from opsin.engine.histogram import Histogram
 from opsin.engine.remote import Watch
 from opsin.engine.spawn import spawn_front
+from opsin.engine.thread import FrontThread
 from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
 from opsin.media.fetcher import Fetcher
@@ -39,39 +37,11 @@ from opsin.processing.prompts import Prompt
 from opsin.runner.executor import MemoryPlan
 from opsin.types import ModelSpec
 
-logger = logging.getLogger(__name__)
-
 Output = RequestOutput | PoolingRequestOutput
 T = TypeVar("T")
 P = TypeVar("P", SamplingParams, PoolingParams)
 
 _NUM_READERS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Caller:
-    """Where a request's outputs go: a queue that belongs to an event loop."""
-
-    loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue[Output | BaseException]
-
-    def send(self, item: Output | BaseException) -> None:
-        _send(self.loop, [(self.outputs, item)])
-
-
-_Mail = tuple["asyncio.Queue[Output | BaseException]", Output | BaseException]
-
-
-def _send(loop: asyncio.AbstractEventLoop, mail: Sequence[_Mail]) -> None:
-    try:
-        loop.call_soon_threadsafe(_hand_out, mail)
-    except RuntimeError:  # the loop was closed with the requests still running
-        logger.debug("A caller's event loop is closed; its output is dropped.")
-
-
-def _hand_out(mail: Sequence[_Mail]) -> None:
-    for outputs, item in mail:
-        outputs.put_nowait(item)
 
 
 class AsyncLLM:
@@ -112,15 +82,10 @@ class AsyncLLM:
     def _begin(self, config: EngineConfig, front: Front) -> None:
         self.config = config
         self._front = front
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._callers: dict[str, _Caller] = {}  # the engine thread's own
         self._ids = itertools.count()
-        self._dead: EngineDeadError | None = None
         self._fetcher = Fetcher(self.config.media)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="opsin-read")
-        self._posting = threading.Lock()  # nothing is posted after the thread has looked for the last time
-        self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
-        self._thread.start()
+        self._thread = FrontThread(front)
 
     def __enter__(self) -> Self:
         return self
@@ -285,21 +250,9 @@ class AsyncLLM:
         Raises:
             As ``generate``.
         """
-        caller = _Caller(asyncio.get_running_loop(), asyncio.Queue())
-        if not self._post(lambda: self._start(processed, output_kind, caller)):
-            raise self._dead or EngineDeadError("The engine has stopped.")
-        finished = False
-        try:
-            while not finished:
-                item = await caller.outputs.get()
-                if isinstance(item, BaseException):
-                    finished = True
-                    raise item
-                finished = item.finished
-                yield item
-        finally:
-            if not finished:
-                self._post(lambda: self._abort(processed.request.request_id, caller))
+        async with contextlib.aclosing(self._thread.stream(processed, output_kind)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, on a thread beside the event loop; special tokens in it are recognised."""
@@ -313,7 +266,7 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream ends with ``finish_reason="abort"``. Unknown and finished ones are ignored."""
-        self._post(lambda: self._abort(request_id))
+        self._thread.abort(request_id)
 
     # --------------------------------------------------------------------------------------- facts
 
@@ -340,12 +293,12 @@ class AsyncLLM:
     @property
     def is_running(self) -> bool:
         """False for good once the engine has failed or was shut down."""
-        return self._dead is None
+        return self._thread.is_running
 
     @property
     def is_ready(self) -> bool:
         """Requests are taken now; False for a while when an engine process is started again."""
-        return self._dead is None and self._front.engine.is_ready
+        return self._thread.is_running and self._front.engine.is_ready
 
     @property
     def facts(self) -> EngineFacts:
@@ -358,8 +311,7 @@ class AsyncLLM:
         Raises:
             EngineDeadError: why it has.
         """
-        if self._dead is not None:
-            raise self._dead
+        self._thread.require_running()
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters by name, as of now; counters end in ``_total``."""
@@ -377,14 +329,22 @@ class AsyncLLM:
         """What ``generate`` uses when it is given none."""
         return self._front.inputs.default_sampling_params()
 
+    def picture_tokens(self, width: int, height: int) -> int:
+        """What a picture of this size costs in the prompt.
+
+        Raises:
+            RequestError: the model takes no pictures, or none of this size.
+        """
+        options = self.config.media.mm_processor_kwargs
+        return self._front.inputs.rule.layout("image", width, height, 1, options).num_features
+
     def get_chat_template(self, *, tools: bool = False) -> str | None:
         """The model's chat template; ``tools`` asks for the one that shows tools, where there are two."""
         return self._front.inputs.chat_template(tools=tools)
 
     def shutdown(self) -> None:
         """Abort what runs, stop the thread and the media workers, and free the device's memory."""
-        self._post(None)
-        self._thread.join()
+        self._thread.stop()
         self._fetcher.close()
         self._readers.shutdown(wait=False)  # what they still make is refused when it is posted
 
@@ -428,89 +388,6 @@ class AsyncLLM:
         if not references:
             return []
         return await asyncio.gather(*(one(reference) for reference in references))
-
-    def _post(self, work: Callable[[], None] | None) -> bool:
-        """Have the engine's thread do something (None: stop); False when it has stopped."""
-        with self._posting:
-            if self._dead is not None:
-                return False
-            self._work.put(work)
-        self._front.engine.wake()
-        return True
-
-    # --------------------------------------------------------------------------- on the engine's thread
-
-    def _run(self) -> None:
-        try:
-            while self._do_posted_work(wait=self._front.num_unfinished == 0 and not self._front.engine.has_work):
-                if self._front.engine.has_work:
-                    self._deliver()
-        except EngineDeadError as error:
-            self._die(error)
-        except Exception as error:
-            logger.exception("The engine's thread has failed.")
-            self._die(EngineDeadError(f"The engine's thread has failed: {error}"))
-        else:
-            self._die(EngineDeadError("The engine was shut down."))
-        self._front.close()
-
-    def _do_posted_work(self, wait: bool) -> bool:
-        """Do everything that was posted, waiting for the first if ``wait``; False when asked to stop."""
-        try:
-            work = self._work.get(block=wait)
-            while work is not None:
-                work()
-                work = self._work.get_nowait()
-        except queue.Empty:
-            return True
-        return False
-
-    def _deliver(self) -> None:
-        batch = self._front.step()
-        mail: dict[asyncio.AbstractEventLoop, list[_Mail]] = {}  # one call per step wakes each loop once
-        for request_id, error in batch.failures.items():
-            caller = self._callers.pop(request_id)
-            mail.setdefault(caller.loop, []).append((caller.outputs, error))
-        for output in batch.outputs:
-            caller = self._callers.pop(output.request_id) if output.finished else self._callers[output.request_id]
-            mail.setdefault(caller.loop, []).append((caller.outputs, output))
-        for loop, items in mail.items():
-            _send(loop, items)
-
-    def _start(self, processed: ProcessedRequest, kind: OutputKind, caller: _Caller) -> None:
-        if self._dead is not None:  # posted in time, but not begun
-            caller.send(self._dead)
-            return
-        try:
-            self._front.start(processed, kind)
-        except Exception as error:  # whatever one caller's arguments lead to, it is not the other callers' affair
-            caller.send(error)
-            return
-        self._callers[processed.request.request_id] = caller
-
-    def _abort(self, request_id: str, owner: _Caller | None = None) -> None:
-        """Abort a request; with ``owner``, only if the id is still that caller's."""
-        caller = self._callers.get(request_id)
-        if caller is None or owner not in (None, caller):
-            return
-        del self._callers[request_id]
-        output = self._front.abort(request_id)
-        if output is not None:
-            caller.send(output)
-
-    def _die(self, error: EngineDeadError) -> None:
-        with self._posting:
-            self._dead = error
-        for caller in self._callers.values():
-            caller.send(error)
-        self._callers.clear()
-        while True:  # requests that were posted and not yet begun
-            try:
-                work = self._work.get_nowait()
-            except queue.Empty:
-                return
-            if work is not None:
-                work()
 
 
 def _config(model: str, settings: EngineSettings) -> EngineConfig:

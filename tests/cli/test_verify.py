@@ -21,6 +21,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, captured.out, captured.err
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # transformers', of NumPy
 @pytest.mark.parametrize(
     "family", [family for family in FAMILIES if family.oracle is None], ids=lambda family: family.name
 )

@@ -66,8 +66,8 @@ def test_request_posted_behind_the_shutdown_is_told(folder: Path):
         asked_to_stop.wait(10)
 
     async def run():
-        engine._post(wait)
-        engine._post(None)
+        engine._thread.post(wait)
+        engine._thread.post(None)
         late = asyncio.create_task(collect(engine, asked(12)))
         await asyncio.sleep(0)  # it is posted, and then waits
         asked_to_stop.set()

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 import opsin
-from opsin.cli import bench, chat, collect_env, flags, models, run, serve, verify
+from opsin.cli import bench, chat, collect_env, flags, models, pick, run, serve, verify
 from opsin.errors import OpsinError
 
-COMMANDS = (run, chat, serve, models, bench, verify, collect_env)
+COMMANDS = (run, chat, pick, serve, models, bench, verify, collect_env)
 
 
 def build_parser() -> flags.Parser:

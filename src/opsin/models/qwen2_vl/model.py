@@ -60,7 +60,8 @@ class Qwen2VLModel(PictureModel):
     """One picture is one tile of its own size; two frames of a video are one, too."""
 
     def __init__(self, architecture: str, tower: QwenTower, decoder: Decoder) -> None:
-        super().__init__(architecture, decoder, num_position_axes=3)
+        deep = len(tower.config.deep_layers)
+        super().__init__(architecture, decoder, num_position_axes=3, num_deep_layers=deep)
         self.tower = tower
 
     @classmethod

@@ -1,0 +1,1 @@
+export VLLM_IMAGE_FETCH_TIMEOUT=<timeout>
