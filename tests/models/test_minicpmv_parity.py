@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from opsin.errors import UnsupportedModelError, WeightError
 from opsin.models.hub import find_model
-from opsin.models.towers.siglip_navit import nearest_below
+from opsin.models.towers.siglip_navit import part_below
 from opsin.models.weights import _slots, pack
 from opsin.processing import expand
 from opsin.processing.neutral import Rendered
@@ -108,14 +108,11 @@ def test_half_precision_stays_near_the_float32_reference(tiny: Write, name: str,
     assert error.max() <= 2 * most
 
 
-@pytest.mark.parametrize("side", [1, 2, 7, 32, 69, 70, 71, 1011])
-def test_nearest_below_finds_the_part_that_a_patch_begins_in(side: int):
-    found = nearest_below(side, 70).tolist()
-    assert len(found) == side
-    exact = [i * 70 // side for i in range(side)]
-    assert max(abs(a - b) for a, b in zip(found, exact, strict=True)) <= 1  # rounding decides at the borders
-    off = sum(a != b for a, b in zip(found, exact, strict=True))
-    assert off == 0 or side in (70, 1011)
+@pytest.mark.parametrize("side", [1, 2, 7, 25, 32, 69, 70, 71, 1011])
+def test_part_below_is_where_a_patch_begins(side: int):
+    parts = part_below(side, 70).tolist()
+    assert len(parts) == side
+    assert all(part * side <= i * 70 < (part + 1) * side for i, part in enumerate(parts))
 
 
 def test_encode_reads_nothing_back_from_the_device(tiny: Write):

@@ -181,6 +181,16 @@ def test_shipped_template_compiles(name: str) -> None:
     assert ChatTemplate(read_template(name), TOKENS).content_format in ("string", "openai")
 
 
+def test_paligemma_has_a_template_to_fall_back_on() -> None:
+    source = find_template(None, None, "paligemma")
+    assert source is not None
+    template = ChatTemplate(source, TOKENS)
+    content = [{"type": "text", "text": "caption en"}, {"type": "image"}, {"type": "image"}]
+    assert template.content_format == "openai"
+    assert template.render([{"role": "user", "content": content}]) == "<image><image>caption en"
+    assert template.render([{"role": "user", "content": "caption en"}]) == "caption en"
+
+
 def test_dse_template_ends_in_the_token_whose_state_is_the_vector() -> None:
     template = ChatTemplate(read_template("dse_qwen2_vl"), {})
     content = [{"type": "image"}, {"type": "text", "text": "What is shown?"}, {"type": "video"}, {"type": "image"}]

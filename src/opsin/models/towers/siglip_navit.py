@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,18 +55,15 @@ class SiglipNavitTower(nn.Module):
 
     def _positions(self, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Row of the table for each patch, int64 on the host."""
-        along = {side: nearest_below(side, self.num_positions) for side in {side for grid in grids for side in grid}}
-        return torch.cat(
-            [(along[rows].unsqueeze(1) * self.num_positions + along[cols]).flatten() for rows, cols in grids]
-        )
+        n = self.num_positions
+        places = [np.add.outer(part_below(rows, n) * n, part_below(cols, n)).ravel() for rows, cols in grids]
+        return torch.from_numpy(np.concatenate(places))
 
 
-def nearest_below(side: int, num_positions: int) -> torch.Tensor:
-    """For each of ``side`` patches, the last of ``num_positions`` equal parts that begins no later, int64.
+def part_below(side: int, num_parts: int) -> npt.NDArray[np.int64]:
+    """For each of ``side`` patches along a side, the last of ``num_parts`` equal parts that begins no later.
 
-    In float32, whose rounding decides where both begin at once. Source: HF ``Idefics2VisionEmbeddings``.
+    Exact, where HF's ``Idefics2VisionEmbeddings`` compares float32 numbers: of a patch and a part that begin together,
+    its rounding puts either first, by torch's version and the machine.
     """
-    step = (1 / torch.tensor(side)).item()
-    begins = torch.arange(0, 1 - 1e-6, step)
-    borders = torch.arange(1 / num_positions, 1.0, 1 / num_positions)
-    return torch.bucketize(begins, borders, right=True)
+    return np.arange(side) * num_parts // side
