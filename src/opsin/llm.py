@@ -43,6 +43,7 @@ P = TypeVar("P", SamplingParams, PoolingParams)
 Message = Mapping[str, Any]
 
 _MAX_SHOWN = 32  # outputs of larger calls keep no pictures for notebooks: a data set's would fill the memory
+_READ_PER_STEP = 16
 _QUEUE_FACTOR = 2  # requests handed to the engine ahead of those that can run, so that decoding pictures keeps ahead
 
 
@@ -373,6 +374,8 @@ class LLM:
         results: list[Output | OpsinError | None] = [None] * len(readers)
         index_of: dict[str, int] = {}
         most_waiting = _QUEUE_FACTOR * front.engine.facts.max_num_seqs
+        # The first pictures are decoded, and run, while later prompts are read; priorities must all be known first.
+        most_read = _READ_PER_STEP if priority is None else most_waiting
         position = 0
 
         def num_decoded() -> int:
@@ -391,7 +394,8 @@ class LLM:
         try:
             with between_steps() as interrupted:
                 while position < len(readers) or index_of:
-                    while position < len(readers) and front.num_unfinished < most_waiting and not interrupted():
+                    last = min(len(readers), position + most_read)
+                    while position < last and front.num_unfinished < most_waiting and not interrupted():
                         request_id = self._next_id()
                         index_of[request_id] = position
                         level = 0 if priority is None else priority[position]

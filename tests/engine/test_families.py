@@ -105,7 +105,7 @@ def test_generate_equals_transformers_batched_and_alone(
         {"max_num_batched_tokens": None, "pipeline_depth": 2},
         {"enable_prefix_caching": False},
         {"num_gpu_blocks_override": None, "block_size": 4, "pipeline_depth": 2},
-        {"max_num_batched_patches": 1, "vision_cache_gb": 2e-5, "pixel_buffer_gb": 1e-6},
+        {"max_num_batched_patches": 1, "vision_cache_gb": None, "pixel_buffer_gb": 1e-6},
     ],
     ids=["chunked", "no-prefix-cache", "preempted", "picture-by-picture"],
 )
@@ -113,7 +113,12 @@ def test_generate_under_any_budget_gives_the_same_tokens(
     make_llm: Callable[..., LLM], served: Served, expected: list[list[int]], settings: dict[str, Any]
 ):
     scarce = "num_gpu_blocks_override" in settings
-    least = {"max_num_batched_tokens": served.family.least_step, "num_gpu_blocks_override": served.family.num_blocks}
+    family = served.family
+    least = {
+        "max_num_batched_tokens": family.least_step,
+        "num_gpu_blocks_override": family.num_blocks,
+        "vision_cache_gb": family.least_features_gb,
+    }
     llm = make_llm(**settings | {name: value for name, value in least.items() if name in settings})
     for _ in range(2):  # the second time with whatever the first has cached
         assert ids(llm.generate(served.prompts, GREEDY, use_tqdm=False)) == expected

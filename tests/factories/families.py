@@ -30,6 +30,7 @@ from tests.factories import (
     paligemma,
     phi3_v,
     qwen2_vl,
+    qwen3_vl,
 )
 from tests.factories.gemma3 import Gemma3Shape
 from tests.factories.idefics3 import Idefics3Shape
@@ -39,6 +40,7 @@ from tests.factories.mistral3 import Mistral3Shape
 from tests.factories.paligemma import PaliGemmaShape
 from tests.factories.phi3_v import Phi3VShape
 from tests.factories.qwen2_vl import Qwen2VLShape
+from tests.factories.qwen3_vl import Qwen3VLShape
 from tests.factory import LlavaShape
 
 Size = tuple[int, int]  # width, height
@@ -77,6 +79,7 @@ class Family:
         asked: sizes of pictures by prompt; the second prompt has two pictures, and the fourth begins as the first.
         num_blocks: of 4 tokens; so few that some of ``asked`` are preempted, enough for the longest.
         least_step: the fewest tokens that a step may have.
+        least_features_gb: the smallest cache of features that holds the longest prompt's.
         is_prefix_lm: all tokens of a prompt see one another, so none of it can be taken from another's.
         closing: what the processor writes behind every prompt.
         options: a request's ``mm_processor_kwargs``, and what they are for transformers' processor.
@@ -103,6 +106,7 @@ class Family:
     )
     num_blocks: int = 40
     least_step: int = 7
+    least_features_gb: float = 2e-5
     is_prefix_lm: bool = False
     closing: str = ""
     options: Sequence[tuple[dict[str, Any], dict[str, Any]]]
@@ -464,4 +468,39 @@ MISTRAL3 = Family(
     refused=[((150, 1), {}, MediaError, "too narrow")],
 )
 
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, INTERNVL, IDEFICS3, MISTRAL3, PALIGEMMA, PHI3_V, GEMMA3)
+QWEN3_VL = Family(
+    name="qwen3_vl",
+    write=qwen3_vl.write_qwen3_vl,
+    hf_inputs=qwen3_vl.hf_inputs,
+    image=qwen2_vl.IMAGE,
+    shapes={
+        "deep-2": Qwen3VLShape(),
+        "deep-2-layers-2-tied": Qwen3VLShape(num_layers=2, tied=True, num_kv_heads=1),
+        "deep-1": Qwen3VLShape(deep_layers=(1,), position_edge=7, num_kv_heads=4),
+        "shallow": Qwen3VLShape(deep_layers=(), text_extra=(("attention_bias", True),)),
+    },
+    paged=("deep-2", "deep-1"),
+    towers=("deep-2", "shallow"),
+    served=("deep-2", "deep-1"),
+    least_features_gb=6e-5,
+    hub_configs=hub_configs.QWEN3_VL,
+    options=[({}, {}), ({"max_pixels": 1024}, {"size": {"shortest_edge": 1024, "longest_edge": 1024}})],
+    embeddings=_qwen_embeddings,
+    bad_embeddings=lambda parts, layouts: (parts, "image_grid_thw"),
+    refused=[((900, 3), {}, MediaError, "200 times")],
+    renamed=False,
+)
+
+FAMILIES = (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_VL,
+    INTERNVL,
+    IDEFICS3,
+    MISTRAL3,
+    PALIGEMMA,
+    PHI3_V,
+    GEMMA3,
+    QWEN3_VL,
+)

@@ -32,7 +32,7 @@ from tests.factory import VOCAB_SIZE, redraw_weights, write_chatml_tokenizer, wr
 PATCH_SIZE = 8
 UNIT = 2 * PATCH_SIZE
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-_SIGNS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SIGNS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class Qwen2VLShape:
 
 def write_qwen2_vl(folder: Path, shape: Qwen2VLShape) -> Path:
     """Save a complete random checkpoint of ``shape`` in ``folder``; the same shape gives the same weights."""
-    tokenizer = write_chatml_tokenizer(folder, _SIGNS, IMAGE)
+    tokenizer = write_chatml_tokenizer(folder, SIGNS, IMAGE)
     build_qwen2_vl(shape, tokenizer).save_pretrained(folder)
     write_generation_config(folder, tokenizer)
     size = {"shortest_edge": 4 * UNIT**2, "longest_edge": shape.max_pixels}
@@ -101,14 +101,14 @@ def build_qwen2_vl(shape: Qwen2VLShape, tokenizer: PreTrainedTokenizerFast) -> A
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=shape.tied,
-        **{f"{name}_token_id": tokenizer.vocab[token] for name, token in _TOKENS.items()},
+        **{f"{name}_token_id": tokenizer.vocab[token] for name, token in TOKENS.items()},
     )
     model = model_class(config).eval()
     redraw_weights(model, shape.seed)
     return model.to(getattr(torch, shape.dtype))
 
 
-_TOKENS = {
+TOKENS = {
     "image": "<|image_pad|>",
     "video": "<|video_pad|>",
     "vision_start": "<|vision_start|>",
@@ -153,7 +153,7 @@ def hf_inputs(
         inputs |= dict(pictures(list(images), return_tensors="pt", **options))
         text = _expanded(text, "<|image_pad|>", lambda i: Qwen2VLProcessor.replace_image_token(processor, inputs, i))
     if videos:
-        made = [_video_patches(pictures, frames, options) for frames in videos]
+        made = [video_patches(pictures, frames, options) for frames in videos]
         inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in made])
         inputs["video_grid_thw"] = torch.tensor([grid for _, grid in made])
         if _model_type(folder) == "qwen2_5_vl":
@@ -187,7 +187,7 @@ def positions(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=1)[:, None]
 
 
-def _video_patches(
+def video_patches(
     pictures: Any, frames: Sequence[Image.Image], options: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
     frames = [*frames, *([frames[-1]] * (len(frames) % 2))]

@@ -233,7 +233,9 @@ class Oracle:
         """Of all pictures, packed."""
         text = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         media = {name: x for name, x in inputs.items() if name not in text}
-        return torch.cat(list(self.model.model.get_image_features(**media).pooler_output))
+        made = self.model.model.get_image_features(**media)
+        deeper = getattr(made, "deepstack_features", ())
+        return torch.cat([torch.cat(list(parts)) for parts in (made.pooler_output, *deeper)], dim=1)
 
     @torch.inference_mode()
     def generate(self, inputs: Mapping[str, torch.Tensor], num_tokens: int) -> list[int]:

@@ -146,7 +146,7 @@ def test_encode_reads_nothing_back_from_the_device(tiny: Tiny, family: Family, n
     pack(model)
     tiles, layouts = Driver(folder).read(pictures(family.sizes))
     features = model.encode([[tile.to("meta") for tile in item] for item in tiles], layouts)
-    assert features.shape == (sum(layout.num_features for layout in layouts), model.spec.hidden_size)
+    assert features.shape == (sum(layout.num_features for layout in layouts), model.spec.feature_width)
     with pytest.raises(RuntimeError, match="meta"):
         torch.empty(1, device="meta").item()
 

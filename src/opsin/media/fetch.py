@@ -160,6 +160,26 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     return data
 
 
+def decode_frames_url(url: str, config: MediaConfig) -> list[bytes] | None:
+    """The pictures in ``data:video/jpeg;base64,<frame>,<frame>,...``, as vLLM's users send frames; None for another URL.
+
+    Raises:
+        MediaError: ``invalid_base64_video``, ``video_file_too_large``, or more than ``max_video_frames``.
+    """
+    head, _, body = url.partition(",")
+    if head.lower() != "data:video/jpeg;base64":
+        return None
+    count = body.count(",") + 1
+    if count > config.max_video_frames:
+        raise MediaError(
+            f"The video has {count} frames; at most {config.max_video_frames} are taken (max_video_frames).",
+            code="video_too_large",
+        )
+    with said_of_videos():
+        check_num_bytes(len(body) // 4 * 3, config.max_media_bytes)
+        return [decode_data_url(f"{head},{frame}", config.max_media_bytes) for frame in body.split(",")]
+
+
 def _read_local(url: str, config: MediaConfig) -> bytes:
     if config.allowed_local_media_path is None:
         raise _refusal("file: URLs are not allowed here (allowed_local_media_path).")

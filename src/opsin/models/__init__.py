@@ -62,6 +62,7 @@ MODELS: tuple[Family, ...] = (
     _family("PaliGemmaForConditionalGeneration", "paligemma", "PaliGemma"),
     _family("Qwen2VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
     _family("Qwen2_5_VLForConditionalGeneration", "qwen2_vl", "Qwen2VL"),
+    _family("Qwen3VLForConditionalGeneration", "qwen3_vl", "Qwen3VL"),
     _family("SmolVLMForConditionalGeneration", "idefics3", "Idefics3"),
 )
 

@@ -153,9 +153,13 @@ class OutputProcessor:
 
 
 class _Answer:
-    """One growing answer."""
+    """One growing answer.
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
+    Args:
+        is_told_once: nobody sees it before its end, so that its text can be made there at once.
+    """
+
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer, is_told_once: bool) -> None:
         self._index = index
         self._params = params
         self._tokenizer = tokenizer
@@ -165,6 +169,7 @@ class _Answer:
         self._stops = StopStrings(params.stop) if params.stop else None
         self._pieces: list[str] = []  # released text, not yet joined
         self._held = ""  # text that may be the beginning of a stop string
+        self._unread: list[int] | None = [] if is_told_once and self._detokenizer and not self._stops else None
         self.token_ids: list[int] = []
         self.logprobs: SampleLogprobs | None = [] if params.logprobs is not None else None
         self.cumulative_logprob: float | None = 0.0 if params.logprobs is not None else None
@@ -183,10 +188,14 @@ class _Answer:
                 self._take_logprobs(update.logprobs[i])
             last = i == len(update.token_ids) - 1
             shown = not (last and ends_by_token and not self._params.include_stop_str_in_output)
-            if self._detokenizer is not None and shown and self._release(self._detokenizer.add(token)):
+            if self._detokenizer is None or not shown:
+                continue
+            if self._unread is not None:
+                self._unread.append(token)
+            elif self._release(self._detokenizer.add(token)):
                 return True
         if update.finish_reason is not None:
-            if self._detokenizer is not None and self._release(self._detokenizer.flush()):
+            if self._release(self._rest()):
                 return False  # it had ended anyway, but the stop string is the better reason
             self._end(update.finish_reason)
             ends_by_itself = not self._params.ignore_eos and update.stop_token_id in self._tokenizer.eos_token_ids
@@ -196,8 +205,7 @@ class _Answer:
 
     def abort(self) -> None:
         if self.finish_reason is None:
-            if self._detokenizer is not None:
-                self._held += self._detokenizer.flush()
+            self._held += self._rest()
             self._end("abort")
 
     def output(self, delta: bool) -> CompletionOutput:
@@ -220,6 +228,12 @@ class _Answer:
     @property
     def has_news(self) -> bool:
         return self._told_tokens < len(self.token_ids) or (self.finish_reason is not None and not self._told_end)
+
+    def _rest(self) -> str:
+        """The text that is still to come at the answer's end."""
+        if self._detokenizer is None:
+            return ""
+        return self._detokenizer.flush() if self._unread is None else self._detokenizer.read(self._unread)
 
     def _release(self, text: str) -> bool:
         """Pass on new text, but for what may begin a stop string; True when one is complete, which ends the answer."""
@@ -276,7 +290,7 @@ class _Request:
         self._spellings = processed.answers
         self._values: list[list[bytes]] = [[] for _ in children]
         self.answers = [
-            _Answer(i, params if isinstance(params, SamplingParams) else SamplingParams(), tokenizer)
+            _Answer(i, params if isinstance(params, SamplingParams) else SamplingParams(), tokenizer, kind == "final")
             for i in range(len(children))
         ]
         self._prompt = processed.prompt

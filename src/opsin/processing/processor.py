@@ -20,6 +20,7 @@ import numpy as np
 from opsin.config import MediaConfig
 from opsin.errors import ContextLengthError, RequestError
 from opsin.media.clips import EncodedVideo, FrameChoice, FrameSequence, VideoSource
+from opsin.media.fetch import decode_frames_url
 from opsin.media.prober import VideoProber
 from opsin.media.source import PictureSource
 from opsin.models.rule import MediaRule, Placeholder
@@ -166,9 +167,9 @@ class InputProcessor:
             chat_template_kwargs=chat_template_kwargs,
         )
         FrameChoice.of(media_io_kwargs)  # before anything is fetched
-        chat = dataclasses.replace(chat, media_io_kwargs=media_io_kwargs)
         self._check_limits([reference.modality for reference in chat.media], "messages")
-        return chat
+        media = [self._with_frames(reference) for reference in chat.media]
+        return dataclasses.replace(chat, media=media, media_io_kwargs=media_io_kwargs)
 
     def open_reference(
         self,
@@ -264,6 +265,17 @@ class InputProcessor:
     def _opener(self, media_io_kwargs: Mapping[str, Any] | None) -> Opener:
         choice = FrameChoice.of(self._media.media_io_kwargs, media_io_kwargs)
         return Opener(self._media, self.spec.feature_width, self._probe, choice)
+
+    def _with_frames(self, reference: MediaReference) -> MediaReference:
+        """The frames themselves in place of a URL that holds them."""
+        if reference.modality != "video" or not isinstance(reference.value, str):
+            return reference
+        try:
+            frames = decode_frames_url(reference.value, self._media)
+        except RequestError as error:
+            error.param = error.param or reference.param
+            raise
+        return reference if frames is None else dataclasses.replace(reference, value=frames)
 
     def _layout(self, source: PictureSource | VideoSource, options: Mapping[str, Any]) -> MediaLayout:
         if isinstance(source, EncodedVideo | FrameSequence):
