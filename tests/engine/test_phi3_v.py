@@ -13,6 +13,7 @@ from PIL import Image
 
 from opsin import LLM, RequestError, SamplingParams
 from opsin.processing.jinja import ChatTemplate, read_template
+from opsin.processing.tokenizer import Tokenizer
 from tests.engine.conftest import assert_idle, engines_over, picture
 from tests.factories.phi3_v import Phi3VShape, hf_inputs, write_phi3_v
 
@@ -49,6 +50,13 @@ def test_remote_code_is_never_run_whether_trusted_or_not(make_llm: Callable[...,
     prompt, image = "<|user|>\n<|image_1|>\nWhat?<|end|>\n", picture(1, 90, 70)
     expected = hf_inputs(folder, prompt, [image])["input_ids"][0].tolist()
     assert ids(make_llm(trust_remote_code=trust), prompt, [image]) == expected
+
+
+def test_tokenizer_opens_without_a_word(folder: Path, caplog: pytest.LogCaptureFixture, capfd: Any):
+    """transformers has no code for this model, and would say so three times."""
+    Tokenizer.from_folder(folder)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
 
 
 def test_num_crops_of_a_request_goes_before_the_engine_s(make_llm: Callable[..., LLM], folder: Path):

@@ -194,12 +194,13 @@ class Tokenizer:
 
 
 def _foreign_config(folder: Path) -> Any:
-    """The config of a checkpoint that transformers has no code for, which it would read alike, but with a warning that
+    """The config of a checkpoint that transformers has no code for, which it would read alike, but with warnings that
     its users need not heed; None where it has."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values.pop("rope_scaling", None)  # Phi-3-vision's is of a kind that has another name today
     is_foreign = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
     return PreTrainedConfig.from_dict(values) if is_foreign else None
 
