@@ -309,6 +309,16 @@ class LLM:
         """The model's dimensions."""
         return self._front.inputs.spec
 
+    @property
+    def device(self) -> str:
+        """The torch device that the model runs on."""
+        return self._front.engine.facts.device
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights and activations, by name."""
+        return self._front.engine.facts.dtype
+
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model."""
         return self._front.inputs.tokenizer.hf
