@@ -97,6 +97,7 @@ class Gate:
 
         try:
             client = self._keys.check(headers.get(b"authorization", b"")) if scope["path"] not in OPEN else None
+            scope["state"]["client"] = client or ""
             if scope["method"] == "POST":  # what costs something
                 with self._quotas.enter(client or (scope.get("client") or ("",))[0]):
                     await self._app(scope, receive, send_named)

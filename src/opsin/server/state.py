@@ -20,6 +20,7 @@ from opsin.server.config import ServerConfig
 from opsin.server.errors import ModelNotFoundError
 from opsin.server.gate import request_id_from
 from opsin.server.metrics import Metrics
+from opsin.server.remembered import RememberedMedia
 from opsin.server.requests import Request, decode
 from opsin.server.transport import read_body
 
@@ -46,6 +47,7 @@ class ServerState:
     created: int = field(default_factory=lambda: int(time.time()))
     counter: itertools.count[int] = field(default_factory=itertools.count)
     tool_parser: str | None = None
+    remembered: RememberedMedia = field(default_factory=RememberedMedia)
 
     async def read(self, http: HTTPRequest, kind: type[T]) -> T:
         """Read and decode a body, and see that it asks for the model that is here.
@@ -65,6 +67,10 @@ class ServerState:
             )
         if request.chat_template is not None and not ("{{" in request.chat_template or "{%" in request.chat_template):
             raise RequestError("chat_template must be jinja text.", param="chat_template")  # and never a path
+        messages = getattr(request, "messages", None)
+        if messages:
+            client = http.scope["state"].get("client", "")
+            request.messages = self.remembered.resolve(messages, client, request.cache_salt or "")  # type: ignore[attr-defined]
         return request
 
     def name_of(self, http: HTTPRequest, request: Request, prefix: str) -> str:
@@ -94,7 +100,7 @@ class ServerState:
         continues = bool(request.continue_final_message)
         with blame("messages"):
             return await self.engine.prepare_chat(
-                _without_uuids(messages),
+                messages,
                 params,
                 self.engine_id(name),
                 priority=request.priority or 0,
@@ -160,29 +166,3 @@ def prompts_of(given: str | list[str | int | list[int]] | None, param: str) -> l
     if ids:
         raise RequestError(f"{param} mixes token ids with whole prompts; send either.", param=param)
     return [item for item in given if not isinstance(item, int)]
-
-
-def _without_uuids(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages whose pictures go by their content alone.
-
-    A uuid names a picture for the caches. Believed from strangers, one could read or spoil another's; and since the
-    picture is sent along anyway, its bytes name it as well.
-    """
-    plain: list[Mapping[str, Any]] = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [
-                {key: value for key, value in part.items() if key != "uuid"} if _has_media(part) else part
-                for part in content
-            ]
-            message = {**message, "content": parts}
-        plain.append(message)
-    return plain
-
-
-def _has_media(part: object) -> bool:
-    """Whether a part brings the picture that its uuid names."""
-    return (
-        isinstance(part, dict) and "uuid" in part and any(part.get(key) for key in part if key not in ("type", "uuid"))
-    )

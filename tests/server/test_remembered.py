@@ -1,0 +1,91 @@
+"""Pictures that are named once and not sent again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from opsin import AsyncLLM
+from opsin.errors import RequestError
+from opsin.server.app import create_app
+from opsin.server.config import ServerConfig
+from opsin.server.remembered import RememberedMedia
+from tests.server.conftest import NAME, data_url, serving
+
+URL = "/v1/chat/completions"
+
+
+def part(url: str | None, uuid: str | None = None) -> dict[str, Any]:
+    made: dict[str, Any] = {"type": "image_url", "image_url": None if url is None else {"url": url}}
+    return made if uuid is None else {**made, "uuid": uuid}
+
+
+def ask(client: httpx.Client, *parts: dict[str, Any], **fields: Any) -> httpx.Response:
+    content = [*parts, {"type": "text", "text": "What is this?"}]
+    body = {"model": NAME, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 6}
+    return client.post(URL, json={**body, **fields})
+
+
+def said(response: httpx.Response) -> tuple[str, int]:
+    assert response.status_code == 200, response.text
+    body = response.json()
+    return body["choices"][0]["message"]["content"], body["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("empty", [None, {}], ids=["null", "empty"])
+def test_picture_named_before_is_seen_again(client: httpx.Client, empty: Any):
+    whole = said(ask(client, part(data_url(41), "forty-one"), part(data_url(42))))
+    named = {"type": "image_url", "image_url": empty, "uuid": "forty-one"}
+    assert said(ask(client, named, part(data_url(42)))) == whole
+
+
+def test_name_given_to_another_picture_is_that_one_from_then_on(client: httpx.Client):
+    ask(client, part(data_url(43), "moving"))
+    other = said(ask(client, part(data_url(44), "moving")))
+    assert said(ask(client, part(None, "moving"))) == other
+
+
+def test_name_of_another_salt_is_unknown(client: httpx.Client):
+    ask(client, part(data_url(45), "mine"), cache_salt="a")
+    response = ask(client, part(None, "mine"), cache_salt="b")
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "unknown_media_uuid"
+    assert error["param"] == "messages.0.content.0"
+
+
+def test_name_of_another_key_is_unknown(engine: AsyncLLM):
+    app = create_app(engine, ServerConfig(served_model_name=(NAME,), api_key=("one", "two")), model=NAME)
+    with serving(app) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+        client.headers["Authorization"] = "Bearer one"
+        whole = said(ask(client, part(data_url(46), "mine")))
+        assert said(ask(client, part(None, "mine"))) == whole
+        client.headers["Authorization"] = "Bearer two"
+        assert ask(client, part(None, "mine")).json()["error"]["code"] == "unknown_media_uuid"
+
+
+def test_remembered_oldest_names_are_forgotten_first():
+    remembered = RememberedMedia(max_bytes=10)
+
+    def resolve(url: str | None, uuid: str) -> Any:
+        (message,) = remembered.resolve([{"role": "user", "content": [part(url, uuid)]}], "", "")
+        return message["content"][0]["image_url"]["url"]
+
+    resolve("aaaa", "a")
+    resolve("bbbb", "b")
+    assert resolve(None, "a") == "aaaa"  # which makes it the newest
+    resolve("cccc", "c")
+    assert resolve(None, "a") == "aaaa"
+    with pytest.raises(RequestError, match="known here by uuid 'b'"):
+        resolve(None, "b")
+    resolve("aa", "a")
+    resolve("dddd", "d")
+    assert [resolve(None, name) for name in "acd"] == ["aa", "cccc", "dddd"]
+
+
+@pytest.mark.parametrize("content", [None, "text", ["text"], [{"type": "text", "text": "x"}], [5]])
+def test_remembered_messages_without_names_stay_as_they_are(content: Any):
+    message = {"role": "user", "content": content}
+    assert RememberedMedia().resolve([message, 7], "", "") == [message, 7]
