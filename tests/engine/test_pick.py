@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +93,35 @@ def test_pick_log_probabilities_equal_transformers_teacher_forcing(
             most_tokens = max(most_tokens, *(choice.num_tokens for choice in output.choices))
     assert most_tokens > 5
     assert_idle(llm)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_pick_gives_an_answer_the_log_probability_that_generating_it_has(
+    family: Family, tmp_path_factory: pytest.TempPathFactory
+):
+    folder = family.write(tmp_path_factory.mktemp(family.name), family.shapes[family.served[0]])
+    prompt: Any = {"prompt": family.question, "multi_modal_data": {"image": [picture(1), picture(2, 30, 60)]}}
+    if "{index}" in prompt["prompt"]:
+        first, rest = prompt["prompt"].split("{index}", 1)
+        prompt["prompt"] = first + "1" + rest.replace("{index}", "2")
+    with LLM(str(folder), media_workers=0, block_size=4, seed=0) as llm:
+        greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
+        answer = llm.generate(prompt, greedy, use_tqdm=False)[0].outputs[0]
+        params = PoolingParams(task="pick", choices=["a", "b", "c"])
+        front = llm._front
+        processed = front.inputs.process("0", front.read_prompt(prompt), params)
+        answers = [answer.token_ids, answer.token_ids[:3], [answer.token_ids[0], 9, 10]]
+        front.start(dataclasses.replace(processed, answers=[answers]))
+        outputs: list[Any] = []
+        while not outputs:
+            outputs += front.step().outputs
+        front.come_to_rest()
+        assert answer.logprobs is not None
+        each = [logprobs[token].logprob for logprobs, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+        whole, beginning, _ = outputs[0].outputs.choices
+        assert whole.logprob == pytest.approx(sum(each), abs=1e-3)
+        assert beginning.logprob == pytest.approx(sum(each[:3]), abs=1e-3)
+        assert_idle(llm)
 
 
 def test_pick_of_one_token_choices_runs_the_prompt_once_and_encodes_the_picture_once(make_llm: Callable[..., LLM]):

@@ -1,4 +1,5 @@
-"""Videos through ``LLM``, held to transformers: Qwen2-VL, Qwen2.5-VL, InternVL and LLaVA-OneVision.
+"""Videos through ``LLM``, held to transformers: Qwen2-VL, Qwen2.5-VL, InternVL, LLaVA-OneVision and
+SmolVLM.
 
 Its video processors need torchvision. So what its models are given is made by its Pillow picture processors, frame by
 frame, at the sizes and in the order in which its video processors lay them; see ``tests/factories``.
@@ -6,7 +7,7 @@ frame, at the sizes and in the order in which its video processors lay them; see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ import torch
 
 from opsin import LLM, MediaError, RequestError, SamplingParams
 from tests.engine.conftest import assert_idle, engines_over, hf_model, picture
-from tests.factories import internvl, llava_onevision, qwen2_vl
+from tests.factories import idefics3, internvl, llava_onevision, qwen2_vl
+from tests.factories.idefics3 import Idefics3Shape
 from tests.factories.internvl import InternVLShape
 from tests.factories.llava_onevision import OnevisionShape
 from tests.factories.qwen2_vl import Qwen2VLShape
@@ -54,6 +56,13 @@ CASES = {
         llava_onevision.IMAGE,
         llava_onevision.VIDEO,
     ),
+    "smolvlm": Case(
+        idefics3.write_idefics3,
+        Idefics3Shape(version="smolvlm", longest_edge=64, seed=1),
+        idefics3.hf_inputs,
+        idefics3.IMAGE,
+        idefics3.VIDEO,
+    ),
 }
 
 
@@ -67,6 +76,19 @@ class Served(NamedTuple):
 
     def prompt(self, text: str) -> str:
         return text.replace("[image]", self.case.image).replace("[video]", self.case.video)
+
+    @property
+    def tells_time(self) -> bool:
+        """Qwen2.5-VL's positions run with the clock, and SmolVLM's prompt says when each frame was."""
+        return any(name in type(self.model).__name__ for name in ("Qwen2_5", "SmolVLM"))
+
+    def timing(self, fps: float, chosen: Sequence[int], total: int) -> dict[str, Any]:
+        """What ``hf_inputs`` must know of a video's frames ``chosen`` out of ``total``, where the family tells time."""
+        if "Qwen2_5" in type(self.model).__name__:
+            return {"fps": [len(chosen) / total * fps]}
+        if "SmolVLM" in type(self.model).__name__:
+            return {"metadata": [{"fps": fps, "duration": total / fps, "frames_indices": list(chosen)}]}
+        return {}
 
     def expected(self, text: str, **media: Any) -> tuple[list[int], list[int], list[float]]:
         """Prompt ids, greedy tokens, and the log-probability of every token behind the first, by transformers."""
@@ -103,7 +125,8 @@ def llm(served: Served) -> Iterator[LLM]:
 
 
 def ask(llm: LLM, prompt: str, **data: Any) -> Any:
-    (output,) = llm.generate({"prompt": prompt, "multi_modal_data": data}, GREEDY, use_tqdm=False)
+    request: Any = {"prompt": prompt, "multi_modal_data": data}
+    (output,) = llm.generate(request, GREEDY, use_tqdm=False)
     return output
 
 
@@ -137,22 +160,21 @@ def test_pictures_and_videos_in_one_prompt_answer_as_transformers(llm: LLM, serv
 
 
 def test_speed_of_a_video_counts_where_transformers_counts_it(llm: LLM, served: Served) -> None:
-    """Qwen2.5-VL's positions run with the clock; the others ignore it."""
     video, text = frames(6), "[video] What happens?"
     fast, slow = (ask(llm, served.prompt(text), video=[(video, {"fps": fps})]) for fps in (8.0, 0.5))
-    speeds = [{"fps": [fps]} if "Qwen2_5" in type(served.model).__name__ else {} for fps in (8.0, 0.5)]
+    speeds = [served.timing(fps, range(6), 6) for fps in (8.0, 0.5)]
     assert_equal(fast, served.expected(text, videos=[video], **speeds[0]))
     assert_equal(slow, served.expected(text, videos=[video], **speeds[1]))
     differ = fast.outputs[0].cumulative_logprob != slow.outputs[0].cumulative_logprob
-    assert differ == ("Qwen2_5" in type(served.model).__name__)
+    assert differ == served.tells_time
 
 
 def test_metadata_of_a_selection_says_how_fast_it_is(llm: LLM, served: Served) -> None:
     video, text = frames(4), "[video] What happens?"
     metadata = {"fps": 10.0, "total_num_frames": 60, "frames_indices": [0, 20, 40, 59], "duration": 6.0}
     output = ask(llm, served.prompt(text), video=(np.stack([np.asarray(f) for f in video]), metadata))
-    speed = {"fps": [4 / 60 * 10.0]} if "Qwen2_5" in type(served.model).__name__ else {}
-    assert_equal(output, served.expected(text, videos=[video], **speed))
+    timing = served.timing(10.0, metadata["frames_indices"], 60)
+    assert_equal(output, served.expected(text, videos=[video], **timing))
 
 
 def test_video_file_answers_as_its_frames_do_in_transformers(llm: LLM, served: Served, tmp_path: Path) -> None:
@@ -160,8 +182,7 @@ def test_video_file_answers_as_its_frames_do_in_transformers(llm: LLM, served: S
     path = tmp_path / "clip.mp4"
     path.write_bytes(data)
     text = "[video] What happens?"
-    speed = {"fps": [5.0]} if "Qwen2_5" in type(served.model).__name__ else {}
-    expected = served.expected(text, videos=[decoded(data)], **speed)
+    expected = served.expected(text, videos=[decoded(data)], **served.timing(5.0, range(9), 9))
     for video in (data, str(path), path, [path]):
         assert_equal(ask(llm, served.prompt(text), video=video), expected)
 
@@ -176,8 +197,8 @@ def test_frames_are_chosen_as_the_engine_is_told(served: Served) -> None:
         ({"num_frames": 5, "fps": 2}, [0, 7, 14, 21, 29]),
     ):
         llm = served.make(media_io_kwargs={"video": told})
-        speed = {"fps": [len(chosen) / 3]} if "Qwen2_5" in type(served.model).__name__ else {}
-        expected = served.expected(text, videos=[[every[i] for i in chosen]], **speed)
+        timing = served.timing(10.0, chosen, 30)
+        expected = served.expected(text, videos=[[every[i] for i in chosen]], **timing)
         assert_equal(ask(llm, served.prompt(text), video=data), expected)
 
 
@@ -185,12 +206,15 @@ def test_frames_are_sampled_as_the_processor_is_told(llm: LLM, served: Served) -
     """``fps`` and ``num_frames`` of the family's own sampling choose out of the whole video."""
     data = encode(frames(30), fps=10)
     every, text = decoded(data), "[video] What happens?"
-    middle = "InternVL" in type(served.model).__name__  # from the middle of each share
-    chosen = [3, 11, 18, 26] if middle else [0, 7, 15, 22]
+    chosen = [0, 7, 15, 22]
+    asked: list[dict[str, Any]] = [{"num_frames": 4}, {"fps": 4 / 3, "do_sample_frames": True}]
+    if "InternVL" in type(served.model).__name__:  # from the middle of each share
+        chosen = [3, 11, 18, 26]
+    if "SmolVLM" in type(served.model).__name__:  # from end to end; it must know both
+        chosen, asked = [0, 9, 19, 29], [{"num_frames": 4, "fps": 2}, {"num_frames": 9, "fps": 4 / 3}]
     request: Any = {"prompt": served.prompt(text), "multi_modal_data": {"video": data}}
-    speed = {"fps": [len(chosen) / 3]} if "Qwen2_5" in type(served.model).__name__ else {}
-    expected = served.expected(text, videos=[[every[i] for i in chosen]], **speed)
-    for options in ({"num_frames": 4}, {"fps": 4 / 3, "do_sample_frames": True}):
+    expected = served.expected(text, videos=[[every[i] for i in chosen]], **served.timing(10.0, chosen, 30))
+    for options in asked:
         (output,) = llm.generate(request | {"mm_processor_kwargs": options}, GREEDY, use_tqdm=False)
         assert_equal(output, expected)
 
@@ -242,7 +266,7 @@ def test_embeddings_of_a_video_answer_as_its_frames(served: Served, llm: LLM) ->
             given = {"video_embeds": features}
         else:
             features = served.model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
-            given = {"video_embeds": features.flatten(0, 1)[None]}
+            given = {"video_embeds": torch.cat(list(features))[None]}
     speed = {"fps": [2.0]} if "Qwen2_5" in type(served.model).__name__ else {}  # one second a step, where nobody says
     assert_equal(ask(llm, served.prompt(text), video=given), served.expected(text, videos=[video], **speed))
 
@@ -273,7 +297,7 @@ def test_conversation_shows_a_video_in_every_form(served: Served, llm: LLM, tmp_
     two = ask(llm, served.prompt("[video]What happens?"), video=[decoded(data)[0], decoded(data)[3]])
     shorter = {"video": {"num_frames": 2}}
     of_two = chat(llm, {"type": "video", "video": data}, media_io_kwargs=shorter)
-    if "Qwen2_5" not in type(served.model).__name__:  # where time counts, two frames of four are not two frames
+    if not served.tells_time:  # where time counts, two frames of four are not two frames
         assert of_two == two.outputs[0].token_ids
     with pytest.raises(RequestError, match="media_io_kwargs"):
         chat(llm, {"type": "video", "video": data}, media_io_kwargs={"video": {"frames": 2}})

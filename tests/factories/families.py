@@ -350,7 +350,7 @@ IDEFICS3 = Family(
     ],
     embeddings=_sized_embeddings,
     bad_embeddings=lambda parts, layouts: (parts, "image_sizes"),
-    refused=[((90, 70), {"size": {"longest_edge": 400}}, MediaError, "no tags")],
+    refused=[((90, 70), {"size": {"longest_edge": 0}}, RequestError, "longest_edge")],
     renamed=False,
 )
 

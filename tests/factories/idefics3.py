@@ -7,10 +7,12 @@ torchvision, so its parts are called one by one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -24,14 +26,17 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor, get_image_prompt_string
+from transformers.video_utils import VideoMetadata
 
+from opsin.models.idefics3.rule import in_words
 from tests.factory import VOCAB_SIZE, redraw_weights, write_chatml_tokenizer, write_generation_config
 
-IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
+IMAGE, VIDEO, FAKE, GLOBAL = "<image>", "<video>", "<fake_token_around_image>", "<global-img>"
 _TAGS = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
-_SIGNS = (FAKE, IMAGE, "<end_of_utterance>", GLOBAL, "<video>", *_TAGS)
+_SIGNS = (FAKE, IMAGE, "<end_of_utterance>", GLOBAL, VIDEO, *_TAGS)
 _MODELS = {
     "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil),
     "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil),
@@ -130,19 +135,54 @@ def picture_text(version: str, made: dict[str, Any], index: int, num_features: i
     return processor.replace_image_token(made, index)
 
 
-def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
-    """What transformers' processor makes of a prompt, with ``options`` for the pictures."""
+def video_text(metadata: Mapping[str, Any], num_frames: int, num_features: int) -> str:
+    """What transformers' processor writes for a video.
+
+    Args:
+        metadata: fps, duration and frames_indices, as its loaders tell them.
+    """
+    processor: Any = SmolVLMProcessor.__new__(SmolVLMProcessor)
+    processor.image_token, processor.fake_image_token, processor.global_image_token = IMAGE, FAKE, GLOBAL
+    processor.image_seq_len = num_features
+    told = VideoMetadata(total_num_frames=num_frames, **metadata)
+    with patch.object(processing_smolvlm, "num2words", in_words):  # the package may be absent
+        return processor.replace_video_token({"pixel_values": torch.empty(1, num_frames), "video_metadata": [told]}, 0)
+
+
+def hf_inputs(
+    folder: Path,
+    text: str,
+    images: Sequence[Image.Image] = (),
+    videos: Sequence[Sequence[Image.Image]] = (),
+    metadata: Sequence[Mapping[str, Any]] = (),
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """What transformers' processor makes of a prompt, with ``options`` for the pictures.
+
+    Its video processor needs torchvision, so frames go through the picture processor, which makes the same of a picture
+    that it does not split.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs: dict[str, Any] = {}
-    if images:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        num_features: int = json.loads((folder / "processor_config.json").read_text())["image_seq_len"]
-        pictures: Any = _MODELS[config["model_type"]][2].from_pretrained(folder)
-        inputs = dict(pictures([list(images)], return_row_col_info=True, return_tensors="pt", **options))
-        pieces = text.split(IMAGE)
-        assert len(pieces) == len(images) + 1
-        text = pieces[0]
-        for i, piece in enumerate(pieces[1:]):
-            text += picture_text(config["model_type"], inputs, i, num_features) + piece
-        del inputs["rows"], inputs["cols"]
-    return inputs | dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    num_features: int = json.loads((folder / "processor_config.json").read_text())["image_seq_len"]
+    pictures: Any = _MODELS[config["model_type"]][2].from_pretrained(folder)
+    unknown = {"fps": None, "duration": None}
+    told = iter(metadata or [unknown | {"frames_indices": list(range(len(video)))} for video in videos])
+    stills, moving = iter(images), iter(videos)
+    pixels: list[torch.Tensor] = []
+    pieces: list[str] = []
+    for piece in re.split(f"({IMAGE}|{VIDEO})", text):
+        if piece == IMAGE:
+            made = pictures([[next(stills)]], return_row_col_info=True, return_tensors="pt", **options)
+            piece = picture_text(config["model_type"], made, 0, num_features)
+            pixels.append(made["pixel_values"])
+        elif piece == VIDEO:
+            frames = list(next(moving))
+            made = pictures([frames], return_tensors="pt", do_image_splitting=False)
+            piece = video_text(next(told), len(frames), num_features)
+            pixels.append(made["pixel_values"])
+        pieces.append(piece)
+    assert next(stills, None) is None
+    assert next(moving, None) is None
+    inputs: dict[str, Any] = {"pixel_values": torch.cat(pixels, dim=1)} if pixels else {}
+    return inputs | dict(tokenizer("".join(pieces), return_tensors="pt", return_token_type_ids=False))

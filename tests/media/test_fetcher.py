@@ -66,3 +66,50 @@ def test_everybody_gets_an_error_of_his_own(host: PictureHost, fetcher: Fetcher)
     assert isinstance(second, MediaError)
     assert first is not second
     assert first.code == second.code == "failed_to_download_image"
+
+
+def test_slow_host_gets_a_few_connections_and_holds_up_nobody_else(host: PictureHost, fetcher: Fetcher):
+    async def ask() -> list[bytes]:
+        host.gate.clear()
+        slow = [asyncio.create_task(fetcher.fetch(f"{host.url}/{i}")) for i in range(60)]
+        with PictureHost(b"quick").running() as other:
+            assert await asyncio.gather(*(fetcher.fetch("data:;base64,aGk=") for _ in range(20))) == [b"hi"] * 20
+            elsewhere = other.url.replace("127.0.0.1", "localhost")
+            assert await fetcher.fetch(elsewhere) == b"quick"
+        assert host.num_hits <= 8
+        host.gate.set()
+        return await asyncio.gather(*slow)
+
+    assert asyncio.run(ask()) == [BODY] * 60
+    assert host.num_hits == 60
+    assert fetcher._hosts == {}
+
+
+def test_turn_that_does_not_come_in_time_is_the_hosts_fault(host: PictureHost):
+    fetcher = Fetcher(MediaConfig(allow_private_media_hosts=True, image_fetch_timeout_s=0.2))
+
+    async def ask() -> list[object]:
+        host.gate.clear()
+        return await asyncio.gather(*(fetcher.fetch(f"{host.url}/{i}") for i in range(30)), return_exceptions=True)
+
+    errors = asyncio.run(ask())
+    assert {error.code for error in errors if isinstance(error, MediaError)} == {"failed_to_download_image"}
+    assert len(errors) == 30
+    assert host.num_hits <= 16
+    assert any("turn did not come" in str(error) for error in errors)
+    fetcher.close()
+
+
+def test_closing_leaves_nobody_waiting_for_a_turn(host: PictureHost):
+    fetcher = Fetcher(MediaConfig(allow_private_media_hosts=True))
+
+    async def ask() -> list[object]:
+        host.gate.clear()
+        asked = [asyncio.create_task(fetcher.fetch(f"{host.url}/{i}")) for i in range(20)]
+        await asyncio.sleep(0)
+        fetcher.close()
+        host.gate.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    ended = asyncio.run(ask())
+    assert sum(isinstance(end, asyncio.CancelledError) for end in ended) >= 12

@@ -80,7 +80,7 @@ def _no_last_norm(driver: Driver, patch: pytest.MonkeyPatch) -> Row:
 def _other_tag(driver: Driver, patch: pytest.MonkeyPatch) -> Row:
     """The first two tiles' tags exchanged."""
     row = driver.prompt(FAMILY.question, pictures(FAMILY.sizes))
-    first, second = (row.ids.index(driver.rule.tag_ids[1, col]) for col in (1, 2))
+    first, second = (row.ids.index(driver.tokenizer.convert_tokens_to_ids(f"<row_1_col_{col}>")) for col in (1, 2))
     row.ids[first], row.ids[second] = row.ids[second], row.ids[first]
     return row
 

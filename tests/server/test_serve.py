@@ -19,7 +19,7 @@ import pytest
 
 from opsin.cli import serve
 from opsin.cli.main import build_parser, main
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, RequestError
 from opsin.server.config import ServerConfig
 from tests.server.conftest import chat
 
@@ -105,6 +105,20 @@ def test_banner_warns_of_an_open_server(config: ServerConfig, warns: bool):
     assert not config.api_key or "k" not in re.findall(r"Bearer (\S+)", text)
 
 
+def test_banner_says_what_pictures_cost():
+    def tokens(width: int, height: int) -> int:
+        if width > 1500:
+            raise RequestError("too large")
+        return 256 if width < 1000 else 1024
+
+    assert serve.picture_line(tokens) == "Tokens per picture: 256 at 224x224 or 640x480, 1024 at 1280x720"
+
+    def none(width: int, height: int) -> int:
+        raise RequestError("This model takes no pictures.")
+
+    assert serve.picture_line(none) == ""
+
+
 def test_busy_port_costs_one_line_and_no_model(capsys: pytest.CaptureFixture[str]):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -154,7 +168,8 @@ def served(tiny_llava: Callable[[LlavaShape], Path]) -> Sequence[str]:
 def test_server_works_as_its_banner_says_and_drains_on_sigterm(tiny_llava: Callable[[LlavaShape], Path]):
     with process(*served(tiny_llava), "--port", "0", "--api-key", "secret") as (server, lines):
         assert '"finish_reason"' in paste(lines[-1])
-        assert any("KV cache" in line for line in lines)
+        for told in ("KV cache", "requests of", "on cpu in float32", "Tokens per picture: "):
+            assert any(told in line for line in lines), told
         found = re.search(r"at (http://\S+)", "".join(lines))
         assert found is not None
         headers = {"Authorization": "Bearer secret"}

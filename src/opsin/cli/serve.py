@@ -11,12 +11,12 @@ import os
 import shlex
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from opsin.cli.flags import add_engine_flags, add_option, engine_settings
 from opsin.config import MediaConfig
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, RequestError
 from opsin.server.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ SERVING_DEFAULTS: Mapping[str, Any] = {
 }
 """Stricter than the engine's own: what comes over a network is a stranger's."""
 
+_SHOWN_SIZES = ((224, 224), (640, 480), (1280, 720), (1920, 1080))
 _TIMEOUT_VARIABLES = ("OPSIN_IMAGE_FETCH_TIMEOUT", "VLLM_IMAGE_FETCH_TIMEOUT")
 
 
@@ -85,7 +86,8 @@ def execute(args: argparse.Namespace) -> int:
         with AsyncLLM.spawn(**settings, watch=watch) as engine:
             app = create_app(engine, config, model=settings.get("model", "demo"))
             listener.listen()  # what connects from here on waits its turn, so the banner is true when it is read
-            print(banner(url_of(listener), config, app.state.server.names[0]), file=sys.stderr, flush=True)
+            lines = [picture_line(engine.picture_tokens), banner(url_of(listener), config, app.state.server.names[0])]
+            print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
             run(app, listener)
     finally:
         listener.close()
@@ -130,6 +132,22 @@ def serving_settings(settings: Mapping[str, Any], environment: Mapping[str, str]
         result["media_workers"] = max(1, len(os.sched_getaffinity(0)) - 2)  # cores beside the engine and the server
     MediaConfig(**{field.name: result[field.name] for field in dataclasses.fields(MediaConfig) if field.name in result})
     return result
+
+
+def picture_line(tokens: Callable[[int, int], int]) -> str:
+    """What pictures of common sizes cost in the prompt; nothing for models that take none.
+
+    Args:
+        tokens: of a picture, by width and height.
+    """
+    costs: dict[int, list[str]] = {}
+    for width, height in _SHOWN_SIZES:
+        try:
+            costs.setdefault(tokens(width, height), []).append(f"{width}x{height}")
+        except RequestError:  # a size that this model does not take
+            continue
+    told = (f"{number} at {' or '.join(sizes)}" for number, sizes in costs.items())
+    return f"Tokens per picture: {', '.join(told)}" if costs else ""
 
 
 def banner(url: str, config: ServerConfig, name: str) -> str:

@@ -64,7 +64,7 @@ class Fetcher:
             if job is None:
                 job = self._begin(url, modality)
                 self._running[url, modality] = job
-        job.add_done_callback(lambda _: self._running.pop((url, modality), None))
+                job.add_done_callback(lambda _: self._running.pop((url, modality), None))
         try:
             return await asyncio.shield(asyncio.wrap_future(job))
         except MediaError as error:
@@ -108,14 +108,16 @@ class Fetcher:
     def _fetch(self, wanted: _Wanted) -> None:
         if not wanted.job.set_running_or_notify_cancel():
             return
+        config = self._config
+        patience_s = config.video_fetch_timeout_s if wanted.modality == "video" else config.image_fetch_timeout_s
         try:
-            if time.monotonic() - wanted.since_s > self._config.image_fetch_timeout_s:
+            if time.monotonic() - wanted.since_s > patience_s:
                 raise MediaError(
-                    f"The picture's host was asked for too much at once: its turn did not come within "
-                    f"{self._config.image_fetch_timeout_s:g} s.",
+                    f"Too much was asked of the {wanted.modality}'s host at once: its turn did not come within "
+                    f"{patience_s:g} s.",
                     code="failed_to_download_image",
                 )
-            data = fetch(wanted.url, self._config, wanted.modality)
+            data = fetch(wanted.url, config, wanted.modality)
         except BaseException as error:
             wanted.job.set_exception(error)
         else:

@@ -17,6 +17,7 @@ from opsin.models.picture_model import PictureModel
 from opsin.models.projector import pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.towers.patches import in_passes
 from opsin.models.towers.siglip_navit import SiglipNavitTower
 from opsin.models.towers.vit import ViTConfig
 from opsin.models.weights import WeightTable
@@ -89,9 +90,13 @@ class Idefics3Model(PictureModel):
         return WeightTable.of(_RENAMES, {"decoder": self.decoder.unused_weights})
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), the tiles of all pictures in one pass."""
-        hidden_PD = self.tower([tile for item in tiles for tile in item]).x_PD
-        hidden_BPD = hidden_PD.unflatten(0, (-1, self.tile.grid**2))
+        """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
+        every = [tile for item in tiles for tile in item]
+        passes = [self._encode(some) for some in in_passes(every, [self.tile.grid**2] * len(every))]
+        return torch.cat(passes) if len(passes) > 1 else passes[0]
+
+    def _encode(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+        hidden_BPD = self.tower(tiles).x_PD.unflatten(0, (-1, self.tile.grid**2))
         return self.projector(pixel_shuffle(hidden_BPD, self.tile.merge))
 
 

@@ -1,19 +1,25 @@
 """The pictures of Idefics3 and SmolVLM: tiles of the whole, each behind a tag of its row and column; an overview.
+SmolVLM's videos: frames, each behind the time when it was.
 
-Source: Hugging Face ``Idefics3ImageProcessor`` and ``SmolVLMImageProcessor`` (Pillow-backed), ``Idefics3Processor``;
-arXiv:2408.12637.
+Source: Hugging Face ``Idefics3ImageProcessor`` and ``SmolVLMImageProcessor`` (Pillow-backed), ``Idefics3Processor``,
+``SmolVLMVideoProcessor`` and ``SmolVLMProcessor``; arXiv:2408.12637 and arXiv:2504.05299.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Self, cast
 
-from opsin.errors import MediaError, RequestError, UnsupportedModelError
+import msgspec
+import numpy as np
+
+from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
-from opsin.models.picture_rule import PictureRule, given_features, given_size, images_only
+from opsin.models.picture_rule import PictureRule, given_features, given_size, images_only, no_videos
 from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
@@ -24,13 +30,18 @@ from opsin.models.pictures import (
     request_settings,
     with_options,
 )
-from opsin.models.rule import TokenIds, TokenRun
-from opsin.types import MediaLayout, Modality, PixelOp, PixelPlan, Resize, View
+from opsin.models.rule import Placeholder, TokenIds, TokenRun
+from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample
+from opsin.types import DEFAULT_FPS, Clip, MediaLayout, Modality, PixelOp, PixelPlan, Resize, View
 
-_FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
-_NEWLINE, _BLANK_LINE = "\u010a", "\u010a\u010a"  # "\n" and "\n\n" as byte-level vocabularies spell them
+_FAKE, _GLOBAL, _VIDEO = "<fake_token_around_image>", "<global-img>", "<video>"
 _LONGEST_EDGE = 4096  # whatever the settings ask for
-_MOST_ROWS = 6  # as many as the tokenizers have tags for; so for columns
+_SMALL = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_SKIPPED_S = 1  # of a long video, at either end
 _DEFAULTS: dict[str, Any] = {
     **CLIP_PIXELS,
     "resample": 1,
@@ -45,6 +56,13 @@ _DEFAULTS: dict[str, Any] = {
     "video_sampling": None,
 }
 _PROCESSORS = {"Idefics3ImageProcessor": _DEFAULTS, "SmolVLMImageProcessor": _DEFAULTS}
+_VIDEO_PROCESSORS: dict[str, dict[str, Any]] = {
+    "SmolVLMVideoProcessor": {
+        **VIDEO_PIXELS,
+        **{key: _DEFAULTS[key] for key in ("resample", "size", "max_image_size", "do_pad", "image_mean", "image_std")},
+        "video_sampling": None,
+    }
+}
 _FIXED = frozenset({"max_image_size", "image_seq_len", "video_sampling"})
 
 
@@ -86,22 +104,22 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Idefics3Rule(PictureRule):
-    """The ``MediaRule`` of ``Idefics3ForConditionalGeneration`` and ``SmolVLMForConditionalGeneration``.
+    """The ``MediaRule`` of ``Idefics3ForConditionalGeneration`` and of ``SmolVLMForConditionalGeneration``, which alone
+    takes videos.
 
-    A layout's ``numbers`` are its (rows, columns) of tiles, without the overview; (0, 0) where that is alone.
+    A picture's ``numbers`` are its (rows, columns) of tiles, without the overview; (0, 0) where that is alone. A
+    video's ``times`` are those of its frames, then its duration.
 
     Attributes:
         fake_token_id: stands before each tile's tag, and at the end.
-        tag_ids: the tag of the tile in a row and column, counted from 1.
-        newline_ids: what ends a row of tiles; ``blank_line_ids`` what ends the last one.
+        video_mark: what ``placeholder`` answers for videos; None where the model takes none.
     """
 
     tile: Tile
     fake_token_id: int
     global_token_id: int
-    tag_ids: Mapping[tuple[int, int], int]
-    newline_ids: tuple[int, ...]
-    blank_line_ids: tuple[int, ...]
+    video_mark: Placeholder | None
+    video_settings: Mapping[str, Any]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
@@ -119,30 +137,23 @@ class Idefics3Rule(PictureRule):
                 f"The processor's image_seq_len is {settings['image_seq_len']!r}; the tower makes {tile.num_features} "
                 "features of a tile."
             )
-        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (_FAKE, _GLOBAL, _NEWLINE)}
-        missing = [token for token, token_id in ids.items() if token_id is None]
-        if missing:
-            raise UnsupportedModelError(
-                f"The tokenizer lacks {', '.join(map(repr, missing))}, which stand around this model's tiles; "
-                "only its own byte-level tokenizers are implemented."
-            )
+        fake, start = (tokenizer.convert_tokens_to_ids(token) for token in (_FAKE, _GLOBAL))
+        if fake is None or start is None:
+            raise UnsupportedModelError(f"The tokenizer lacks {_FAKE!r} or {_GLOBAL!r}, which stand before tiles.")
         with checkpoint_settings(name):
             norm = read_norm(settings)
             read_resample(settings)
             _read_size(settings)
+        takes_videos = config.get("model_type") == "smolvlm"
+        video_settings = _read_video_settings(processor, settings) if takes_videos else {}
         mark, token_id = read_image_token(config, processor, tokenizer)
-        fake, start, newline = (cast(int, token_id) for token_id in ids.values())
-        # Two newlines are one token where the vocabulary has it: then it has the merge that makes it, too.
-        blank_line = tokenizer.convert_tokens_to_ids(_BLANK_LINE)
-        sides = range(1, _MOST_ROWS + 1)
-        tags = {(row, col): tokenizer.convert_tokens_to_ids(f"<row_{row}_col_{col}>") for row in sides for col in sides}
+        video_id = tokenizer.convert_tokens_to_ids(_VIDEO)
         return cls(
             tile=tile,
             fake_token_id=fake,
             global_token_id=start,
-            tag_ids={place: tag for place, tag in tags.items() if tag is not None},
-            newline_ids=(newline,),
-            blank_line_ids=(newline, newline) if blank_line is None else (blank_line,),
+            video_mark=Placeholder(_VIDEO, video_id, re.escape(_VIDEO)) if takes_videos else None,
+            video_settings=video_settings,
             mark=mark,
             image_token_id=token_id,
             norm=norm,
@@ -153,7 +164,7 @@ class Idefics3Rule(PictureRule):
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
     ) -> MediaLayout:
         images_only(modality)
-        settings = with_options(self.settings, options, fixed=_FIXED)
+        settings = with_options(self.settings, options, fixed=_FIXED, others=self.video_settings)
         edge = self.tile.edge
         ops: list[PixelOp] = []
         with request_settings():
@@ -166,12 +177,6 @@ class Idefics3Rule(PictureRule):
             ops.append(Resize(cols * edge, rows * edge, resample))
         views: tuple[View, ...] = (View((*ops, Resize(edge, edge, resample)), edge, edge),)
         if rows * cols > 1:
-            if (rows, cols) not in self.tag_ids:
-                raise MediaError(
-                    f"This picture of {width} x {height} pixels would become {rows} rows and {cols} columns of tiles; "
-                    "the model's tokenizer has no tags for so many. Ask for a smaller size in mm_processor_kwargs.",
-                    code="image_too_large",
-                )
             views = (View(tuple(ops), edge, edge, rows, cols), *views)
         else:
             rows = cols = 0
@@ -184,9 +189,47 @@ class Idefics3Rule(PictureRule):
             numbers=(rows, cols),
         )
 
+    def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
+        self.placeholder("video")
+        settings = with_options(self.video_settings, options, fixed=_FIXED, others=self.settings)
+        clip = sample(clip, settings, options, lambda clip: _sampled(clip, settings))
+        edge = self.tile.edge
+        ops: tuple[PixelOp, ...] = ()
+        if settings["do_resize"]:
+            with request_settings():
+                resample, size = read_resample(settings), _read_size(settings)
+            ops = (Resize(*_resized(clip.width, clip.height, size), resample), Resize(edge, edge, resample))
+            output_size(ops, clip.width, clip.height)
+        elif (clip.width, clip.height) != (edge, edge):
+            raise RequestError(
+                f"Without do_resize, videos must have {edge} x {edge} pixels, not {clip.width} x {clip.height}.",
+                param="multi_modal_data",
+            )
+        num_frames = len(clip.frames)
+        return MediaLayout(
+            plan=PixelPlan(clip.width, clip.height, (View(ops, edge, edge),), clip.frames),
+            num_features=num_frames * self.tile.num_features,
+            num_patches=num_frames * self.tile.grid**2,
+            # Frames whose speed nobody told have no duration either; Hugging Face then takes the last one's time.
+            times=(*clip.times, clip.times[-1] if clip.fps is None else clip.duration),
+        )
+
+    def placeholder(self, modality: Modality) -> Placeholder:
+        if modality == "image":
+            return self.mark
+        if self.video_mark is None:
+            raise no_videos()
+        return self.video_mark
+
+    def max_items(self, modality: Modality) -> int | None:
+        return 0 if modality == "video" and self.video_mark is None else None
+
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
-        """Features of an overview alone; with ``image_sizes``, (height, width) each, of all tiles and the overview."""
-        images_only(modality)
+        """Of a picture: features of an overview alone; with ``image_sizes``, (height, width) each, of all tiles and the
+        overview. Of a video: those of its frames, which then count as 24 a second."""
+        self.placeholder(modality)  # refuses videos where there are none
+        if modality == "video":
+            return self._video_features(num_features, extras)
         size = given_size(extras)
         rows, cols = (0, 0) if size is None else self.layout(modality, *size, 1, {}).numbers
         expected = (rows * cols + 1) * self.tile.num_features
@@ -199,16 +242,93 @@ class Idefics3Rule(PictureRule):
             )
         return given_features(num_features, (rows, cols))
 
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
-        images_only(modality)
+    def _video_features(self, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
+        count, rest = divmod(num_features, self.tile.num_features)
+        if extras or rest:
+            raise RequestError(
+                f"A video's embedding has {num_features} rows{' and more beside them' * bool(extras)}; in this model "
+                f"it comes alone, with {self.tile.num_features} for each frame.",
+                param="multi_modal_data",
+            )
+        times = tuple(i / DEFAULT_FPS for i in range(count))
+        return msgspec.structs.replace(given_features(num_features), times=(*times, times[-1]))
+
+    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
         fake, features = TokenRun(self.fake_token_id), TokenRun(self.image_token_id, self.tile.num_features, True)
+        whole = (fake, TokenRun(self.global_token_id), features, fake)
+        runs: list[TokenRun | str] = []
+        if modality == "video":
+            *times, duration = layout.times
+            intro = (
+                f"You are provided the following series of {in_words(len(times))} frames from a "
+                f"{timedelta(seconds=int(duration))} [H:MM:SS] video.\n"
+            )
+            for time in times:
+                runs += (f"{intro}\nFrame from {int(time // 60):02d}:{int(time % 60):02d}:", *whole)
+                intro = ""
+            return [*runs, "\n\n"]
         rows, cols = layout.numbers
-        runs: list[TokenRun] = []
         for row in range(1, rows + 1):
             for col in range(1, cols + 1):
-                runs += (fake, TokenRun(self.tag_ids[row, col]), features)
-            runs += map(TokenRun, self.newline_ids if row < rows else self.blank_line_ids)
-        return [*runs, fake, TokenRun(self.global_token_id), features, fake]
+                runs += (fake, f"<row_{row}_col_{col}>", features)  # a token, up to six rows and columns
+            runs.append("\n" if row < rows else "\n\n")
+        return [*runs, *whole]
+
+
+def in_words(count: int) -> str:
+    """A number below a million in English: "one thousand, two hundred and twenty-one"."""
+    if count < 20:
+        return _SMALL[count]
+    if count < 100:
+        return _TENS[count // 10] + (f"-{_SMALL[count % 10]}" if count % 10 else "")
+    size, name = (100, "hundred") if count < 1000 else (1000, "thousand")
+    rest = count % size
+    joint = " and " if rest < 100 else ", "
+    return f"{in_words(count // size)} {name}" + (f"{joint}{in_words(rest)}" if rest else "")
+
+
+def _sampled(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
+    """The frames that Hugging Face's video processor samples: ``fps`` of them a second, at most ``num_frames``, without
+    the first and last second of a long video. ``ValueError`` where one of the two is unknown."""
+    fps, most = settings["fps"], settings["num_frames"]
+    if clip.fps is None or not fps or not most:
+        raise ValueError(
+            f"fps is {fps!r}, num_frames {most!r} and the video's own speed {clip.fps!r}; to sample frames, this model "
+            "needs all three."
+        )
+    last = clip.num_frames - 1
+    start, end = 0, last
+    if clip.duration - 2 * _SKIPPED_S > most * fps:
+        start = int(_SKIPPED_S * clip.fps)
+        end = min(int(clip.num_frames - _SKIPPED_S * clip.fps), last)
+        if start >= end:
+            start, end = 0, last
+    count = max(1, min(round(fps * clip.duration), most))
+    return np.unique(np.linspace(start, end, count, dtype=int)).tolist()
+
+
+def _read_video_settings(processor: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[str, Any]:
+    """The video processor's settings, what ``video_sampling`` says spelled as ``num_frames``, ``fps`` and ``size``.
+
+    Raises:
+        UnsupportedModelError: a setting that is not implemented, or not that of pictures where the tower takes one.
+    """
+    name, settings = read_video_settings(
+        processor, _VIDEO_PROCESSORS, default="SmolVLMVideoProcessor", family="SmolVLM"
+    )
+    sampling = settings.pop("video_sampling")
+    with checkpoint_settings(name):
+        if sampling is not None:
+            if not isinstance(sampling, Mapping) or set(sampling) != {"fps", "max_frames", "video_size"}:
+                raise ValueError(f"video_sampling is {sampling!r}; it must have fps, max_frames and video_size.")
+            settings |= {"num_frames": sampling["max_frames"], "fps": sampling["fps"]}
+            if (processor.get("video_processor") or processor).get("size") is None:
+                settings["size"] = sampling["video_size"]
+        read_resample(settings)
+        _read_size(settings)
+        if read_norm(settings) != read_norm(pictures) or settings["max_image_size"] != pictures["max_image_size"]:
+            raise ValueError("its max_image_size or its normalisation is not that of pictures; the tower takes one.")
+    return settings
 
 
 def _resized(width: int, height: int, size: Mapping[str, int]) -> tuple[int, int]:
