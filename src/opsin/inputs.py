@@ -11,6 +11,10 @@ from typing import Any, NotRequired, TypedDict
 ImageItem = Any
 """One picture: a PIL.Image, a (height, width, channels) uint8 array, encoded bytes, or a path; or its features."""
 
+VideoItem = Any
+"""One video: a list of pictures, a (frames, height, width, 3) uint8 array, either in a pair with a mapping of metadata
+(``fps``, ``total_num_frames``, ``frames_indices``), encoded bytes, or a path."""
+
 MultiModalUUIDs = Mapping[str, Sequence[str | None] | str]
 
 
@@ -21,10 +25,12 @@ class MultiModalDataDict(TypedDict, total=False):
         image: one picture or a list of them; a 4-D array is a batch. Features made elsewhere come as a 3-D torch tensor
             (items, features, hidden size), as a list of 2-D tensors, or as ``{"image_embeds": tensor}`` with
             ``image_grid_thw`` or ``image_sizes`` (``image_size_list``) beside it where the model needs them.
+        video: one video or a list of them; a list of pictures is one video, as is a 4-D array. Features come as
+            ``{"video_embeds": tensor}`` with ``video_grid_thw`` beside it where the model needs that.
     """
 
     image: ImageItem | Sequence[ImageItem] | Mapping[str, Any]
-    video: Any
+    video: VideoItem | Sequence[VideoItem] | Mapping[str, Any]
 
 
 class TextPrompt(TypedDict):

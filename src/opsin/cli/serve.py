@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from opsin.cli.flags import Commands
 
 SERVING_DEFAULTS: Mapping[str, Any] = {
-    "limit_mm_per_prompt": {"image": 16},
+    "limit_mm_per_prompt": {"image": 16, "video": 2},
     "max_media_bytes": 32 * 2**20,
     "max_image_pixels": 50_000_000,
     "max_request_media_bytes": 64 * 2**20,
