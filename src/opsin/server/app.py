@@ -26,6 +26,7 @@ from opsin.server.page import FILES, page_file
 from opsin.server.pick import create_pick
 from opsin.server.pooling import classify, create_pooling
 from opsin.server.quota import Quotas
+from opsin.server.reference import reference_page
 from opsin.server.requests import (
     ChatCompletionRequest,
     ClassifyRequest,
@@ -81,7 +82,8 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         root=model,
         tool_parser=tool_parser_name(config, engine.get_chat_template(tools=True)),
     )
-    app = FastAPI(title="opsin", version=opsin.__version__, description=(opsin.__doc__ or "").strip(), redoc_url=None)
+    about = (opsin.__doc__ or "").strip()
+    app = FastAPI(title="opsin", version=opsin.__version__, description=about, docs_url=None, redoc_url=None)
     app.state.server = server
     quotas = Quotas(config.max_requests_per_minute, config.max_requests_per_key)
     app.add_middleware(Gate, keys=Keys(config.api_key), quotas=quotas, metrics=server.metrics)
@@ -92,6 +94,12 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
     for path in FILES:
         _add_file(app, path)
     app.openapi = _documented(app.openapi)
+
+    async def docs() -> Response:  # FastAPI's own page loads its scripts from elsewhere
+        page, headers = reference_page(app.openapi())
+        return Response(page, media_type="text/html; charset=utf-8", headers=dict(headers))
+
+    app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
     return app
 
 
