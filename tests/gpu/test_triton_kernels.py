@@ -206,3 +206,13 @@ def test_varlen_attention_reads_nothing_of_the_neighbours(kernels: Any):
     for x in (q, k, v):
         x[:100], x[190:] = float("nan"), float("inf")
     assert torch.equal(kernels.varlen_attention(q, k, v, ends, lens, 0.1)[100:190], alone[100:190])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 50), (1536, 2048), (8960, 1536), (1280, 3)])
+def test_linear_equals_reference(kernels: Any, dtype: torch.dtype, rows: int, num_in: int, num_out: int):
+    x, weight = rand(rows, num_in, dtype=dtype), rand(num_out, num_in, seed=1).mul_(num_in**-0.5).to(dtype)
+    for bias in (None, rand(num_out, dtype=dtype, seed=2)):
+        expected = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert_close(kernels.linear(x, weight, bias), expected.to(dtype))

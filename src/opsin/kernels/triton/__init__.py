@@ -19,10 +19,12 @@ from opsin.kernels.triton.elementwise import (
     rope_and_write,
     write_kv,
 )
+from opsin.kernels.triton.row_linear import linear
 from opsin.kernels.triton.varlen import varlen_attention
 
 KERNELS = dataclasses.replace(
     reference.KERNELS,
+    linear=linear,
     rms_norm=rms_norm,
     layer_norm=layer_norm,
     activation=activation,

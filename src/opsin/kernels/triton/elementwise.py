@@ -172,21 +172,24 @@ def _rope_kernel(
     in_pairs = pair < PAIRS
     cos = tl.load(cos_ptr + token * PAIRS + pair, mask=in_pairs, other=0.0)
     sin = tl.load(sin_ptr + token * PAIRS + pair, mask=in_pairs, other=0.0)
-    rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
-    for is_key in tl.static_range(2):
-        num_heads = NUM_K if is_key else NUM_Q
-        source = (k_ptr + token * k_stride_t) if is_key else (q_ptr + token * q_stride_t)
-        stride = k_stride_h if is_key else q_stride_h
-        target = (k_out_ptr + token * NUM_K * SIZE) if is_key else (q_out_ptr + token * NUM_Q * SIZE)
-        mask = (head < num_heads) & in_pairs
-        first = tl.load(source + head * stride + pair, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(source + head * stride + pair + PAIRS, mask=mask, other=0.0).to(tl.float32)
-        dtype = target.dtype.element_ty
-        tl.store(target + head * SIZE + pair, (first * cos - second * sin).to(dtype), mask=mask)
-        tl.store(target + head * SIZE + pair + PAIRS, (second * cos + first * sin).to(dtype), mask=mask)
-        if 2 * PAIRS < SIZE:
-            mask = (head < num_heads) & (rest < SIZE)
-            tl.store(target + head * SIZE + rest, tl.load(source + head * stride + rest, mask=mask), mask=mask)
+    if tl.program_id(1) == 0:
+        num_heads = NUM_Q
+        source = q_ptr + token * q_stride_t + head * q_stride_h
+        target = q_out_ptr + (token * NUM_Q + head) * SIZE
+    else:
+        num_heads = NUM_K
+        source = k_ptr + token * k_stride_t + head * k_stride_h
+        target = k_out_ptr + (token * NUM_K + head) * SIZE
+    mask = (head < num_heads) & in_pairs
+    first = tl.load(source + pair, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + pair + PAIRS, mask=mask, other=0.0).to(tl.float32)
+    dtype = q_out_ptr.dtype.element_ty
+    tl.store(target + pair, (first * cos - second * sin).to(dtype), mask=mask)
+    tl.store(target + pair + PAIRS, (second * cos + first * sin).to(dtype), mask=mask)
+    if 2 * PAIRS < SIZE:
+        rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
+        mask = (head < num_heads) & (rest < SIZE)
+        tl.store(target + rest, tl.load(source + rest, mask=mask), mask=mask)
 
 
 def apply_rope(
@@ -198,12 +201,12 @@ def apply_rope(
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TNH, k_TKH))
     if num_tokens:
         assert q_TNH.stride(2) == k_TKH.stride(2) == 1
-        _rope_kernel[(num_tokens,)](
+        _rope_kernel[(num_tokens, 2)](
             q_TNH, k_TKH, q_out, k_out, cos_TR.contiguous(), sin_TR.contiguous(),
             q_TNH.stride(0), q_TNH.stride(1), k_TKH.stride(0), k_TKH.stride(1),
             NUM_Q=num_q, NUM_K=num_k, SIZE=size, PAIRS=pairs,
             BLOCK_HEADS=triton.next_power_of_2(max(num_q, num_k)), BLOCK_PAIRS=triton.next_power_of_2(pairs),
-            BLOCK_REST=triton.next_power_of_2(max(1, size - 2 * pairs)), num_warps=4,
+            BLOCK_REST=triton.next_power_of_2(max(1, size - 2 * pairs)), num_warps=2,
         )  # fmt: skip
     return q_out, k_out
 
