@@ -143,8 +143,9 @@ class MiniCPMVRule(PictureRule):
         return self._layout(clip.width, clip.height, [view], clip.frames)
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
-        """Features as the model makes them, slice after slice, beside the (width, height) of their picture. Their number
-        tells under which limit on slices they were made."""
+        """Features as the model makes them, slice after slice, beside their picture's (width, height). Their number
+        tells the limit on slices under which they were made.
+        """
         if modality != "image" or set(extras) != {"image_size"}:
             raise RequestError(
                 "Image embeddings of this model come with their pictures' sizes, which tell how they are sliced: "
