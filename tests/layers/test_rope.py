@@ -61,6 +61,15 @@ def test_rope_equals_transformers(name, length):
     torch.testing.assert_close(rotary.sin_TR, sin[0, :, : HEAD_DIM // 2], atol=1e-5, rtol=1e-5)
 
 
+def test_longrope_says_when_it_takes_the_long_factors(caplog):
+    """A user may want the short ones."""
+    with caplog.at_level("INFO", logger="opsin.layers.rope"):
+        _ours({"rope_parameters": KINDS["longrope"]}, context_len=64)
+        assert not caplog.records
+        _ours({"rope_parameters": KINDS["longrope"]}, context_len=65)
+    assert "65 tokens; with max_model_len=64 it takes the short ones" in caplog.text
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_rope_transformers_4_spelling_reads_the_same(name):
     parameters = dict(KINDS[name])

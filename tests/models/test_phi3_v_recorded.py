@@ -168,6 +168,24 @@ def test_the_tests_own_phi3_v_equals_the_reference(folders: dict[str, Path], nam
     torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 
+# --------------------------------------------------------------------------------------------------- real size
+
+
+@pytest.mark.parametrize(("num_crops", "expected"), [(4, 757), (16, 1921)])
+def test_phi3_v_real_size_makes_the_features_it_promises(rule: Phi3VRule, num_crops: int, expected: int):
+    """Of a photograph, on the meta device, beside one of another shape."""
+    model = meta_model(hub_configs.PHI3_V["phi-3-vision-128k"])
+    options = {"num_crops": num_crops}
+    layouts = [rule.layout("image", *size, 1, options) for size in ((640, 480), (336, 1000))]
+    tiles = [
+        [torch.empty(336, 336, 3, dtype=torch.uint8, device="meta")] * (rows * cols)
+        for rows, cols in (layout.numbers for layout in layouts)
+    ]
+    features = model.encode(tiles, layouts)
+    assert layouts[0].num_features == expected
+    assert features.shape == (sum(layout.num_features for layout in layouts), 3072)
+
+
 # ------------------------------------------------------------------------------------------------------- names
 
 

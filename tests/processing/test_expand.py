@@ -98,6 +98,30 @@ def test_placeholders_cut_from_text_and_from_ids_keep_their_order() -> None:
     assert expand.match_expanded(expanded.token_ids, written([media[i] for i in order])) == expanded
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_text_behind_an_item_begins_anew_where_the_placeholder_says_so(special: bool) -> None:
+    """Whether or not a begin token is added to the prompt, which may have brought its own."""
+    sign = PLACEHOLDERS["image"]._replace(begins_text=True)
+    prompt = Rendered("the <|image_1|><|image_2|> fox")
+    slotted = expand.tokenize(prompt, {"image": sign}, TOKENIZER, add_special_tokens=special)
+    assert slotted.pieces == [[*([1] if special else []), *ids("the ")], [1], [1, *ids(" fox")]]
+
+
+@pytest.mark.parametrize("numbers", [(2, 1), (1, 1), (0, 1), (2, 3), (1, 3)])
+def test_placeholders_whose_numbers_do_not_count_the_items_are_refused(numbers: tuple[int, int]) -> None:
+    sign = PLACEHOLDERS["image"]._replace(pattern=r"<\|image_(\d+)\|>")
+    prompt = Rendered("".join(f"<|image_{number}|>" for number in numbers))
+    with pytest.raises(RequestError, match="number their placeholders from 1"):
+        expand.tokenize(prompt, {"image": sign}, TOKENIZER, add_special_tokens=False)
+
+
+def test_number_of_a_placeholder_that_a_user_wrote_does_not_count() -> None:
+    sign = PLACEHOLDERS["image"]._replace(pattern=r"<\|image_(\d+)\|>")
+    text = "<|image_7|> and <|image_1|>"
+    prompt = Rendered(text, [(0, len("<|image_7|>"))])
+    assert expand.tokenize(prompt, {"image": sign}, TOKENIZER, add_special_tokens=False).slots == ["image"]
+
+
 def test_placeholder_that_a_user_wrote_is_no_slot() -> None:
     text = "the <|image_1|> and <|image_1|> fox"
     at = text.rindex("<|image_1|>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from opsin.errors import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 _ALIASES = {"su": "longrope", "mrope": "default"}  # Phi-3's and Qwen2-VL's first names for them
@@ -105,6 +108,13 @@ def inverse_frequencies(config: RopeConfig, context_len: int) -> tuple[torch.Ten
         factors_R = torch.tensor(scaling["long_factor" if is_long else "short_factor"], dtype=torch.float32)
         if factors_R.shape != base_R.shape:
             raise UnsupportedModelError(f"longrope has {len(factors_R)} factors; expected {len(base_R)}.")
+        if is_long:
+            logger.info(
+                "LongRoPE takes its long factors for all sequences, since they may have %s tokens; with "
+                "max_model_len=%s it takes the short ones.",
+                context_len,
+                config.original_max_position,
+            )
         return 1.0 / (factors_R * base_R), _longrope_factor(config)
     return 1.0 / base_R, 1.0
 
