@@ -136,7 +136,10 @@ class MediaConfig:
         None, "Processes that decode and resize; by default by cores and load, 0 for in-process."
     )
     media_decode_timeout_s: float = setting(
-        30.0, "A worker that takes longer for one picture or video is killed, in seconds."
+        30.0, "A worker that takes longer for one picture, or for a video's header, is killed, in seconds."
+    )
+    video_decode_timeout_s: float = setting(
+        120.0, "A worker that takes longer for the frames of one video is killed, in seconds."
     )
     max_image_pixels: int = setting(178_956_970, "Larger pictures are refused before they are decoded.")
     max_video_frames: int = setting(768, "Videos of which more frames would be taken are refused.")
@@ -154,6 +157,7 @@ class MediaConfig:
         _require(self.image_fetch_timeout_s > 0, "image_fetch_timeout_s", self.image_fetch_timeout_s, "above 0")
         _require(self.video_fetch_timeout_s > 0, "video_fetch_timeout_s", self.video_fetch_timeout_s, "above 0")
         _require(self.max_video_frames >= 1, "max_video_frames", self.max_video_frames, "at least 1")
+        _require(self.video_decode_timeout_s > 0, "video_decode_timeout_s", self.video_decode_timeout_s, "above 0")
         _require(self.media_decode_timeout_s > 0, "media_decode_timeout_s", self.media_decode_timeout_s, "above 0")
         workers = self.media_workers
         _require(workers is None or workers >= 0, "media_workers", workers, "0 or more")
@@ -280,6 +284,7 @@ class EngineSettings(TypedDict, total=False):
     video_fetch_timeout_s: float
     media_workers: int | None
     media_decode_timeout_s: float
+    video_decode_timeout_s: float
     max_image_pixels: int
     max_video_frames: int
     max_media_bytes: int

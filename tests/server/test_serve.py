@@ -66,7 +66,7 @@ def test_setting_out_of_range_is_refused(settings: dict[str, Any], message: str)
 
 def test_serving_is_stricter_than_the_engine_unless_told():
     strict = serve.serving_settings({"model": "m"}, {})
-    assert strict["limit_mm_per_prompt"] == {"image": 16}
+    assert strict["limit_mm_per_prompt"] == {"image": 16, "video": 2}
     assert strict["media_workers"] >= 1
     assert "image_fetch_timeout_s" not in strict
     given = {"limit_mm_per_prompt": {"image": 99}, "media_workers": 3}

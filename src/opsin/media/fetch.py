@@ -161,7 +161,7 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
 
 
 def decode_frames_url(url: str, config: MediaConfig) -> list[bytes] | None:
-    """The pictures in ``data:video/jpeg;base64,<frame>,<frame>,...``, as vLLM's users send frames; None for another URL.
+    """The pictures in ``data:video/jpeg;base64,<frame>,<frame>,...``, as vLLM's users send frames; None of other URLs.
 
     Raises:
         MediaError: ``invalid_base64_video``, ``video_file_too_large``, or more than ``max_video_frames``.

@@ -85,8 +85,9 @@ def default_num_workers() -> int:
 class MediaPool:
     """Turns picture sources into tiles. Every method may be called from any thread.
 
-    A picture that cannot be decoded, is not what its header said, or takes longer than ``media_decode_timeout_s``
-    fails with a ``MediaError``; the others go on. Processes start when there is work for them, and stay.
+    A picture that cannot be decoded, is not what its header said, or takes longer than ``media_decode_timeout_s`` (a
+    video: ``video_decode_timeout_s``) fails with a ``MediaError``; the others go on. Processes start when there is
+    work for them, and stay.
     """
 
     def __init__(
@@ -104,7 +105,6 @@ class MediaPool:
             max_pending: most jobs that may be submitted and not yet collected.
         """
         self._config = config
-        self._timeout_s = config.media_decode_timeout_s
         self._may_run_inline = not config.media_workers  # None or 0
         self._max_workers = default_num_workers() if config.media_workers is None else config.media_workers
         self._on_finished = on_finished
@@ -296,7 +296,7 @@ class MediaPool:
                 os.eventfd_read(key.fd)
         now = time.monotonic()
         for worker in [worker for worker in self._workers if not worker.idle and worker.deadline <= now]:
-            self._bury(selector, worker, f"Decoding the {{noun}} timed out after {self._timeout_s:g} s.")
+            self._bury(selector, worker, "Decoding the {noun} timed out after {seconds:g} s.")
 
     def _assign(self, selector: selectors.BaseSelector) -> None:
         """Give queued tasks to idle workers; start a process for every one that is left, up to the limit."""
@@ -349,7 +349,7 @@ class MediaPool:
                 os.close(descriptor)
         worker.task = task
         worker.pixels = np.frombuffer(tiles_memory, np.uint8)
-        worker.deadline = time.monotonic() + self._timeout_s
+        worker.deadline = time.monotonic() + self._seconds_for(task)
 
     def _put_back(self, task: _Task) -> None:
         with self._changed:
@@ -378,6 +378,10 @@ class MediaPool:
                 pixels = pixels.copy()  # see map_memory(): a thousand waiting pictures would hold as many descriptors
             self._conclude(task, pixels, reply)
 
+    def _seconds_for(self, task: _Task) -> float:
+        videos = isinstance(task.source, EncodedVideo)
+        return self._config.video_decode_timeout_s if videos else self._config.media_decode_timeout_s
+
     def _seconds_left(self) -> float | None:
         deadlines = [worker.deadline for worker in self._workers if not worker.idle]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
@@ -388,7 +392,8 @@ class MediaPool:
         if worker.task is not None:
             noun = worker.task.source.noun
             code = "video_parse_error" if noun == "video" else "image_parse_error"
-            self._finish(worker.task, None, MediaError(reason.format(noun=noun), code=code))
+            said = reason.format(noun=noun, seconds=self._seconds_for(worker.task))
+            self._finish(worker.task, None, MediaError(said, code=code))
         elif not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:

@@ -33,7 +33,8 @@ def start_worker(config: MediaConfig) -> tuple[subprocess.Popen[bytes], socket.s
     max_memory_bytes = 16 * config.max_image_pixels + 2**31
     ours, theirs = socket.socketpair()
     with theirs:
-        arguments = [str(theirs.fileno()), str(config.media_decode_timeout_s), str(max_memory_bytes)]
+        longest_s = max(config.media_decode_timeout_s, config.video_decode_timeout_s)
+        arguments = [str(theirs.fileno()), str(longest_s), str(max_memory_bytes)]
         process = subprocess.Popen(
             [sys.executable, "-c", _BOOTSTRAP, *arguments, *sys.path],
             stdin=subprocess.DEVNULL,
