@@ -91,6 +91,7 @@ def end_engine(
         return last, waiting.result(20), unready_s
 
 
+@pytest.mark.slow
 def test_server_outlives_two_ends_of_its_engine_and_not_the_third():
     with serving("--engine-silence-s", "1") as (server, client):
         before = answer(client)

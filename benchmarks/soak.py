@@ -1,0 +1,253 @@
+"""A server under pictures for a while: does anything break, grow, or hold up somebody else's tokens?
+
+    python benchmarks/soak.py --requests 5000 --clients 8
+
+Starts ``opsin serve demo``, streams a text canary alone, then again while clients flood the server with pictures that
+no two requests share, and reads ``/health`` all the time. Prints one JSON object. Linux, since it reads /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_CANARY_TOKENS = 64
+_PROBE_S = 0.1
+_POOLS = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "pictures_decoding")
+
+
+@dataclass
+class Seen:
+    """What came back.
+
+    Attributes:
+        gaps_s: between the canary's tokens.
+        health_s: what ``/health`` took.
+        memory: requests done, and the resident MiB of the front and of its children, at several times.
+    """
+
+    gaps_s: list[float] = field(default_factory=list[float])
+    health_s: list[float] = field(default_factory=list[float])
+    errors: list[str] = field(default_factory=list[str])
+    memory: list[tuple[int, float, float]] = field(default_factory=list[tuple[int, float, float]])
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs."""
+
+    host: str
+    port: int
+    pid: int
+
+    async def ask(self, path: str, body: dict[str, Any] | None = None) -> AsyncIterator[tuple[float, bytes]]:
+        """One request on a connection of its own: when each piece of the answer came, and the piece."""
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            data = b"" if body is None else json.dumps(body).encode()
+            head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
+            writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+            while piece := await reader.read(2**16):
+                yield time.perf_counter(), piece
+        finally:
+            writer.close()
+
+    async def text(self, path: str, body: dict[str, Any] | None = None) -> str:
+        return b"".join([piece async for _, piece in self.ask(path, body)]).decode()
+
+
+@contextlib.contextmanager
+def serving(flags: Sequence[str] = ()) -> Iterator[Server]:
+    """``opsin serve demo`` on a port of its own."""
+    command = [sys.executable, "-m", "opsin", "serve", "demo", "--port", "0", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        seen = ""
+        while (found := re.search(r"at http://([\d.]+):(\d+)", seen)) is None:
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)  # the log's pipe has an end
+        yield Server(found[1], int(found[2]), process.pid)
+        process.terminate()
+        process.wait(60)
+        drain.wait(5)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def picture(rng: np.random.Generator) -> str:
+    """A data: URL of noise that no other picture equals."""
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+async def canary(server: Server, seen: Seen) -> None:
+    """Stream one answer to a text, and note the time between its events."""
+    body = _body("Tell me of the sea.", max_tokens=_CANARY_TOKENS, stream=True)
+    last: float | None = None
+    told = b""
+    async for at, piece in server.ask("/v1/chat/completions", body):
+        told += piece
+        if b"data: " in piece:
+            if last is not None:
+                seen.gaps_s.append(at - last)
+            last = at
+    if b"[DONE]" not in told:
+        seen.errors.append(told[-300:].decode(errors="replace"))
+
+
+async def flood(server: Server, seen: Seen, numbers: Iterator[int], rng: np.random.Generator) -> None:
+    """Ask about pictures, one after the other, until the numbers end."""
+    for number in numbers:
+        content = [
+            {"type": "image_url", "image_url": {"url": picture(rng)}},
+            {"type": "text", "text": "What is in the picture?"},
+        ]
+        told = await server.text("/v1/chat/completions", _body(content, max_tokens=12))
+        if not told.startswith("HTTP/1.1 200"):
+            seen.errors.append(told[:300])
+        if number % 100 == 0:
+            seen.memory.append((number, _resident_mib(server.pid), sum(map(_resident_mib, _children(server.pid)))))
+
+
+async def probe(server: Server, seen: Seen) -> None:
+    """Read ``/health`` for as long as nobody stops it."""
+    while True:
+        begun = time.perf_counter()
+        told = await server.text("/health")
+        seen.health_s.append(time.perf_counter() - begun)
+        if not told.startswith("HTTP/1.1 200"):
+            seen.errors.append(told[:300])
+        await asyncio.sleep(_PROBE_S)
+
+
+async def run(server: Server, requests: int, clients: int, solo: int, seed: int) -> dict[str, Any]:
+    """The whole measurement.
+
+    Args:
+        solo: canaries that run alone.
+    """
+    alone, among = Seen(), Seen()
+    for _ in range(3):
+        await canary(server, Seen())  # warm
+    for _ in range(solo):
+        await canary(server, alone)
+    numbers = iter(range(1, requests + 1))
+    begun = time.perf_counter()
+    floods = [
+        asyncio.create_task(flood(server, among, numbers, rng)) for rng in np.random.default_rng(seed).spawn(clients)
+    ]
+    probing = asyncio.create_task(probe(server, among))
+    while not all(task.done() for task in floods):
+        await canary(server, among)
+    await asyncio.gather(*floods)
+    seconds = time.perf_counter() - begun
+    probing.cancel()
+    left = await _left(server)
+    errors = [*alone.errors, *among.errors]
+    p99 = [1e3 * float(np.quantile(seen.gaps_s, 0.99)) for seen in (alone, among)]
+    return {
+        "requests": requests,
+        "clients": clients,
+        "seconds": round(seconds, 1),
+        "pictures_per_s": round(requests / seconds, 1),
+        "errors": len(errors),
+        "first_error": errors[0] if errors else None,
+        "health_ms": {"p50": _ms(among.health_s, 0.5), "p99": _ms(among.health_s, 0.99), "max": _ms(among.health_s, 1)},
+        "canary_gap_ms": {
+            "alone": {"p50": _ms(alone.gaps_s, 0.5), "p99": round(p99[0], 2)},
+            "among_pictures": {"p50": _ms(among.gaps_s, 0.5), "p99": round(p99[1], 2)},
+        },
+        "canary_p99_ratio": round(p99[1] / p99[0], 2),
+        "front_mib_per_1000": _slope([(number, front) for number, front, _ in among.memory]),
+        "engine_mib_per_1000": _slope([(number, engine) for number, _, engine in among.memory]),
+        "left_over": left,
+        "loop_lag_above_25_ms": await _lag_share(server, "0.025"),
+    }
+
+
+def _body(content: Any, **fields: Any) -> dict[str, Any]:
+    message = {"role": "user", "content": content}
+    return {"model": "demo", "messages": [message], "temperature": 0, "ignore_eos": True, **fields}
+
+
+async def _left(server: Server) -> dict[str, float]:
+    """What the server still holds, a moment after the last answer; empty if all is given back."""
+    left: dict[str, float] = {}
+    for _ in range(30):
+        text = await server.text("/metrics")
+        found = {name: float(value) for name, value in re.findall(r"^\w+:(\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)}
+        left = {name: found[name] for name in _POOLS if found[name]}
+        if not left:
+            break
+        await asyncio.sleep(0.1)
+    return left
+
+
+async def _lag_share(server: Server, bound_s: str) -> float:
+    """Share of the looks at which the event loop came round later than that."""
+    text = await server.text("/metrics")
+    counts = dict(re.findall(r'event_loop_lag_seconds_bucket\{.*le="([^"]+)"\} (\d+)', text))
+    return round(1 - int(counts[bound_s]) / max(1, int(counts["+Inf"])), 4)
+
+
+def _ms(seconds: Sequence[float], quantile: float) -> float:
+    return round(1e3 * float(np.quantile(seconds, quantile)), 2)
+
+
+def _slope(samples: Sequence[tuple[int, float]]) -> float | None:
+    """Growth per 1,000 requests, over the last two thirds: caches fill up at first."""
+    late = samples[len(samples) // 3 :]
+    if len(late) < 3:
+        return None
+    return round(1000 * float(np.polyfit([n for n, _ in late], [mib for _, mib in late], 1)[0]), 3)
+
+
+def _children(pid: int) -> list[int]:
+    direct = itertools.chain.from_iterable(
+        map(int, task.read_text().split()) for task in Path(f"/proc/{pid}/task").glob("*/children")
+    )
+    return [process for child in direct for process in (child, *_children(child))]
+
+
+def _resident_mib(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--solo", type=int, default=20, help="canaries that run alone")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with serving() as server:
+        result = asyncio.run(run(server, args.requests, args.clients, args.solo, args.seed))
+    print(json.dumps(result, indent=2))
+    sys.exit(1 if result["errors"] or result["left_over"] else 0)
+
+
+if __name__ == "__main__":
+    main()
