@@ -306,7 +306,7 @@ def test_number_of_frames_is_spelled_as_num2words_does(count: int, words: str) -
 
 
 @pytest.mark.parametrize("seconds", [1, 5, 30, 100, 300])
-@pytest.mark.parametrize(("fps", "most"), [(1, 64), (2, 4), (0.5, 10), (5, 16)])
+@pytest.mark.parametrize(("fps", "most"), [(1, 64), (2, 4), (0.5, 10), (5, 16), (12, 12), (13, 13), (100, 1000)])
 def test_video_samples_as_hf_s_processor_does(seconds: int, fps: float, most: int) -> None:
     rule = make_rule(**SMOLVLM)
     processor: Any = SimpleNamespace(num_frames=most, fps=fps)
@@ -353,6 +353,11 @@ def test_video_config_that_is_not_implemented_is_refused(video: dict[str, Any], 
         (clip(fps=8.0), {"num_crops": 2}, "num_crops"),
         (clip(fps=8.0), {"fps": 1}, "needs all three"),
         (clip(), {"fps": 1, "num_frames": 2}, "needs all three"),
+        (clip(fps=8.0), {"fps": "1", "num_frames": 2}, "fps is '1'"),
+        (clip(fps=8.0), {"fps": float("inf"), "num_frames": 2}, "above 0"),
+        (clip(fps=8.0), {"fps": 1, "num_frames": 2.0}, "whole number"),
+        (clip(fps=1e-300), {}, "longer than"),
+        (clip(fps=1e-320), {"fps": 1, "num_frames": 2}, "too many frames"),
         (clip(fps=8.0), {"do_resize": False}, "32 x 32"),
         (clip(fps=8.0), {"size": {"longest_edge": 0}}, "longest_edge"),
     ],

@@ -179,6 +179,9 @@ def test_video_samples_as_hf_s_default_does() -> None:
         assert rule.video_layout(every, options).plan.frames == (0, 7, 15, 22)
     assert rule.video_layout(every, {"do_sample_frames": True}).plan.frames == tuple(range(30))
     assert rule.video_layout(every, {"image_grid_pinpoints": "any"}).plan.frames == tuple(range(30))  # pictures' own
+    for speed in (clip(30, fps=10.0), clip(30, fps=1e-300)):
+        with pytest.raises(RequestError, match="too many frames"):
+            rule.video_layout(speed, {"fps": 1e308})
     with pytest.raises(RequestError, match="31 frames"):
         rule.video_layout(every, {"num_frames": 31})
 

@@ -79,10 +79,23 @@ def sample(
             param="mm_processor_kwargs",
         )
     with request_settings():
-        frames = tuple(int(i) for i in pick(clip))
+        _check_numbers(settings)
+        try:
+            frames = tuple(int(i) for i in pick(clip))
+        except OverflowError:  # of a video that somebody calls next to endless
+            raise ValueError(f"fps {settings['fps']} of {clip.duration:.3g} s of video are too many frames.") from None
         if not frames:
             raise ValueError(f"not one frame is left of {clip.duration:.3g} s of video; raise fps or num_frames.")
     return msgspec.structs.replace(clip, frames=frames)
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """``ValueError`` where ``num_frames`` is not a count, or ``fps`` not a speed."""
+    count, fps = settings["num_frames"], settings["fps"]
+    if count is not None and (type(count) is not int or count < 1):
+        raise ValueError(f"num_frames is {count!r}; it must be a whole number of at least 1.")
+    if fps is not None and (type(fps) not in (int, float) or not 0 < fps < math.inf):
+        raise ValueError(f"fps is {fps!r}; it must be a number above 0.")
 
 
 def spread(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:

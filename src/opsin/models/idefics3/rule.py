@@ -41,6 +41,7 @@ _SMALL = (
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
 )
 _TENS = ("", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_LONGEST_S = 10**9
 _SKIPPED_S = 1  # of a long video, at either end
 _DEFAULTS: dict[str, Any] = {
     **CLIP_PIXELS,
@@ -206,12 +207,19 @@ class Idefics3Rule(PictureRule):
                 param="multi_modal_data",
             )
         num_frames = len(clip.frames)
+        # Frames whose speed nobody told have no duration either; Hugging Face then takes the last one's time.
+        times = (*clip.times, clip.times[-1] if clip.fps is None else clip.duration)
+        if not max(times) <= _LONGEST_S:
+            raise RequestError(
+                f"At {clip.fps} frames per second this video takes {max(times):.3g} s, longer than this model's prompt "
+                "can say; give its speed as it is.",
+                param="multi_modal_data",
+            )
         return MediaLayout(
             plan=PixelPlan(clip.width, clip.height, (View(ops, edge, edge),), clip.frames),
             num_features=num_frames * self.tile.num_features,
             num_patches=num_frames * self.tile.grid**2,
-            # Frames whose speed nobody told have no duration either; Hugging Face then takes the last one's time.
-            times=(*clip.times, clip.times[-1] if clip.fps is None else clip.duration),
+            times=times,
         )
 
     def placeholder(self, modality: Modality) -> Placeholder:
@@ -304,6 +312,8 @@ def _sampled(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
         if start >= end:
             start, end = 0, last
     count = max(1, min(round(fps * clip.duration), most))
+    if count > end - start:
+        return range(start, end + 1)
     return np.unique(np.linspace(start, end, count, dtype=int)).tolist()
 
 
