@@ -13,6 +13,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
+from opsin.errors import RequestError
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing.neutral import ControlStrings, Rendered
 from opsin.processing.tokenizer import Tokenizer
@@ -56,13 +57,20 @@ def spelled(
 
 
 def continue_ids(end: str, answer: str, tokenizer: Tokenizer, controls: ControlStrings) -> list[int]:
-    """The tokens that ``answer`` has behind a text that ends in ``end``; control strings in it are plain text."""
+    """The tokens that ``answer`` has behind a text that ends in ``end``; control strings in it are plain text.
+
+    Raises:
+        RequestError: it has none.
+    """
     before = tokenizer.encode(end, add_special_tokens=False)
     plain = [(len(end) + start, len(end) + stop) for start, stop in controls.find(answer)]
     both = tokenizer.encode_rendered(Rendered(end + answer, plain), add_special_tokens=False)
     if both[: len(before)] == before and len(both) > len(before):
         return both[len(before) :]
-    return tokenizer.encode_plain(answer, at_start=False)  # the answer's first letters would merge with the prompt's
+    alone = tokenizer.encode_plain(answer, at_start=False)  # its first letters would merge with the prompt's
+    if not alone:
+        raise RequestError(f"The choice {answer!r} has no tokens in this model's vocabulary.", param="choices")
+    return alone
 
 
 def pick_requests(prompt: EngineRequest, answers: Sequence[Sequence[int]]) -> list[EngineRequest]:
