@@ -20,6 +20,8 @@ from tests.engine.conftest import assert_idle, engines_over
 from tests.factories import minicpmv as factory
 from tests.factories.minicpmv import IMAGE, Case, picture
 
+pytestmark = factory.needs_recorded_pillow
+
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 
 

@@ -21,6 +21,8 @@ from tests.factories import minicpmv as factory
 from tests.factories.minicpmv import TOLERANCE, Case
 from tests.models.driver import Driver, Piece, Row, copy_with_weights, flip_channels, meta_model
 
+pytestmark = factory.needs_recorded_pillow
+
 Write = Callable[[str], Path]
 
 

@@ -72,6 +72,7 @@ def test_slices_over_sizes_equal_the_reference(recorded: dict[str, Any], read_ru
     assert num_narrow < 30
 
 
+@factory.needs_recorded_pillow
 @pytest.mark.parametrize("name", factory.SHAPES)
 def test_pixels_over_sizes_equal_the_reference(name: str, read_rule: ReadRule):
     rule = read_rule(name)
