@@ -19,7 +19,7 @@ import pytest
 from opsin.config import MediaConfig
 from opsin.errors import MediaError
 from opsin.media import fetch as fetch_module
-from opsin.media.fetch import check_address, check_url, fetch
+from opsin.media.fetch import check_address, check_url, decode_data_url, fetch
 
 BODY = bytes(range(256)) * 20
 PUBLIC = MediaConfig()
@@ -476,3 +476,23 @@ def test_file_url_is_refused_where_no_folder_is_allowed_or_it_names_a_host(folde
 def test_file_larger_than_the_limit_is_refused(folder: Path) -> None:
     config = MediaConfig(allowed_local_media_path=str(folder), max_media_bytes=len(BODY) - 1)
     assert code_of((folder / "a b.png").as_uri(), config) == "image_file_too_large"
+
+
+@pytest.mark.parametrize("wrap", [0, 1, 3, 5, 76])
+def test_base64_in_pieces_is_base64_whole(wrap: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fetch_module, "_BASE64_CHARS", 8)
+    for size in range(40):
+        data = bytes(range(size))
+        text = base64.b64encode(data).decode()
+        lines = [text[i : i + wrap] for i in range(0, len(text), wrap)] if wrap else [text]
+        for form in ("\r\n".join(lines), text.rstrip("=")):
+            assert decode_data_url(f"data:;base64,{form}", 100) == data
+
+
+@pytest.mark.parametrize("text", ["QUJD=QUJD", "QUI=QUI=", "Q", "QUJDQ", "QUJD!UJD", "=QUJ", "QUJDQUJ=D"])
+def test_what_is_no_base64_is_none_in_pieces_either(text: str, monkeypatch: pytest.MonkeyPatch):
+    for chars in (4, 8, 2**18):
+        monkeypatch.setattr(fetch_module, "_BASE64_CHARS", chars)
+        with pytest.raises(MediaError) as refusal:
+            decode_data_url(f"data:;base64,{text}", 100)
+        assert refusal.value.code == "invalid_base64_image"

@@ -17,7 +17,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
@@ -31,6 +31,7 @@ from opsin.types import Modality
 
 MAX_REDIRECTS = 3
 _CHUNK_BYTES = 2**16
+_BASE64_CHARS = 2**18
 _MAX_URL_CHARS = 8192
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f\\]")
@@ -151,13 +152,28 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     if "%" in body:  # "%3D" for "=", "%2B" for "+"
         body = unquote(body)
     try:
-        # Senders break lines and leave out padding; anything else that is not base64 is a mistake worth telling.
-        compact = "".join(body.split()).rstrip("=")
-        data = binascii.a2b_base64(compact + "=" * (-len(compact) % 4), strict_mode=True)
+        data = b"".join(_base64_pieces(body))
     except (binascii.Error, ValueError):
         raise MediaError("The picture's data: URL is not valid base64.", code="invalid_base64_image") from None
     check_num_bytes(len(data), max_bytes)
     return data
+
+
+def _base64_pieces(text: str) -> Iterator[bytes]:
+    """Decode bit by bit, since the decoder lets no other thread run: a large picture would hold the event loop up.
+
+    Senders break lines and leave out padding; anything else that is not base64 is a mistake worth telling.
+    """
+    end = len(text.rstrip("= \t\r\n"))
+    rest = ""
+    for start in range(0, end, _BASE64_CHARS):
+        piece = rest + "".join(text[start : min(start + _BASE64_CHARS, end)].split())
+        cut = len(piece) - len(piece) % 4
+        if "=" in piece:
+            raise ValueError
+        yield binascii.a2b_base64(piece[:cut], strict_mode=True)
+        rest = piece[cut:]
+    yield binascii.a2b_base64(rest + "=" * (-len(rest) % 4), strict_mode=True)
 
 
 def decode_frames_url(url: str, config: MediaConfig) -> list[bytes] | None:

@@ -30,7 +30,7 @@ def json_response(body: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
-async def read_body(http: Request, max_bytes: int) -> bytes:
+async def read_body(http: Request, max_bytes: int) -> bytearray:
     """The whole body; never more than the cap is held.
 
     Raises:
@@ -56,7 +56,7 @@ async def read_body(http: Request, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise too_large
         if not message.get("more_body", False):
-            return bytes(body)
+            return body
 
 
 async def until_gone(receive: Receive, work: Awaitable[T]) -> T:
