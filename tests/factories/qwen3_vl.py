@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from transformers import (
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 from tests.factories import qwen2_vl
 from tests.factories.qwen2_vl import IMAGE, PATCH_SIZE, SIGNS, TOKENS, UNIT, video_patches
 from tests.factory import VOCAB_SIZE, redraw_weights, write_chatml_tokenizer, write_generation_config
 
-_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+VIDEO_BOUNDS = {"shortest_edge": 4 * UNIT**2, "longest_edge": 48 * UNIT**2}  # pixels of all frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,17 @@ def write_qwen3_vl(folder: Path, shape: Qwen3VLShape) -> Path:
     build_qwen3_vl(shape, tokenizer).save_pretrained(folder)
     write_generation_config(folder, tokenizer)
     size = {"shortest_edge": 4 * UNIT**2, "longest_edge": shape.max_pixels}
-    Qwen2VLImageProcessorPil(size=size, patch_size=PATCH_SIZE).save_pretrained(folder)
+    pictures = Qwen2VLImageProcessorPil(size=size, patch_size=PATCH_SIZE)
+    pictures.save_pretrained(folder)
+    videos = {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "size": VIDEO_BOUNDS,
+        "patch_size": PATCH_SIZE,
+        "image_mean": list(pictures.image_mean),
+        "image_std": list(pictures.image_std),
+        "do_sample_frames": False,
+    }
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
     return folder
 
 
@@ -99,26 +112,29 @@ def hf_inputs(
     images: Sequence[Image.Image] = (),
     videos: Sequence[Sequence[Image.Image]] = (),
     fps: Sequence[float] = (),
+    indices: Sequence[Sequence[int]] = (),
     **options: Any,
 ) -> dict[str, torch.Tensor]:
     """What transformers' processor makes of a prompt, with ``options`` for the pictures.
 
-    Its video processor needs torchvision, so frames go through the picture processor, as in ``qwen2_vl``. A video's
-    frames replace the tags around its mark, too, as they did up to transformers 4 and in training.
+    Its video processor needs torchvision for pixels, so frames of its sizes go through the picture processor, as in
+    ``qwen2_vl``. What stands for a video replaces the tags around its mark, too, as up to transformers 4 and in
+    training; transformers 5 leaves them.
 
     Args:
-        fps: of each video, all of whose frames are taken.
+        fps: of each video's recording.
+        indices: in it, of the frames given; by default they are all of it.
     """
     inputs: dict[str, Any] = {}
     if videos:
         pictures: Any = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        made = [video_patches(pictures, frames, options) for frames in videos]
+        made = [video_patches(pictures, _resized(frames), {"do_resize": False}) for frames in videos]
         speeds = fps or [24.0] * len(videos)
         inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in made])
         inputs["video_grid_thw"] = torch.tensor([grid for _, grid in made])
+        taken = indices or [range(len(frames)) for frames in videos]
         known = [
-            SimpleNamespace(fps=speed, frames_indices=list(range(len(frames))))
-            for frames, speed in zip(videos, speeds, strict=True)
+            SimpleNamespace(fps=speed, frames_indices=list(chosen)) for chosen, speed in zip(taken, speeds, strict=True)
         ]
         tags = {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
         processor: Any = SimpleNamespace(
@@ -129,10 +145,17 @@ def hf_inputs(
         )
         waiting = iter(range(len(videos)))
         text = re.sub(
-            re.escape(_VIDEO),
+            re.escape(VIDEO),
             lambda _: Qwen3VLProcessor.replace_video_token(
                 processor, inputs | {"video_metadata": known}, next(waiting)
             ),
             text,
         )
     return inputs | qwen2_vl.hf_inputs(folder, text, images, **options)
+
+
+def _resized(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    width, height = frames[0].size
+    bounds = VIDEO_BOUNDS["shortest_edge"], VIDEO_BOUNDS["longest_edge"]
+    rows, cols = smart_resize(max(len(frames), 2), height, width, 2, UNIT, *bounds)
+    return [frame.resize((cols, rows), Image.Resampling.BICUBIC) for frame in frames]

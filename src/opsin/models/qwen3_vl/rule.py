@@ -73,7 +73,7 @@ class Qwen3VLRule(Qwen2VLRule):
 
     def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
         settings = with_options(self.video_settings, options, fixed=frozenset(GEOMETRY), others=self.settings)
-        clip = sample(clip, settings, options, lambda clip: _sampled(clip, settings))
+        clip = sample(clip, settings, options, lambda clip: _sampled(clip, settings, options))
         with request_settings():
             bounds = pixel_bounds(settings)
         least, most = bounds["shortest_edge"], bounds["longest_edge"]
@@ -172,8 +172,10 @@ def resize_video(
     return round(width / unit) * unit, round(height / unit) * unit
 
 
-def _sampled(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
+def _sampled(clip: Clip, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Sequence[int]:
     """The frames that Hugging Face's video processor samples. ``ValueError`` where there are none."""
+    if options.get("num_frames") is not None and options.get("fps") is not None:
+        raise ValueError("num_frames and fps exclude one another; give one.")
     total, count, fps = clip.num_frames, settings["num_frames"], settings["fps"]
     if count is None and fps is not None:
         assert clip.fps is not None
