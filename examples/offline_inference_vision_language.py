@@ -78,6 +78,12 @@ MODELS = {
     "qwen2_vl": Model(
         "Qwen/Qwen2-VL-7B-Instruct", QWEN, image="<|image_pad|>", video="<|video_pad|>", settings=QWEN_PIXELS
     ),
+    "qwen3_vl": Model(
+        "Qwen/Qwen3-VL-4B-Instruct",
+        CHATML.replace("{media}\n", "<|vision_start|>{media}<|vision_end|>"),
+        image="<|image_pad|>",
+        video="<|video_pad|>",
+    ),
     "smolvlm": Model(
         "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "<|im_start|>User:{media}{question}<end_of_utterance>\nAssistant:"
     ),

@@ -65,6 +65,7 @@ MODELS = {
         "Qwen/Qwen2.5-VL-3B-Instruct", CHATML, "Picture {n}: <|vision_start|><|image_pad|><|vision_end|>"
     ),
     "qwen2_vl": Model("Qwen/Qwen2-VL-7B-Instruct", CHATML, "Picture {n}: <|vision_start|><|image_pad|><|vision_end|>"),
+    "qwen3_vl": Model("Qwen/Qwen3-VL-4B-Instruct", CHATML, "Picture {n}: <|vision_start|><|image_pad|><|vision_end|>"),
     "smolvlm": Model(
         "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
         "<|im_start|>User:{images}{question}<end_of_utterance>\nAssistant:",

@@ -22,6 +22,7 @@ ROWS = {
     "pixtral_hf": ("mistral3", 1),
     "qwen2_vl": ("qwen2_vl", 0),
     "qwen2_5_vl": ("qwen2_vl", 1),
+    "qwen3_vl": ("qwen3_vl", 0),
     "smolvlm": ("idefics3", 1),
 }
 
