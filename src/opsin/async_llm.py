@@ -167,7 +167,7 @@ class AsyncLLM:
     async def embed(
         self, prompt: PromptType, pooling_params: PoolingParams | None = None, request_id: str | None = None
     ) -> PoolingRequestOutput:
-        """The last token's final hidden state, normalised.
+        """The last token's final hidden state, normalised; or what else ``pooling_params`` name as their task.
 
         Raises:
             As ``generate``.

@@ -177,6 +177,14 @@ def test_documents_may_be_pictures(client: httpx.Client):
         ("/rerank", {"query": "a"}, "documents"),
         ("/rerank", {"query": "a", "documents": []}, "documents"),
         ("/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n"),
+        *(
+            (path, {**fields, "truncate_prompt_tokens": 4}, "truncate_prompt_tokens")
+            for path, fields in (
+                ("/score", {"text_1": "a", "text_2": "b"}),
+                ("/rerank", {"query": "a", "documents": ["b"]}),
+                ("/v1/embeddings", {"input": "a"}),
+            )
+        ),
         ("/pooling", {}, "input"),
         ("/pooling", {"input": "a", "task": "sing"}, "task"),
     ],

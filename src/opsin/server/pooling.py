@@ -18,7 +18,7 @@ from opsin.params import PoolingParams
 from opsin.processing.pooling import missing_head
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import EmbeddingUsage, PoolingItem, Poolings
-from opsin.server.requests import ClassifyRequest, EmbeddingRequest, PoolingRequest
+from opsin.server.requests import ClassifyRequest, EmbeddingRequest, PoolingRequest, VectorRequest
 from opsin.server.state import ServerState, blame, prompts_of
 from opsin.server.transport import ClientGone, GoneResponse, json_response, until_gone
 
@@ -58,6 +58,7 @@ async def pool_inputs(
     Raises:
         OpsinError: what is wrong.
     """
+    refuse_truncation(request)
     messages = request.messages
     if (request.input is None) == (messages is None):
         raise RequestError("Give either input or messages.", param="input")
@@ -113,6 +114,18 @@ async def _run(server: ServerState, processed: ProcessedRequest) -> PoolingReque
             metrics.finished("stop", None, 0.0)
             return output
     raise EngineDeadError("The engine stopped before the request was answered.")
+
+
+def refuse_truncation(request: VectorRequest) -> None:
+    """Refuse what would give the vector of another text.
+
+    Raises:
+        RequestError: ``param`` is the field.
+    """
+    if request.truncate_prompt_tokens not in (None, -1):
+        raise RequestError(
+            "truncate_prompt_tokens is not supported for vectors yet; leave it out.", param="truncate_prompt_tokens"
+        )
 
 
 def usage_of(outputs: Sequence[PoolingRequestOutput]) -> EmbeddingUsage:

@@ -138,7 +138,17 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     best_of: int | None = None
 
 
-class EmbeddingRequest(Request, kw_only=True):
+class VectorRequest(Request, kw_only=True):
+    """What bodies have that ask for vectors, or for what follows from them.
+
+    Attributes:
+        truncate_prompt_tokens: not supported yet, but for -1, which is what the context holds.
+    """
+
+    truncate_prompt_tokens: int | None = None
+
+
+class EmbeddingRequest(VectorRequest, kw_only=True):
     """``POST /v1/embeddings``: ``input``, or ``messages`` for one conversation with pictures.
 
     Attributes:
@@ -172,7 +182,7 @@ ScoreInput = str | dict[str, Any]
 ScoreInputs = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
-class ScoreRequest(Request, kw_only=True):
+class ScoreRequest(VectorRequest, kw_only=True):
     """``POST /score``: two inputs or lists of them, under any of vLLM's pairs of names."""
 
     text_1: ScoreInputs | None = None
@@ -184,7 +194,7 @@ class ScoreRequest(Request, kw_only=True):
     items: ScoreInputs | None = None
 
 
-class RerankRequest(Request, kw_only=True):
+class RerankRequest(VectorRequest, kw_only=True):
     """``POST /rerank``.
 
     Attributes:

@@ -15,7 +15,7 @@ from opsin.params import PoolingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.processing.scoring import pairs
 from opsin.server.answers import RerankDocument, Reranking, RerankResult, ScoreItem, Scores
-from opsin.server.pooling import pool, usage_of
+from opsin.server.pooling import pool, refuse_truncation, usage_of
 from opsin.server.requests import Request, RerankRequest, ScoreInput, ScoreInputs, ScoreRequest
 from opsin.server.state import ServerState
 from opsin.server.transport import GoneResponse, json_response
@@ -27,6 +27,7 @@ _SPELLINGS = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents
 async def create_score(http: HTTPRequest, server: ServerState) -> Response:
     """Compare one input with each of several, or two lists one by one."""
     request = await server.read(http, ScoreRequest)
+    refuse_truncation(request)
     names = next((pair for pair in _SPELLINGS if all(getattr(request, name) is not None for name in pair)), None)
     if names is None:
         spelt = " or ".join(" and ".join(pair) for pair in _SPELLINGS)
@@ -47,6 +48,7 @@ async def create_score(http: HTTPRequest, server: ServerState) -> Response:
 async def rerank(http: HTTPRequest, server: ServerState) -> Response:
     """Order documents by how alike they are to a query, the most alike first."""
     request = await server.read(http, RerankRequest)
+    refuse_truncation(request)
     documents = _listed(request.documents, "documents")
     top_n = request.top_n or len(documents)
     if top_n < 0:
