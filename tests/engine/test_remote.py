@@ -18,6 +18,8 @@ from opsin.engine import remote
 from opsin.engine.messages import pack_sources, unpack_sources
 from opsin.engine.remote import RemoteEngine, Watch
 from opsin.errors import EngineDeadError, EngineRestartError, UnsupportedModelError
+from opsin.media.clips import FrameChoice, open_video
+from opsin.media.prober import VideoProber
 from opsin.media.source import open_picture
 from opsin.params import SamplingParams
 from opsin.processing.embeddings import GivenFeatures, read_embedding
@@ -25,6 +27,7 @@ from opsin.processing.output import ENGINE_RESTARTED
 from opsin.types import EngineRequest, RequestUpdate
 from tests.engine import fake_process
 from tests.engine.conftest import picture
+from tests.media import clips
 
 QUICK = Watch(silence_s=0.5, step_s=0.5)
 
@@ -86,6 +89,19 @@ def test_sources_are_what_they_were_on_the_other_side():
     np.testing.assert_array_equal(arrived[2].data, sources[2].data)
     assert arrived[2].extras == sources[2].extras
     assert unpack_sources(*pack_sources([])) == []
+
+
+def test_videos_are_what_they_were_on_the_other_side():
+    config = MediaConfig(media_workers=0)
+    data = clips.encode(clips.frames(5))
+    shown = (clips.frames(3), {"fps": 2.0, "total_num_frames": 9, "frames_indices": [0, 4, 8]})
+    sources = [open_video(video, config, FrameChoice(4), VideoProber(config)) for video in (data, shown)]
+    arrived: list[Any] = unpack_sources(*pack_sources(sources))
+    assert arrived[0] == sources[0]
+    for there, here in zip(arrived, sources, strict=True):
+        assert (there.digest, there.clip) == (here.digest, here.clip)
+        frames = zip(there.frames([0, 2]), here.frames([0, 2]), strict=True)
+        assert all(ours.tobytes() == theirs.tobytes() for ours, theirs in frames)
 
 
 def test_sources_leave_no_descriptors_behind():

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from opsin.errors import RequestError
+from opsin.errors import RequestError, UnsupportedModelError
 from opsin.models.pictures import CLIP_PIXELS, read_known, request_settings
 from opsin.types import Clip
 
@@ -20,7 +20,11 @@ VIDEO_PIXELS: Mapping[str, Any] = {  # what every Hugging Face video processor h
     "do_sample_frames": False,
     "num_frames": None,
     "fps": None,
+    "do_center_crop": False,
+    "crop_size": None,
+    "do_pad": False,
 }
+_EDGES = frozenset({"do_center_crop", "do_pad"})  # what a config for pictures says of these is for pictures
 
 
 def read_video_settings(
@@ -40,10 +44,14 @@ def read_video_settings(
     """
     video = processor.get("video_processor")
     if video is None:
-        defaults = known[default]
-        given = {key: processor[key] for key in defaults if processor.get(key) is not None}
-        return default, {**defaults, **given}
-    return read_known("video_processor_type", video.get("video_processor_type") or default, video, known, family)
+        given = {key: processor[key] for key in set(known[default]) - _EDGES if processor.get(key) is not None}
+        return default, {**known[default], **given}
+    type_key = "video_processor_type"
+    name, settings = read_known(type_key, video.get(type_key) or default, video, known, family)
+    for key in sorted(_EDGES):
+        if settings[key] and not known[name][key]:
+            raise UnsupportedModelError(f"The {name} config has {key} = {settings[key]!r}, which is not implemented.")
+    return name, settings
 
 
 def sample(

@@ -45,8 +45,6 @@ _VIDEO_PROCESSORS: dict[str, dict[str, Any]] = {
         **VIDEO_PIXELS,
         "size": {"height": 384, "width": 384},
         "initial_shift": True,
-        "do_center_crop": False,
-        "do_pad": False,
     }
 }
 
@@ -143,8 +141,6 @@ class InternVLRule(PictureRule):
             read_resample(video_settings)
             if read_norm(video_settings) != norm or video_settings["size"] != size:
                 raise ValueError("its size or its normalisation is not that of pictures; the tower takes one of each.")
-            if video_settings["do_center_crop"] or video_settings["do_pad"]:
-                raise ValueError("do_center_crop and do_pad are not implemented.")
         return cls(
             tile=tile,
             video_token_id=tokenizer.convert_tokens_to_ids(_VIDEO_TOKEN),
