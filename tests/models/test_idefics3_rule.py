@@ -17,7 +17,7 @@ from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import make_tiles
 from opsin.media.source import open_picture
 from opsin.models.idefics3.rule import Idefics3Rule, in_words
-from opsin.models.rule import TokenRun
+from opsin.models.rule import Placeholder, TokenRun
 from opsin.types import Clip
 from tests.factories.idefics3 import FAKE, GLOBAL, IMAGE, Idefics3Shape, build_image_processor, picture_text, video_text
 
@@ -366,6 +366,14 @@ def test_video_config_that_is_not_implemented_is_refused(video: dict[str, Any], 
 def test_video_options_that_cannot_be_honoured_are_refused(shown: Clip, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
         make_rule(**SMOLVLM).video_layout(shown, options)
+
+
+def test_video_is_marked_by_text_where_the_tokenizer_would_split_it() -> None:
+    tokenizer = Tokenizer("<video>")
+    assert make_rule(tokenizer=tokenizer, **SMOLVLM).placeholder("video") == Placeholder("<video>", None, "<video>")
+    whole = Tokenizer()
+    known = make_rule(tokenizer=whole, **SMOLVLM).placeholder("video")
+    assert known.token_id == whole.convert_tokens_to_ids("<video>")
 
 
 def test_video_s_embedding_is_whole_frames_at_24_a_second() -> None:
