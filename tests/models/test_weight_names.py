@@ -1,0 +1,62 @@
+"""Every name in a hub checkpoint finds its place, and every place is filled once: true sizes, on the meta device.
+
+Checkpoints spell names in up to three ways: after transformers 5's modules; as it saves them, which is mostly as
+transformers 4 did; and that with the level that transformers 4's CLIP and SigLIP had, and without a tied head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.core_model_loading import revert_weight_conversion
+
+from opsin.models.weights import _slots
+from tests.factories.families import FAMILIES, Family
+from tests.models.driver import meta_model
+
+SPELLINGS = ("modules", "hub", "hub of transformers 4")
+_TOWERS_WITH_A_LEVEL = ("CLIPVisionModel", "SiglipVisionModel")
+CASES = [
+    pytest.param(family, name, id=f"{family.name}-{name}")
+    for family in FAMILIES
+    for name in (() if family.oracle else family.hub_configs)
+]
+
+
+def spelled(model: Any, spelling: str, *, is_tied: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes by name."""
+    tensors = model.state_dict()
+    if spelling != "modules":
+        tensors = revert_weight_conversion(model, tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if spelling != SPELLINGS[-1]:
+        return shapes
+    if type(getattr(model.model, "vision_tower", None)).__name__ in _TOWERS_WITH_A_LEVEL:
+        shapes = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): s for name, s in shapes.items()}
+    return {name: shape for name, shape in shapes.items() if not (is_tied and name.endswith("lm_head.weight"))}
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_names_of_the_hub_s_checkpoint_fill_every_place_once(family: Family, name: str):
+    config = family.hub_configs[name]
+    ours = meta_model(config)
+    table, places = ours.weight_table(), _slots(ours)
+    with torch.device("meta"):
+        theirs = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+    for spelling in SPELLINGS:
+        missing = {part for place in places.values() for part in place.parts}
+        for given, shape in spelled(theirs, spelling, is_tied=ours.decoder.lm_head.is_tied).items():
+            target = table.rename(given)
+            if target not in places:
+                assert table.is_unused(target), (spelling, given, target)
+                continue
+            assert places[target].shape == shape, (spelling, given)
+            assert places[target].parts <= missing, f"{spelling}: {given} fills {target} again"
+            missing -= places[target].parts
+        assert not missing, (spelling, sorted(missing)[:5])
+    filled = {tuple(place.parts): math.prod(place.shape) for place in places.values() if len(place.parts) == 1}
+    assert sum(filled.values()) == sum(p.numel() for p in ours.parameters())
