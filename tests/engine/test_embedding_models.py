@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from opsin import LLM, PoolingParams, RequestError
+from opsin import LLM, MediaError, PoolingParams, RequestError
 from opsin.inputs import MessageContent
 from opsin.processing.pooling import VectorSizes
 from tests.engine.conftest import assert_idle, engines_over, hf_model, picture
@@ -110,6 +110,12 @@ def test_score_is_the_cosine_of_vectors_in_every_pairing(make_dse: Callable[...,
         llm.score(documents[:2], documents, use_tqdm=False)
     with pytest.raises(RequestError, match="Cannot compare 1 inputs with 0"):
         llm.score(query, [], use_tqdm=False)
+    with pytest.raises(RequestError, match="got NoneType"):
+        llm.score(query, None, use_tqdm=False)
+    with pytest.raises(MediaError):
+        llm.score(query, 5, use_tqdm=False)
+    with pytest.raises(RequestError, match="use encode"):
+        llm.embed("Hello", PoolingParams(task="token_embed"), use_tqdm=False)
     assert_idle(llm)
 
 

@@ -49,7 +49,7 @@ def as_conversation(item: Any) -> list[dict[str, Any]] | None:
     """
     if isinstance(item, Mapping):
         return [{"role": "user", "content": item["content"]}] if "content" in item else None
-    if isinstance(item, str) or (isinstance(item, Sequence) and not isinstance(item, bytes)):
+    if item is None or isinstance(item, str) or (isinstance(item, Sequence) and not isinstance(item, bytes)):
         return None
     return [{"role": "user", "content": _parts(item)}]
 
