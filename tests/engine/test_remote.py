@@ -20,7 +20,7 @@ from opsin.engine.remote import RemoteEngine, Watch
 from opsin.errors import EngineDeadError, EngineRestartError, UnsupportedModelError
 from opsin.media.clips import FrameChoice, open_video
 from opsin.media.prober import VideoProber
-from opsin.media.source import open_picture
+from opsin.media.source import EncodedPicture, PixelPicture, open_picture
 from opsin.params import SamplingParams
 from opsin.processing.embeddings import GivenFeatures, read_embedding
 from opsin.processing.output import ENGINE_RESTARTED
@@ -78,11 +78,11 @@ def test_sources_are_what_they_were_on_the_other_side():
         open_picture(picture(2, width=31, height=17).convert("RGBA"), config),
         read_embedding(np.arange(12, dtype=np.float16).reshape(3, 4), 4, extras={"image_size": (3, 4)}),
     ]
-    arrived = unpack_sources(*pack_sources(sources))
+    arrived: list[Any] = unpack_sources(*pack_sources(sources))
     assert [source.digest for source in arrived] == [source.digest for source in sources]
     assert arrived[0] == sources[0]
     for there, here in zip(arrived[:2], sources[:2], strict=True):
-        assert not isinstance(there, GivenFeatures)
+        assert isinstance(there, EncodedPicture | PixelPicture)
         assert there.size == here.size
         assert there.decode().tobytes() == here.decode().tobytes()
     assert isinstance(arrived[2], GivenFeatures)
