@@ -141,7 +141,9 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint) -> LocalEngine:
     grammars = GrammarCompiler(tokenizer, spec.vocab_size)
     core = EngineCore(
         scheduler,
-        InlineExecutor(runner, memory, use_graphs=not config.device.enforce_eager),
+        InlineExecutor(
+            runner, memory, graph_tokens=None if config.device.enforce_eager else budgets.max_num_batched_tokens
+        ),
         pipeline_depth=budgets.pipeline_depth,
         grammars=grammars,
     )

@@ -1,13 +1,14 @@
-"""The decoder's pass over one generated token per row, captured once per number of rows and replayed from then on.
+"""The decoder's pass, captured once per size and replayed from then on: steps that only decode, and small prefills.
 
 Launching a few hundred kernels from Python takes tens of milliseconds; replaying them takes one call. What changes from
-step to step lies in buffers that keep their place: one packed upload fills them, and everything derived from it,
-the token ids included, is gathered on the device within the graph. Drawing tokens is not part of it.
+step to step lies in buffers that keep their place: one packed upload fills them. Sizes are rounded up to few, with rows
+and tokens that write to the scratch block and that nobody reads. Drawing tokens is not part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +17,15 @@ import torch
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.layers.staging import num_bytes, upload, views
 from opsin.models.interface import VisionLanguageModel
-from opsin.runner.inputs import RowNumbers, decode_arrays
+from opsin.runner.inputs import RowNumbers, StepArrays, decode_arrays, padded
 from opsin.runner.slots import SlotTable
 
+_PREFILL_TOKENS = (128, 256, 384, 512, 640, 768, 1024)
+_PREFILL_ROWS = 33  # of which one pads
 
-def sizes_up_to(max_rows: int) -> list[int]:
-    """Numbers of rows to capture: doubling to 32, then in steps that waste an eighth or so."""
+
+def decode_sizes(max_rows: int) -> list[int]:
+    """Numbers of rows to capture: doubling to 16, then in steps that waste an eighth or so."""
     sizes = [size for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128) if size < max_rows]
     sizes += list(range(160, max_rows, 32))
     return [*sizes, max_rows]
@@ -32,37 +36,46 @@ class _Captured(NamedTuple):
 
     graph: torch.cuda.CUDAGraph
     packed: torch.Tensor
-    starts_B1: torch.Tensor
-    token_at_B: torch.Tensor
-    hidden_BD: torch.Tensor
+    inputs: list[torch.Tensor]
+    kept: torch.Tensor
+    hidden: torch.Tensor
 
 
-class DecodeGraphs:
-    """Graphs for up to ``max_rows`` rows, all in one pool of memory, since they never run at the same time."""
+class StepGraphs:
+    """Graphs of one decoder over one cache, all in one pool of memory, since they never run at the same time."""
 
     def __init__(
         self,
         model: VisionLanguageModel,
         caches: Sequence[LayerCache],
         table: SlotTable,
+        *,
         block_size: int,
         max_rows: int,
+        max_tokens: int,
+        dtype: torch.dtype,
     ) -> None:
         self._model = model
         self._caches = caches
         self._table = table
         self._block_size = block_size
-        self._sizes = sizes_up_to(max_rows)
+        self._dtype = dtype
+        self._device = table.tokens_SL.device
+        self._decode_sizes = decode_sizes(max_rows)
+        self._prefill_sizes = [size for size in _PREFILL_TOKENS if size <= max_tokens]
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(table.tokens_SL.device)  # one, since cuBLAS keeps a workspace for each
-        self._captured: dict[int, _Captured] = {}
+        self._stream = torch.cuda.Stream(self._device)  # one, since cuBLAS keeps a workspace for each
+        self._decode: dict[int, _Captured] = {}
+        self._prefill: dict[int, _Captured] = {}
 
     def capture_all(self) -> None:
-        """Capture every size now, the largest first, so that the smaller ones fit into its memory."""
-        for size in reversed(self._sizes):
-            self._captured[size] = self._capture(size)
+        """Capture every size, the largest first, so that the smaller ones fit into its memory."""
+        for size in reversed(self._prefill_sizes):
+            self._prefill[size] = self._capture_prefill(size)
+        for size in reversed(self._decode_sizes):
+            self._decode[size] = self._capture_decode(size)
 
-    def run(self, numbers: RowNumbers) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, numbers: RowNumbers) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a step for which ``numbers.is_decode`` holds.
 
         Returns:
@@ -70,24 +83,47 @@ class DecodeGraphs:
             that they draw.
         """
         num_rows = len(numbers.slot_B)
-        size = next(size for size in self._sizes if size >= num_rows)
-        captured = self._captured.get(size)
-        if captured is None:
-            captured = self._captured[size] = self._capture(size)
-        arrays = decode_arrays(numbers, size, self._table, self._block_size)
-        upload(arrays, captured.packed.device, into=captured.packed)
+        size = self._decode_sizes[bisect_left(self._decode_sizes, num_rows)]
+        captured = self._decode[size]
+        upload(decode_arrays(numbers, size, self._table, self._block_size), self._device, into=captured.packed)
         captured.graph.replay()
-        return captured.hidden_BD[:num_rows], captured.token_at_B[:num_rows]
+        return captured.hidden[:num_rows], captured.inputs[1][:num_rows]
 
-    def _capture(self, size: int) -> _Captured:
+    def covers(self, arrays: StepArrays) -> bool:
+        """``prefill`` can run this step."""
+        fits = bool(self._prefill_sizes) and len(arrays.at_T) <= self._prefill_sizes[-1]
+        return fits and len(arrays.slot_B) < _PREFILL_ROWS
+
+    def prefill(
+        self, arrays: StepArrays, fill: Callable[[torch.Tensor], None]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run a step of any rows that see nothing but what is before them.
+
+        Args:
+            fill: puts features in place, in the (T, D) embeddings of the step's tokens.
+
+        Returns:
+            Hidden states (T, D) after the final norm, valid until the next run; ``emit_index_E`` and ``token_at_E``.
+        """
+        num_tokens, num_emitting = len(arrays.at_T), len(arrays.emit_index_E)
+        size = self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)]
+        captured = self._prefill[size]
+        upload(padded(arrays, size, _PREFILL_ROWS), self._device, into=captured.packed)
+        inputs = StepArrays(*captured.inputs)  # type: ignore[arg-type]
+        captured.kept[:] = self._model.embed(self._table.tokens_SL.view(-1)[inputs.at_T])
+        fill(captured.kept[:num_tokens])
+        captured.graph.replay()
+        return captured.hidden[:num_tokens], inputs.emit_index_E[:num_emitting], inputs.token_at_E[:num_emitting]
+
+    def _capture_decode(self, size: int) -> _Captured:
         """Record the pass on rows that are all padding."""
         nobody = RowNumbers(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
         arrays = decode_arrays(nobody, size, self._table, self._block_size)
-        device = self._table.tokens_SL.device
-        packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=device)
-        at_B, token_at_B, positions_AB, slot_mapping_B, slot_B, context_B = views(packed, arrays)
-        upload(arrays, device, into=packed)
-        starts_B1 = torch.arange(size + 1, dtype=torch.int32, device=device)
+        packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=self._device)
+        inputs = views(packed, arrays)
+        at_B, _, positions_AB, slot_mapping_B, slot_B, context_B = inputs
+        upload(arrays, self._device, into=packed)
+        starts_B1 = torch.arange(size + 1, dtype=torch.int32, device=self._device)
         longest = self._table.tokens_SL.shape[1]
 
         def forward() -> torch.Tensor:
@@ -102,15 +138,59 @@ class DecodeGraphs:
             hidden_BD = self._model.embed(self._table.tokens_SL.view(-1)[at_B])
             return self._model.forward(hidden_BD, positions_AB, attention, self._caches)
 
+        graph, hidden = self._record(forward)
+        return _Captured(graph, packed, inputs, starts_B1, hidden)
+
+    def _capture_prefill(self, size: int) -> _Captured:
+        """Record the pass on tokens that are all padding."""
+        nothing = np.zeros(0, dtype=np.int64)
+        arrays = padded(
+            StepArrays(
+                at_T=nothing,
+                positions_AT=np.zeros((self._table.num_axes, 0), dtype=np.int64),
+                slot_mapping_T=nothing,
+                slot_B=nothing,
+                emit_index_E=nothing,
+                token_at_E=nothing,
+                query_start_B1=np.zeros(1, dtype=np.int32),
+                context_B=np.zeros(0, dtype=np.int32),
+            ),
+            size,
+            _PREFILL_ROWS,
+        )
+        packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=self._device)
+        inputs = views(packed, arrays)
+        upload(arrays, self._device, into=packed)
+        _, positions_AT, slot_mapping_T, slot_B, _, _, query_start_B1, context_B = inputs
+        embedded_TD = torch.zeros(size, self._model.spec.hidden_size, dtype=self._dtype, device=self._device)
+        longest = self._table.tokens_SL.shape[1]
+
+        def forward() -> torch.Tensor:
+            attention = AttentionInputs(
+                query_start_B1=query_start_B1,
+                context_lens_B=context_B,
+                block_tables_BL=self._table.device_blocks_SL.index_select(0, slot_B),
+                slot_mapping_T=slot_mapping_T,
+                query_lens=(size,) * _PREFILL_ROWS,
+                context_lens=(longest,) * _PREFILL_ROWS,
+            )
+            # A copy, since the pass may work in place.
+            return self._model.forward(embedded_TD.clone(), positions_AT, attention, self._caches)
+
+        graph, hidden = self._record(forward)
+        return _Captured(graph, packed, inputs, embedded_TD, hidden)
+
+    def _record(self, forward: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             forward()  # compiles what is not compiled yet, and lets libraries allocate
             # Not torch.cuda.graph, which collects garbage and empties torch's cache first: half a second each time.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
-                hidden_BD = forward()
+                hidden = forward()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(self._stream)
-        return _Captured(graph, packed, starts_B1, token_at_B, hidden_BD)
+        current.wait_stream(self._stream)
+        return graph, hidden

@@ -11,15 +11,15 @@ class InlineExecutor:
     """``Executor`` over one ``ModelRunner``.
 
     Args:
-        use_graphs: replay steps that only decode, where the device can.
+        graph_tokens: the most tokens of a step, where steps are to be replayed as graphs if the device can.
     """
 
-    def __init__(self, runner: ModelRunner, memory: MemoryPlan, *, use_graphs: bool = True) -> None:
+    def __init__(self, runner: ModelRunner, memory: MemoryPlan, *, graph_tokens: int | None = None) -> None:
         self._runner = runner
         self._memory = memory
         runner.allocate_kv(memory.num_blocks)
-        if use_graphs:
-            runner.capture_graphs()
+        if graph_tokens is not None:
+            runner.capture_graphs(graph_tokens)
 
     @property
     def spec(self) -> ModelSpec:

@@ -38,70 +38,84 @@ class RowNumbers(NamedTuple):
         return bool(past_prompt.all() and (self.len_B == 1).all() and self.emits_B.all())
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """One step, ready for the device.
+class StepArrays(NamedTuple):
+    """A step's inputs on the host, in the order in which they are uploaded; the integers are int64 where not said.
 
     Attributes:
-        ids_T: token ids, placeholders included.
+        at_T: flat places of the tokens in the token table.
         positions_AT: rotary positions.
-        row_starts: flat index of each row's first token.
+        slot_mapping_T: where each token's key and value go.
+        slot_B: each row's slot.
         emit_index_E: flat index of the last token of each row that emits.
         token_at_E: where in the flat token table the token that it draws belongs.
+        query_start_B1: int32, as in ``AttentionInputs``.
+        context_B: int32, likewise.
     """
+
+    at_T: np.ndarray
+    positions_AT: np.ndarray
+    slot_mapping_T: np.ndarray
+    slot_B: np.ndarray
+    emit_index_E: np.ndarray
+    token_at_E: np.ndarray
+    query_start_B1: np.ndarray
+    context_B: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step, ready for the device: what of ``StepArrays`` is not in ``attention``, with the ids themselves."""
 
     ids_T: torch.Tensor
     positions_AT: torch.Tensor
     attention: AttentionInputs
-    row_starts: Sequence[int]
     emit_index_E: torch.Tensor
     token_at_E: torch.Tensor
 
 
-def build_inputs(rows: Sequence[RowPlan], numbers: RowNumbers, table: SlotTable, block_size: int) -> StepInputs:
-    """Assemble a step's inputs on the host and move them to the token table's device.
-
-    The device's block table must be up to date (``update_blocks``).
-    """
+def step_arrays(rows: Sequence[RowPlan], numbers: RowNumbers, table: SlotTable, block_size: int) -> StepArrays:
+    """Assemble a step's inputs on the host."""
     slot_B, start_B, len_B, emits_B = numbers
     query_start_B1 = np.concatenate(([0], np.cumsum(len_B)))
-    num_tokens = int(query_start_B1[-1])
     context_B = start_B + len_B
     slot_T = np.repeat(slot_B, len_B)
-    index_T = np.arange(num_tokens) - np.repeat(query_start_B1[:-1] - start_B, len_B)  # index within the sequence
+    # Of each token the index within its sequence.
+    index_T = np.arange(query_start_B1[-1]) - np.repeat(query_start_B1[:-1] - start_B, len_B)
     row_length = table.tokens_SL.shape[1]
-    arrays = [
-        slot_T * row_length + index_T,
-        _positions(rows, numbers, table, slot_T, index_T, query_start_B1),
-        _slot_mapping(table, slot_T, index_T, block_size),
-        slot_B,
-        query_start_B1[1:][emits_B] - 1,
-        (slot_B * row_length + context_B)[emits_B],
-        query_start_B1.astype(np.int32),
-        context_B.astype(np.int32),
-    ]
-    visible = _visible(rows, numbers, table, index_T, query_start_B1)
-    if visible is not None:
-        arrays += [visible.begin_T, visible.end_T]
-    flat_T, positions_AT, slot_mapping_T, slots, emit_E, token_at_E, query_start, context, *views = upload(
-        arrays, table.tokens_SL.device
+    return StepArrays(
+        at_T=slot_T * row_length + index_T,
+        positions_AT=_positions(rows, numbers, table, slot_T, index_T, query_start_B1),
+        slot_mapping_T=_slot_mapping(table, slot_T, index_T, block_size),
+        slot_B=slot_B,
+        emit_index_E=query_start_B1[1:][emits_B] - 1,
+        token_at_E=(slot_B * row_length + context_B)[emits_B],
+        query_start_B1=query_start_B1.astype(np.int32),
+        context_B=context_B.astype(np.int32),
     )
-    num_columns = -(-int(context_B.max()) // block_size)
+
+
+def build_inputs(
+    arrays: StepArrays, views: Views | None, numbers: RowNumbers, table: SlotTable, block_size: int
+) -> StepInputs:
+    """Move a step's inputs to the token table's device, whose block table must be up to date (``update_blocks``)."""
+    at_T, positions_AT, slot_mapping_T, slots, emit_E, token_at_E, query_start, context, *ranges = upload(
+        [*arrays, *(views or ())], table.tokens_SL.device
+    )
+    num_columns = -(-int(arrays.context_B.max()) // block_size)
     attention = AttentionInputs(
         query_start_B1=query_start,
         context_lens_B=context,
         block_tables_BL=table.device_blocks_SL[:, :num_columns].index_select(0, slots),
         slot_mapping_T=slot_mapping_T,
-        query_lens=tuple(len_B.tolist()),
-        context_lens=tuple(context_B.tolist()),
-        visible_begin_T=views[0] if views else None,
-        visible_end_T=views[1] if views else None,
+        query_lens=tuple(numbers.len_B.tolist()),
+        context_lens=tuple(arrays.context_B.tolist()),
+        visible_begin_T=ranges[0] if ranges else None,
+        visible_end_T=ranges[1] if ranges else None,
     )
     return StepInputs(
-        ids_T=table.tokens_SL.view(-1)[flat_T],
+        ids_T=table.tokens_SL.view(-1)[at_T],
         positions_AT=positions_AT,
         attention=attention,
-        row_starts=query_start_B1[:-1].tolist(),
         emit_index_E=emit_E,
         token_at_E=token_at_E,
     )
@@ -115,6 +129,36 @@ def update_blocks(table: SlotTable) -> None:
         table.device_blocks_SL.view(-1).index_copy_(0, places, blocks)
 
 
+def padded(arrays: StepArrays, num_tokens: int, num_rows: int) -> StepArrays:
+    """The same step with ``num_tokens`` tokens and ``num_rows`` rows.
+
+    One row, the last, takes all tokens that are added; it writes them to the scratch block. The other new rows are
+    empty. What belongs to emitting rows becomes one entry per row, of which the first are the real ones.
+    """
+    extra_tokens = num_tokens - len(arrays.at_T)
+    extra_rows = num_rows - len(arrays.slot_B)
+    assert extra_tokens >= 0
+    assert extra_rows >= 1
+    ends = np.full(extra_rows, len(arrays.at_T), dtype=np.int32)
+    ends[-1] = num_tokens
+    contexts = np.zeros(extra_rows, dtype=np.int32)
+    contexts[-1] = extra_tokens
+    return StepArrays(
+        at_T=_lengthened(arrays.at_T, num_tokens),
+        positions_AT=_lengthened(arrays.positions_AT, num_tokens),
+        slot_mapping_T=_lengthened(arrays.slot_mapping_T, num_tokens),
+        slot_B=_lengthened(arrays.slot_B, num_rows),
+        emit_index_E=_lengthened(arrays.emit_index_E, num_rows),
+        token_at_E=_lengthened(arrays.token_at_E, num_rows),
+        query_start_B1=np.concatenate((arrays.query_start_B1, ends)),
+        context_B=np.concatenate((arrays.context_B, contexts)),
+    )
+
+
+def _lengthened(array: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])])
+
+
 def decode_arrays(numbers: RowNumbers, num_rows: int, table: SlotTable, block_size: int) -> list[np.ndarray]:
     """Inputs of a step of one generated token per row, padded to ``num_rows`` rows.
 
@@ -124,19 +168,15 @@ def decode_arrays(numbers: RowNumbers, num_rows: int, table: SlotTable, block_si
     """
     slot_B, start_B = numbers.slot_B, numbers.start_B
     at_B = slot_B * table.tokens_SL.shape[1] + start_B
-    positions_AB = np.repeat((start_B + table.delta_S[slot_B])[None], table.num_axes, axis=0)
     columns = [
         at_B,
         at_B + 1,
-        positions_AB,
+        np.repeat((start_B + table.delta_S[slot_B])[None], table.num_axes, axis=0),
         _slot_mapping(table, slot_B, start_B, block_size),
         slot_B,
         (start_B + 1).astype(np.int32),
     ]
-    missing = num_rows - len(slot_B)
-    if not missing:
-        return columns
-    return [np.pad(column, [(0, 0)] * (column.ndim - 1) + [(0, missing)]) for column in columns]
+    return columns if len(slot_B) == num_rows else [_lengthened(column, num_rows) for column in columns]
 
 
 def _slot_mapping(table: SlotTable, slot_T: np.ndarray, index_T: np.ndarray, block_size: int) -> np.ndarray:
@@ -168,18 +208,16 @@ def _in_prompt(numbers: RowNumbers, table: SlotTable) -> list[int]:
     return np.flatnonzero(numbers.start_B < table.num_prompt_S[numbers.slot_B]).tolist()
 
 
-class _Visible(NamedTuple):
+class Views(NamedTuple):
     """int32: where each token's view ends, and where it begins at the latest, whatever a layer's window."""
 
     begin_T: np.ndarray
     end_T: np.ndarray
 
 
-def _visible(
-    rows: Sequence[RowPlan], numbers: RowNumbers, table: SlotTable, index_T: np.ndarray, query_start_B1: np.ndarray
-) -> _Visible | None:
+def views_of(rows: Sequence[RowPlan], numbers: RowNumbers, table: SlotTable, arrays: StepArrays) -> Views | None:
     """The views of a step's tokens, if any token is in a range whose tokens see one another."""
-    visible = None
+    views = None
     for b in _in_prompt(numbers, table):
         row = rows[b]
         end = row.start + row.num_tokens
@@ -188,9 +226,10 @@ def _visible(
                 continue
             assert row.start <= span_start, "a chunk begins inside a bidirectional range"
             assert span_end <= end, "a chunk ends inside a bidirectional range"
-            if visible is None:
-                visible = _Visible(index_T.astype(np.int32), (index_T + 1).astype(np.int32))
-            first = query_start_B1[b] - row.start
-            visible.begin_T[first + span_start : first + span_end] = span_start
-            visible.end_T[first + span_start : first + span_end] = span_end
-    return visible
+            if views is None:
+                index_T = arrays.at_T % table.tokens_SL.shape[1]
+                views = Views(index_T.astype(np.int32), (index_T + 1).astype(np.int32))
+            first = arrays.query_start_B1[b] - row.start
+            views.begin_T[first + span_start : first + span_end] = span_start
+            views.end_T[first + span_start : first + span_end] = span_end
+    return views

@@ -15,8 +15,8 @@ from opsin.kernels.inputs import LayerCache
 from opsin.models.interface import VisionLanguageModel
 from opsin.params import PoolingParams, SamplingParams
 from opsin.runner.executor import Payload
-from opsin.runner.graphs import DecodeGraphs
-from opsin.runner.inputs import RowNumbers, build_inputs, update_blocks
+from opsin.runner.graphs import StepGraphs
+from opsin.runner.inputs import RowNumbers, build_inputs, step_arrays, update_blocks, views_of
 from opsin.runner.launched import LaunchedStep
 from opsin.runner.pooling import RowValues, pool, read_row
 from opsin.runner.sampler import SampledTokens, SampleRow, prompt_logprobs, sample
@@ -49,7 +49,7 @@ class ModelRunner:
         self.block_size = block_size
         self._kernels = kernels or select(device)
         self._max_num_seqs = max_num_seqs
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self.vision = VisionStore(model, device, dtype)
         self._caches: list[LayerCache] = []
         self._slots = SlotTable(
@@ -71,10 +71,24 @@ class ModelRunner:
             self._caches.append(LayerCache(key, value))
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """From now on replay decode steps where the device and the kernels can; ``allocate_kv`` ends that."""
+    def capture_graphs(self, max_tokens: int) -> None:
+        """From now on replay decode steps, and others of few tokens, where the device and the kernels can.
+
+        ``allocate_kv`` ends that.
+
+        Args:
+            max_tokens: the most that a step has.
+        """
         if self.device.type == "cuda" and self._kernels.replayable:
-            self._graphs = DecodeGraphs(self.model, self._caches, self._slots, self.block_size, self._max_num_seqs)
+            self._graphs = StepGraphs(
+                self.model,
+                self._caches,
+                self._slots,
+                block_size=self.block_size,
+                max_rows=self._max_num_seqs,
+                max_tokens=max_tokens,
+                dtype=self.dtype,
+            )
             self._graphs.capture_all()
 
     def put_payload(self, key: bytes, payload: Payload) -> None:
@@ -97,14 +111,24 @@ class ModelRunner:
         update_blocks(self._slots)
         numbers = RowNumbers.of(plan.rows)
         if self._graphs is not None and numbers.is_decode(self._slots):
-            hidden_TD, token_at_E = self._graphs.run(numbers)
+            hidden_TD, token_at_E = self._graphs.decode(numbers)
             return self._emit(plan, numbers, range(len(plan.rows)), hidden_TD, hidden_TD, token_at_E)
-        inputs = build_inputs(plan.rows, numbers, self._slots, self.block_size)
+        arrays = step_arrays(plan.rows, numbers, self._slots, self.block_size)
+        views = views_of(plan.rows, numbers, self._slots, arrays)
+        row_starts = arrays.query_start_B1[:-1].tolist()
+        is_narrow = self.model.spec.feature_width == self.model.spec.hidden_size
+        if self._graphs is not None and views is None and is_narrow and self._graphs.covers(arrays):
+
+            def fill(hidden_TD: torch.Tensor) -> None:
+                self.vision.scatter(hidden_TD, plan.rows, row_starts)
+
+            hidden_TD, emit_index_E, token_at_E = self._graphs.prefill(arrays, fill)
+            return self._emit(plan, numbers, row_starts, hidden_TD, hidden_TD[emit_index_E], token_at_E)
+        inputs = build_inputs(arrays, views, numbers, self._slots, self.block_size)
         hidden_TD = self.model.embed(inputs.ids_T)
-        extra_TE = self.vision.scatter(hidden_TD, plan.rows, inputs.row_starts)
+        extra_TE = self.vision.scatter(hidden_TD, plan.rows, row_starts)
         hidden_TD = self.model.forward(hidden_TD, inputs.positions_AT, inputs.attention, self._caches, extra_TE)
-        last_ED = hidden_TD[inputs.emit_index_E]
-        return self._emit(plan, numbers, inputs.row_starts, hidden_TD, last_ED, inputs.token_at_E)
+        return self._emit(plan, numbers, row_starts, hidden_TD, hidden_TD[inputs.emit_index_E], inputs.token_at_E)
 
     def _emit(
         self,
