@@ -122,10 +122,13 @@ class EngineEnd:
         """Send a frame; waits until the front has read most of it.
 
         Raises:
-            OSError: the front is gone.
+            EOFError: the front is gone.
         """
-        with self._writing:
-            self._connection.sendall(frame(body))
+        try:
+            with self._writing:
+                self._connection.sendall(frame(body))
+        except OSError:
+            raise EOFError from None
 
     def receive(self) -> tuple[bytes, int | None]:
         """The next frame, and the descriptor that came with it, which is the caller's to close.

@@ -70,7 +70,7 @@ def main(descriptor: int) -> int:
         logging.getLogger("opsin").setLevel(load.log_level)
         try:
             return _Service(end).run(load)
-        except OSError:  # the front went away in the middle of what it was told
+        except EOFError:  # the front went away in the middle of what it was told
             return 0
 
 
@@ -152,6 +152,9 @@ class _Service:
             self._orders.put(None)
             engine.wake()
             _leave()
+        except Exception:  # our own bug; but a process that listens no more would be taken for a healthy one
+            logger.exception("The engine process does not understand its front.")
+            os._exit(1)
 
     def _compile(self, engine: LocalEngine, order: Add) -> None:
         """Have a grammar compiled here, where it holds up nobody's step; what is wrong with it is found by ``add``."""
@@ -169,7 +172,7 @@ class _Service:
                 stats, histograms = ({}, {}) if engine is None else (_stats(engine), engine.histograms())
                 self._send(Beat(self._step_begun_s, stats, histograms))
                 time.sleep(_BEAT_S)
-        except OSError:
+        except EOFError:
             _leave()
 
     def _send(self, message: FromEngine) -> None:
