@@ -5,6 +5,7 @@
 #   make lint | types | layers | pytest       one part of it
 #   make format                               rewrite the code as the gate wants it
 #   make docs                                 regenerate docs/cli.md
+#   make test-clients                         other clients of the server, each in an environment of its own (slow)
 #   make bench-cpu                            opsin against transformers.generate on this machine's CPU
 
 VENV ?= .venv
@@ -16,7 +17,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types layers pytest format docs bench-cpu clean
+.PHONY: demo test lint types layers pytest test-clients format docs bench-cpu clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -50,6 +51,9 @@ layers: $(VENV)/.opsin-dev
 
 pytest: $(VENV)/.opsin-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(VENV)/.opsin-dev
+	$(BIN)/python tests/clients/run.py
 
 format: $(VENV)/.opsin-dev
 	$(BIN)/ruff check --fix .

@@ -66,6 +66,31 @@ def test_grammar_answer_that_may_go_on_allows_every_end_token(compiler: GrammarC
     assert tokenizer.eos_token_ids <= allowed(grammar)
 
 
+@pytest.mark.parametrize(
+    ("schema", "text", "fits"),
+    [
+        ({"properties": {"a": {"const": 1}}}, '{"a": 1, "b": 2}', False),
+        ({"properties": {"a": {"const": 1}}, "additionalProperties": True}, '{"a": 1, "b": 2}', True),
+        ({"items": {"properties": {"a": {"const": 1}}}}, '[{"b": 2}]', False),
+        ({"properties": {"properties": {"const": 1}}}, '{"properties": 1}', True),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {"const": 1}}}}}, '{"b": 2}', False),
+        (
+            {"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}}]},
+            '{"a": 1, "b": 2}',
+            True,
+        ),
+    ],
+)
+def test_grammar_objects_take_only_the_properties_that_they_list(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], text: str, fits: bool
+):
+    grammar = compiler.compile(
+        StructuredOutputsParams(json={"type": "array" if text[0] == "[" else "object", **schema})
+    )
+    ids = tokenizer.encode_plain(text)
+    assert all(grammar.accept(token) for token in ids) is fits
+
+
 def test_grammar_token_outside_is_not_accepted(compiler: GrammarCompiler, tokenizer: Tokenizer):
     grammar = compiler.compile(StructuredOutputsParams(choice=["yes", "no"]))
     assert not grammar.accept(tokenizer.encode_plain("7")[0])
@@ -90,6 +115,7 @@ def test_grammar_compiled_twice_starts_afresh(compiler: GrammarCompiler, tokeniz
     [
         ({"json": "not json"}, "not a JSON schema"),
         ({"json": "[" * 100_000}, "not a JSON schema"),
+        ({"json": '{"items":' * 200 + "{}" + "}" * 200}, "not a JSON schema"),
         ({"json": {"type": "objekt"}}, "objekt"),
         ({"json": {"$ref": "http://example.org/schema"}}, "not usable"),
         ({"regex": "((("}, "not usable"),

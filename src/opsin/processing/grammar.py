@@ -19,7 +19,8 @@ from opsin.params import StructuredOutputsParams
 from opsin.processing.tokenizer import Tokenizer
 
 _MAX_COMPILED = 64
-_WHITESPACE = r"( |\n {0,24})?"  # a weak model may otherwise write white space without end
+_MAX_DEPTH = 100
+_WHITESPACE = r"( |\n {0,12})?"  # a weak model may otherwise write white space without end
 
 
 class Grammar:
@@ -117,21 +118,54 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
             raise RequestError(
                 f"structured_outputs has an unreadable grammar: {error}", param="structured_outputs"
             ) from None
-    schema = '{"type": "object"}' if params.json is None else params.json
-    _check_json(schema)
+    schema = '{"type": "object"}' if params.json is None else json.dumps(_closed(_read_schema(params.json)))
     spacing = {"whitespace_pattern": params.whitespace_pattern or _WHITESPACE}
     if params.disable_any_whitespace:
         spacing = {"whitespace_flexible": False}
     return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=spacing)
 
 
-def _check_json(schema: str | dict[str, Any]) -> None:
+def _read_schema(schema: str | dict[str, Any]) -> Any:
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
+        _depth(parsed)
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict | bool):
         raise RequestError("structured_outputs has a json that is not a JSON schema.", param="structured_outputs")
+    return parsed
+
+
+def _depth(value: Any, left: int = _MAX_DEPTH) -> None:
+    """``ValueError`` where it is nested too deeply to be walked."""
+    if left == 0:
+        raise ValueError
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _depth(inner, left - 1)
+
+
+def _closed(schema: Any) -> Any:
+    """Objects that list their properties, and do not speak of others, take no others.
+
+    JSON Schema would let them; but a model that may invent properties goes on inventing them, and other engines'
+    grammars are closed as well. Parts of an ``allOf`` stay open, since each lists only some.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    closed = dict(schema)
+    for key in ("properties", "$defs", "definitions", "patternProperties"):
+        if isinstance(closed.get(key), dict):
+            closed[key] = {name: _closed(inner) for name, inner in closed[key].items()}
+    for key in ("items", "additionalProperties"):
+        if key in closed:
+            closed[key] = _closed(closed[key])
+    for key in ("anyOf", "oneOf", "prefixItems"):
+        if isinstance(closed.get(key), list):
+            closed[key] = [_closed(inner) for inner in closed[key]]
+    speaks = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "$ref"}
+    if "properties" in closed and not speaks & closed.keys():
+        closed["additionalProperties"] = False
+    return closed
 
 
 def _quoted(word: str) -> str:

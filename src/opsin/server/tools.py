@@ -90,11 +90,11 @@ def tool_use(request: ChatCompletionRequest, parser: str | None) -> ToolUse:
         return ToolUse(request.tools, None, TOOL_PARSERS[parser], at_most_one=at_most_one)
     if choice == "required":
         schema = _list_schema(functions, at_most_one)
-        return ToolUse(request.tools, StructuredOutputsParams(json=schema), ListedCalls, at_most_one=at_most_one)
+        return ToolUse(request.tools, _calls_of(schema), ListedCalls, at_most_one=at_most_one)
     name = _chosen_name(choice)
     if name not in functions:
         raise RequestError(f"tool_choice names {name!r}; the tools are {', '.join(functions)}.", param="tool_choice")
-    arguments = StructuredOutputsParams(json=functions[name])
+    arguments = _calls_of(functions[name])
     return ToolUse(request.tools, arguments, lambda: NamedCall(name), finish_reason="stop")
 
 
@@ -103,6 +103,11 @@ def tool_parser_name(config: ServerConfig, template: str | None) -> str | None:
     if not config.enable_auto_tool_choice:
         return None
     return parser_for_template(template or "") if config.tool_call_parser == "auto" else config.tool_call_parser
+
+
+def _calls_of(schema: dict[str, Any]) -> StructuredOutputsParams:
+    # Nobody reads a call's layout, so no tokens are spent on it.
+    return StructuredOutputsParams(json=schema, whitespace_pattern=" ?")
 
 
 class CallCollector:

@@ -1,0 +1,52 @@
+import assert from "node:assert";
+import { readFileSync } from "node:fs";
+import OpenAI from "openai";
+
+const client = new OpenAI({ baseURL: `${process.argv[2]}/v1`, apiKey: "any" });
+const picture = readFileSync(0, "utf8");
+const ask = (text) => [
+  { role: "user", content: [{ type: "image_url", image_url: { url: picture } }, { type: "text", text }] },
+];
+const given = { model: "demo", temperature: 0, max_tokens: 32, messages: ask("What is in the picture?") };
+
+const whole = await client.chat.completions.create(given);
+assert.match(whole.choices[0].message.content, /penguin/);
+assert.equal(whole.choices[0].finish_reason, "stop");
+assert.equal(whole.usage.total_tokens, whole.usage.prompt_tokens + whole.usage.completion_tokens);
+
+let streamed = "";
+let usage = null;
+for await (const chunk of await client.chat.completions.create({ ...given, stream: true, stream_options: { include_usage: true } })) {
+  streamed += chunk.choices[0]?.delta.content ?? "";
+  usage = chunk.usage ?? usage;
+}
+assert.equal(streamed, whole.choices[0].message.content);
+assert.equal(usage.total_tokens, whole.usage.total_tokens);
+
+const schema = { type: "object", properties: { count: { type: "integer", minimum: 0, maximum: 9 } }, required: ["count"], additionalProperties: false };
+const json = await client.chat.completions.create({
+  ...given,
+  max_tokens: 100,
+  messages: ask("How many animals are there?"),
+  response_format: { type: "json_schema", json_schema: { name: "answer", schema, strict: true } },
+});
+assert.ok(Number.isInteger(JSON.parse(json.choices[0].message.content).count));
+
+const called = await client.chat.completions.create({
+  ...given,
+  max_tokens: 100,
+  tools: [{ type: "function", function: { name: "report", parameters: schema } }],
+  tool_choice: "required",
+  parallel_tool_calls: false,
+});
+assert.equal(called.choices[0].message.tool_calls[0].function.name, "report");
+
+const runner = client.chat.completions.stream({ ...given });
+assert.match(await runner.finalContent(), /penguin/);
+
+await assert.rejects(client.chat.completions.create({ ...given, temperature: -1 }), (error) => error.status === 400 && error.param === "temperature");
+await assert.rejects(client.chat.completions.create({ ...given, model: "another" }), (error) => error.status === 404);
+const models = await client.models.list();
+assert.equal(models.data[0].id, "demo");
+const vectors = await client.embeddings.create({ model: "demo", input: "a red circle" });
+assert.ok(vectors.data[0].embedding.every((value) => Number.isFinite(value)));
