@@ -31,8 +31,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
     """What an answer must look like; exactly one constraint.
 
     Attributes:
-        json: a JSON schema, as text or as a dict (kept as text). Objects that list properties take no others, unless
-            they say so (``additionalProperties``).
+        json: a JSON schema, as text or as a dict (kept as text).
         regex: the whole answer matches it (Rust's ``regex`` syntax).
         choice: the answer is one of these strings.
         grammar: context-free, in Lark's or in GBNF's notation.

@@ -68,7 +68,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._vocabulary: Any = None
-        self._compiled: dict[bytes, Any] = {}
+        self._compiled: dict[str, Any] = {}
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """A grammar at its start.
