@@ -449,3 +449,23 @@ def test_prober_closed_starts_no_process_that_stays(prober: VideoProber) -> None
     prober.close()
     assert prober(clips.encode(clips.frames(2)), "mov").num_frames == 2
     assert prober._idle == []
+
+
+def test_mutated_videos_are_read_or_fail_with_a_code(prober: VideoProber) -> None:
+    rng = np.random.default_rng(0)
+    outcomes: set[str | None] = set()
+    for format, (container, codec) in FILES.items():
+        whole = np.frombuffer(clips.encode(clips.frames(6), container, codec), np.uint8)
+        for _ in range(12):
+            data = whole.copy()
+            at = rng.integers(0, len(data), 24)
+            data[at] = rng.integers(0, 256, 24)
+            try:
+                header = prober(data.tobytes(), format)  # type: ignore[arg-type]
+                assert header.num_frames >= 1
+                outcomes.add(None)
+            except MediaError as error:
+                outcomes.add(error.code)
+    assert None in outcomes
+    assert outcomes <= {None, "video_parse_error", "video_too_large"}
+    assert len(outcomes) > 1

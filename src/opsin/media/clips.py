@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,7 @@ from PIL import Image
 from opsin.config import MediaConfig
 from opsin.errors import MediaError, RequestError
 from opsin.media.sniff import check_num_bytes
-from opsin.media.source import PictureSource, open_picture, read_regular_file
+from opsin.media.source import Noun, PictureSource, open_picture, read_regular_file
 from opsin.media.video import (
     VideoFormat,
     VideoHeader,
@@ -47,7 +47,7 @@ class EncodedVideo:
         digest: BLAKE2b-256 of the bytes.
     """
 
-    noun: ClassVar[Literal["picture", "video"]] = "video"
+    noun: ClassVar[Noun] = "video"
 
     data: bytes
     header: VideoHeader
@@ -76,7 +76,7 @@ class FrameSequence:
         digest: BLAKE2b-256 over the pictures' own.
     """
 
-    noun: ClassVar[Literal["picture", "video"]] = "video"
+    noun: ClassVar[Noun] = "video"
 
     pictures: Sequence[PictureSource]
     clip: Clip

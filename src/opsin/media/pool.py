@@ -262,10 +262,7 @@ class MediaPool:
         while (task := self._inline_queue.get()) is not None:
             if self._tasks.get(task.job_id) is task:
                 try:
-                    pixels = np.empty(task.plan.num_bytes, np.uint8)
-                    frames = distinct(task.plan.frames)
-                    reply = carry_out(lambda task=task, frames=frames: task.source.frames(frames), task.plan, pixels)
-                    self._conclude(task, pixels, reply)
+                    self._conclude(task, *_carried_out(task.source, task.plan))
                 except Exception:
                     logger.exception("A picture could not be processed")
                     self._finish(task, None, RequestFailedError("The picture could not be processed."))
@@ -417,3 +414,8 @@ class MediaPool:
             self._queue.clear()
         for task in tasks:
             self._finish(task, None, RequestFailedError(reason))
+
+
+def _carried_out(source: PictureSource | VideoSource, plan: PixelPlan) -> tuple[PixelArray, Reply]:
+    pixels = np.empty(plan.num_bytes, np.uint8)
+    return pixels, carry_out(lambda: source.frames(distinct(plan.frames)), plan, pixels, source.noun)

@@ -22,6 +22,8 @@ from opsin.errors import MediaError
 from opsin.media.decode import AlphaMode, check_size, decode_rgb, to_rgb
 from opsin.media.sniff import ImageHeader, check_num_bytes, check_num_pixels, read_header
 
+Noun = Literal["picture", "video"]
+
 _LOADING = threading.Lock()
 """Pillow reads a lazily opened file without a lock, and several requests may show one and the same ``Image``."""
 
@@ -34,7 +36,7 @@ class EncodedPicture:
         digest: BLAKE2b-256 of the bytes; equal digests mean equal pictures, whatever form they came in.
     """
 
-    noun: ClassVar[Literal["picture", "video"]] = "picture"
+    noun: ClassVar[Noun] = "picture"
 
     data: bytes
     header: ImageHeader
@@ -71,7 +73,7 @@ class PixelPicture:
         digest: BLAKE2b-256 of everything that decides the pixels: mode, size, palette and transparency, or shape.
     """
 
-    noun: ClassVar[Literal["picture", "video"]] = "picture"
+    noun: ClassVar[Noun] = "picture"
 
     pixels: Image.Image | npt.NDArray[np.uint8]
     size: tuple[int, int]

@@ -21,6 +21,7 @@ from opsin.errors import MediaError
 from opsin.media.decode import AlphaMode
 from opsin.media.ops import PixelArray, make_frames
 from opsin.media.sniff import ImageHeader
+from opsin.media.source import Noun
 from opsin.media.video import VideoFormat, VideoHeader
 from opsin.types import PixelPlan
 
@@ -61,19 +62,22 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     header: VideoHeader | None = None
 
 
-def carry_out(decode: Callable[[], Iterable[Image.Image]], plan: PixelPlan, out: PixelArray) -> Reply:
+def carry_out(
+    decode: Callable[[], Iterable[Image.Image]], plan: PixelPlan, out: PixelArray, noun: Noun = "picture"
+) -> Reply:
     """Decode and cut one item; whatever is wrong with it comes back as text, so that no traceback holds pixels."""
-    return replying(lambda: make_frames(decode(), plan, out))
+    return replying(lambda: make_frames(decode(), plan, out), noun)
 
 
-def replying(work: Callable[[], VideoHeader | None]) -> Reply:
+def replying(work: Callable[[], VideoHeader | None], noun: Noun) -> Reply:
     """Do something; what it returns, or what is wrong."""
     try:
         return Reply(header=work())
     except MediaError as error:
         return Reply(str(error), error.code)
     except MemoryError:
-        return Reply("There is not enough memory to decode it.", "image_too_large")
+        code = "image_too_large" if noun == "picture" else "video_too_large"
+        return Reply(f"There is not enough memory to decode the {noun}.", code)
 
 
 def send(connection: socket.socket, message: msgspec.Struct, descriptors: Sequence[int] = ()) -> None:

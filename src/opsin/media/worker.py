@@ -72,7 +72,7 @@ def _run(job: Job, descriptors: list[int]) -> Reply:
             for frame in np.frombuffer(source, np.uint8).reshape(-1, job.plan.height, job.plan.width, 3):
                 yield Image.fromarray(frame)
 
-    return carry_out(decode, job.plan, tiles)
+    return carry_out(decode, job.plan, tiles, "picture" if job.video is None else "video")
 
 
 def _probe(job: Probe, descriptors: list[int]) -> Reply:
@@ -81,7 +81,7 @@ def _probe(job: Probe, descriptors: list[int]) -> Reply:
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    return replying(lambda: read_video_header(cast(IO[bytes], source), job.format, max_pixels=job.max_pixels))
+    return replying(lambda: read_video_header(cast(IO[bytes], source), job.format, max_pixels=job.max_pixels), "video")
 
 
 if __name__ == "__main__":
