@@ -12,8 +12,9 @@ from transformers import LlavaProcessor
 from opsin.config import MediaConfig
 from opsin.errors import RequestError
 from opsin.params import PoolingParams, SamplingParams
+from opsin.processing.continuations import fan_out
 from opsin.processing.embeddings import GivenFeatures
-from opsin.processing.processor import InputProcessor, ProcessedRequest, fan_out
+from opsin.processing.processor import InputProcessor, ProcessedRequest
 from opsin.types import FeatureSpan
 
 IMAGE_ID = 4

@@ -1,4 +1,4 @@
-"""Requests that go on where a prompt ends: for beams, and for answers that are weighed against one another.
+"""Requests that go on where a prompt ends: samples, beams, and answers that are weighed against one another.
 
 Weighing takes teacher forcing: a model tells each answer's probability if the answer is appended to the prompt. The
 answers form a tree, and one request per leaf, short of its last token, passes every place where a token must be
@@ -7,6 +7,7 @@ scored; a single one does for answers of one token each. The requests share the 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,6 +21,36 @@ from opsin.processing.tokenizer import Tokenizer
 from opsin.types import EngineRequest
 
 _END_CHARS = 64  # of a prompt, in whose sight an answer is tokenised
+
+
+def fan_out(request: EngineRequest, n: int) -> list[EngineRequest]:
+    """``n`` requests for one prompt, named ``{id}-0``, ``{id}-1``, ..., each drawing with its own seed.
+
+    ``n = 1`` is the request itself. The first child keeps the request's seed.
+    """
+    if n == 1:
+        return [request]
+    assert isinstance(request.params, SamplingParams)
+    first = msgspec.structs.replace(
+        request,
+        request_id=f"{request.request_id}-0",
+        params=msgspec.structs.replace(request.params, n=1),
+        cache_namespace=request.request_id,
+    )
+    params = msgspec.structs.replace(request.params, n=1, prompt_logprobs=None)  # the first child reports them
+    others = [
+        msgspec.structs.replace(
+            first, request_id=f"{request.request_id}-{i}", params=params, seed=derive_seed(request.seed, str(i))
+        )
+        for i in range(1, n)
+    ]
+    return [first, *others]
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """A 63-bit seed that depends on both."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def extended(

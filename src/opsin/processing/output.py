@@ -26,9 +26,9 @@ from opsin.outputs import (
     TokenEmbeddingOutput,
 )
 from opsin.params import PoolingParams, SamplingParams
-from opsin.processing.continuations import answer_logprobs, pick_requests
+from opsin.processing.continuations import answer_logprobs, fan_out, pick_requests
 from opsin.processing.detokenizer import Detokenizer, StopStrings
-from opsin.processing.processor import ProcessedRequest, fan_out
+from opsin.processing.processor import ProcessedRequest
 from opsin.processing.tokenizer import Tokenizer
 from opsin.types import EngineRequest, FinishReason, PositionLogprobs, RequestUpdate
 
@@ -339,8 +339,9 @@ class _Request:
             pooled = self._pooled(self._pooling) if finished else None
             if pooled is None:
                 return None
-            kind = EmbeddingRequestOutput if isinstance(pooled, EmbeddingOutput) else PoolingRequestOutput
-            return kind(self.request_id, pooled, self._prompt_ids, True, self._num_cached)
+            if isinstance(pooled, EmbeddingOutput):
+                return EmbeddingRequestOutput(self.request_id, pooled, self._prompt_ids, True, self._num_cached)
+            return PoolingRequestOutput(self.request_id, pooled, self._prompt_ids, True, self._num_cached)
         if finished:
             self._metrics.finished_time = now
         if self._kind == "final":

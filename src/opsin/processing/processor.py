@@ -27,7 +27,7 @@ from opsin.models.rule import MediaRule, Placeholder
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing import expand as expansion
 from opsin.processing.chat import ChatPrompt, MediaReference, render_chat
-from opsin.processing.continuations import spelled
+from opsin.processing.continuations import derive_seed, spelled
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.expand import Expanded, Written
 from opsin.processing.grammar import GrammarCompiler
@@ -469,30 +469,6 @@ class InputProcessor:
         return placeholder.text.replace("{index}", str(number))
 
 
-def fan_out(request: EngineRequest, n: int) -> list[EngineRequest]:
-    """``n`` requests for one prompt, named ``{id}-0``, ``{id}-1``, ..., each drawing with its own seed.
-
-    ``n = 1`` is the request itself. The first child keeps the request's seed.
-    """
-    if n == 1:
-        return [request]
-    assert isinstance(request.params, SamplingParams)
-    first = msgspec.structs.replace(
-        request,
-        request_id=f"{request.request_id}-0",
-        params=msgspec.structs.replace(request.params, n=1),
-        cache_namespace=request.request_id,
-    )
-    params = msgspec.structs.replace(request.params, n=1, prompt_logprobs=None)  # the first child reports them
-    others = [
-        msgspec.structs.replace(
-            first, request_id=f"{request.request_id}-{i}", params=params, seed=derive_seed(request.seed, str(i))
-        )
-        for i in range(1, n)
-    ]
-    return [first, *others]
-
-
 def _check_unicode(text: str) -> None:
     """Refuse halves of surrogate pairs, which JSON can spell and tokenizers cannot read."""
     try:
@@ -504,9 +480,3 @@ def _check_unicode(text: str) -> None:
             "Send valid Unicode.",
             param="prompt",
         ) from None
-
-
-def derive_seed(seed: int, name: str) -> int:
-    """A 63-bit seed that depends on both."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
