@@ -77,7 +77,7 @@ class View(msgspec.Struct, frozen=True):
 class PixelPlan(msgspec.Struct, frozen=True):
     """What a media worker makes of one item: the tiles of every view, in order; for videos, for every frame.
 
-    ``frames`` holds the indices of the frames to take; pictures have the single frame 0.
+    ``frames`` holds the indices of the frames to take, ascending; one may stand several times. Pictures have frame 0.
     ``width`` and ``height`` are the source's upright size, as its header announced it.
     """
 
