@@ -222,6 +222,15 @@ def test_frames_are_sampled_as_the_processor_is_told(llm: LLM, served: Served) -
 # -------------------------------------------------------------------------------------------------- the engine
 
 
+def test_frames_in_one_tensor_answer_as_pictures(llm: LLM, served: Served) -> None:
+    video, prompt = frames(4, seed=6), served.prompt("[video] And?")
+    pixels = np.stack([np.asarray(frame) for frame in video])
+    answers = [ask(llm, prompt, video=form).outputs[0].token_ids for form in (video, pixels, torch.from_numpy(pixels))]
+    assert answers[0] == answers[1] == answers[2]
+    with pytest.raises(MediaError, match="uint8"):
+        ask(llm, prompt, video=torch.from_numpy(pixels).float())
+
+
 def test_equal_videos_are_decoded_once_and_share_features(served: Served) -> None:
     llm = served.make(enable_prefix_caching=False)
     data, prompt = encode(frames(6)), served.prompt("[video] And?")

@@ -156,7 +156,7 @@ def open_video(video: Any, config: MediaConfig, choice: FrameChoice, probe: Prob
     if isinstance(video, bytes | bytearray):
         return _open_encoded(bytes(video), config, choice, probe)
     if hasattr(video, "numpy") and getattr(video, "ndim", None) == 4:
-        video = np.asarray(video)  # a torch tensor
+        video = video.numpy(force=True)  # a torch tensor, wherever it is
     if isinstance(video, np.ndarray) and video.ndim == 4:
         video = list(video)
     if isinstance(video, list | tuple):
