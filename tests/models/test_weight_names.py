@@ -9,22 +9,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.core_model_loading import revert_weight_conversion
 
 from opsin.models.weights import _slots
-from tests.factories.families import FAMILIES, Family
+from tests.factories.families import Family, over
 from tests.models.driver import meta_model
 
 SPELLINGS = ("modules", "hub", "hub of transformers 4")
 _TOWERS_WITH_A_LEVEL = ("CLIPVisionModel", "SiglipVisionModel")
-CASES = [
-    pytest.param(family, name, id=f"{family.name}-{name}")
-    for family in FAMILIES
-    for name in (() if family.oracle else family.hub_configs)
-]
 
 
 def spelled(model: Any, spelling: str, *, is_tied: bool) -> dict[str, tuple[int, ...]]:
@@ -40,7 +34,7 @@ def spelled(model: Any, spelling: str, *, is_tied: bool) -> dict[str, tuple[int,
     return {name: shape for name, shape in shapes.items() if not (is_tied and name.endswith("lm_head.weight"))}
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
+@over(lambda family: family.hub_configs)
 def test_names_of_the_hub_s_checkpoint_fill_every_place_once(family: Family, name: str):
     config = family.hub_configs[name]
     ours = meta_model(config)
