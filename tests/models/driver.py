@@ -164,8 +164,8 @@ class Driver:
             slot_mapping_T=torch.tensor(slots),
             query_lens=tuple(lens),
             context_lens=tuple(context),
-            visible_begin_T=views_T2[:, 0] if sees_ahead else None,
-            visible_end_T=views_T2[:, 1] if sees_ahead else None,
+            visible_begin_T=views_T2[:, 0].contiguous() if sees_ahead else None,
+            visible_end_T=views_T2[:, 1].contiguous() if sees_ahead else None,
         )
         ids_T = torch.tensor(ids)
         hidden_TD = self.model.embed(ids_T)
