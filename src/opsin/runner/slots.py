@@ -87,7 +87,7 @@ class SlotTable:
     def append_blocks(self, slot: int, blocks: tuple[int, ...]) -> None:
         state = self[slot]
         self.blocks_SL[slot, state.num_blocks : state.num_blocks + len(blocks)] = blocks
-        if self.device_blocks_SL.is_cuda:
+        if self.device_blocks_SL.device.type != "cpu":
             first = slot * self.blocks_SL.shape[1] + state.num_blocks
             self._new_at += range(first, first + len(blocks))
             self._new_blocks += blocks
