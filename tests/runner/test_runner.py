@@ -90,3 +90,18 @@ def test_features_wider_than_the_model_hand_their_further_columns_to_deeper_laye
 
     runner.launch(StepPlan(1, (RowPlan(0, 5, 1, (), True),))).result()
     assert model.extra_TE is None
+
+
+def test_given_features_are_kept_apart_from_the_memory_of_the_caller():
+    model = Recorder()
+    runner = ModelRunner(
+        model, max_num_seqs=1, max_model_len=16, block_size=4, device=torch.device("cpu"), dtype=torch.float32
+    )
+    features = np.ones((2, HIDDEN + EXTRA), dtype=np.float32)
+    runner.put_payload(b"k", Embedding(features))
+    layout = MediaLayout(PixelPlan(0, 0, ()), num_features=2, num_patches=0)
+    runner.launch(StepPlan(0, (), (), (EncodeItem(0, b"k", layout),))).result()
+    features[:] = 2.0  # the caller's next use of the buffer; whoever hits the cache must not see it
+    hidden_TD = torch.zeros(2, HIDDEN)
+    runner.vision.scatter(hidden_TD, [RowPlan(0, 0, 2, (), False, (FeatureUse(0, 0, 0, 2),))], [0])
+    assert (hidden_TD == 1.0).all()

@@ -38,7 +38,8 @@ class VisionStore:
             payload = self._payloads.pop(item.key)
             if isinstance(payload, Embedding):
                 (given,) = upload([payload.data], self._device)
-                self._features[item.feature_id] = given.to(self._dtype)
+                # A copy, since on a CPU it would be the caller's own memory, who may write to it.
+                self._features[item.feature_id] = given.to(self._dtype, copy=True)
             else:
                 pictures.append((item, tiles_on_device(payload, item.layout, self._device)))
         if not pictures:
