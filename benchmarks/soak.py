@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--solo", type=int, default=20, help="canaries that run alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with serving() as server:
+    with serving(["--vision-cache-gb", "0.02"]) as server:  # full after some hundred pictures, so that growth is growth
         result = asyncio.run(run(server, args.requests, args.clients, args.solo, args.seed))
     print(json.dumps(result, indent=2))
     sys.exit(1 if result["errors"] or result["left_over"] else 0)
