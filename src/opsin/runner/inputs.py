@@ -133,16 +133,14 @@ def padded(arrays: StepArrays, num_tokens: int, num_rows: int) -> StepArrays:
     """The same step with ``num_tokens`` tokens and ``num_rows`` rows.
 
     One row, the last, takes all tokens that are added; it writes them to the scratch block. The other new rows are
-    empty. What belongs to emitting rows becomes one entry per row, of which the first are the real ones.
+    empty. No new row has a context, so none looks up any block, whatever its slot, and however many tokens it has. What
+    belongs to emitting rows becomes one entry per row, of which the first are the real ones.
     """
-    extra_tokens = num_tokens - len(arrays.at_T)
     extra_rows = num_rows - len(arrays.slot_B)
-    assert extra_tokens >= 0
+    assert num_tokens >= len(arrays.at_T)
     assert extra_rows >= 1
     ends = np.full(extra_rows, len(arrays.at_T), dtype=np.int32)
     ends[-1] = num_tokens
-    contexts = np.zeros(extra_rows, dtype=np.int32)
-    contexts[-1] = extra_tokens
     return StepArrays(
         at_T=_lengthened(arrays.at_T, num_tokens),
         positions_AT=_lengthened(arrays.positions_AT, num_tokens),
@@ -151,7 +149,7 @@ def padded(arrays: StepArrays, num_tokens: int, num_rows: int) -> StepArrays:
         emit_index_E=_lengthened(arrays.emit_index_E, num_rows),
         token_at_E=_lengthened(arrays.token_at_E, num_rows),
         query_start_B1=np.concatenate((arrays.query_start_B1, ends)),
-        context_B=np.concatenate((arrays.context_B, contexts)),
+        context_B=_lengthened(arrays.context_B, num_rows),
     )
 
 
