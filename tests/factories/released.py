@@ -41,7 +41,8 @@ class Released:
         tiny: name in ``tests.factories.named`` of the family whose tokenizer stands in for its own.
         processor: the picture processor's settings, where they are not its class's defaults.
         billions: of parameters.
-        pools: it was trained to give vectors.
+        template: name of the chat template that has to be given; such checkpoints were trained to give vectors.
+        ran: where and how somebody ran its released weights, if anybody did.
     """
 
     hub_id: str
@@ -49,7 +50,12 @@ class Released:
     config: Mapping[str, Any] = field(repr=False)
     processor: Mapping[str, Any] = field(repr=False)
     billions: float
-    pools: bool = False
+    template: str | None = None
+    ran: str | None = None
+
+    @property
+    def pools(self) -> bool:
+        return self.template is not None
 
 
 def write_dummy(folder: Path, released: Released) -> Path:
@@ -139,7 +145,7 @@ RELEASED = (
     _row("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-onevision", LLAVA_ONEVISION["qwen2-7b-ov"], _ONEVISION, 8.0),
     _row("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", QWEN2_VL["qwen2-vl-2b"], _QWEN2_VL, 2.2),
     _row("Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", QWEN2_VL["qwen2-vl-7b"], _QWEN2_VL, 8.3),
-    _row("MrLight/dse-qwen2-2b-mrl-v1", "qwen2_vl", QWEN2_VL["qwen2-vl-2b"], _QWEN2_VL, 2.2, pools=True),
+    _row("MrLight/dse-qwen2-2b-mrl-v1", "qwen2_vl", QWEN2_VL["qwen2-vl-2b"], _QWEN2_VL, 2.2, template="dse_qwen2_vl"),
     _row("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", QWEN2_VL["qwen2.5-vl-3b"], _QWEN2_VL, 3.8),
     _row("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", QWEN2_VL["qwen2.5-vl-7b"], _QWEN2_VL, 8.3),
     _row("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", QWEN3_VL["qwen3-vl-4b-instruct"], _QWEN3_VL, 4.4),
@@ -191,6 +197,6 @@ RELEASED = (
         "microsoft/Phi-3-vision-128k-instruct", "phi3_v", PHI3_V["phi-3-vision-128k"], _PHI3_V | {"num_crops": 16}, 4.1
     ),
     _row("microsoft/Phi-3.5-vision-instruct", "phi3_v", PHI3_V["phi-3.5-vision"], _PHI3_5_V, 4.1),
-    _row("TIGER-Lab/VLM2Vec-Full", "phi3_v", PHI3_V["vlm2vec-full"], _PHI3_5_V, 4.1, pools=True),
+    _row("TIGER-Lab/VLM2Vec-Full", "phi3_v", PHI3_V["vlm2vec-full"], _PHI3_5_V, 4.1, template="vlm2vec"),
     _row("openbmb/MiniCPM-V-2_6", "minicpmv", minicpmv.hub_config(), _MINICPMV, 8.1),
 )

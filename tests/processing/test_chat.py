@@ -189,7 +189,7 @@ def test_chat_without_any_template_says_what_to_do(
     bare = make_processor(folder=None)
     with pytest.raises(RequestError, match=r"This model has no chat template\. Give one"):
         bare.render_chat(user("hi"))
-    shipped = make_processor(folder=None, model_type="llava")
+    shipped = make_processor(folder=None, family="llava")
     assert shipped.render_chat(user("hi")).prompt.text == "USER: hi\nASSISTANT:"
     given = make_processor(folder=None, chat_template="{{ messages[0].content }}!")
     assert given.render_chat(user("hi")).prompt.text == "hi!"

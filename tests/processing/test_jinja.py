@@ -5,6 +5,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from opsin.errors import ConfigError, RequestError
+from opsin.models import resolve
 from opsin.processing.jinja import ChatTemplate, find_template, read_template, shipped_templates
 from tests.factory import CHAT_TEMPLATE
 
@@ -154,6 +155,14 @@ def test_template_is_found_in_the_processor_before_the_tokenizer(tmp_path: Path)
     (tmp_path / "chat_template.jinja").write_text("of file")
     assert find_template(tmp_path, "of tokenizer", "llava") == "of file"
     assert find_template(None, None, "unheard-of") is None
+
+
+@pytest.mark.parametrize(("tower", "expected"), [("clip_vision_model", True), ("pixtral", False)])
+def test_pixtral_without_template_does_not_get_the_one_of_the_family_whose_architecture_it_has(
+    tower: str, expected: bool
+):
+    config = {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"model_type": tower}}
+    assert (find_template(None, None, resolve(config).folder) is not None) == expected
 
 
 def test_template_is_given_as_text_or_path_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from opsin import errors
 from opsin.cli.main import build_parser
+from opsin.models import MODELS
 from scripts.cli_reference import reference
+from scripts.models_reference import reference as models_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -59,6 +61,13 @@ def test_quickstart_example_answers_truly(monkeypatch: pytest.MonkeyPatch, capsy
 def test_command_reference_is_current() -> None:
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert written == reference(build_parser()), "docs/cli.md is stale: run 'make docs'"
+
+
+def test_table_of_models_is_current() -> None:
+    written = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert written == models_reference(), "docs/models.md is stale: run 'make docs'"
+    for family in MODELS:
+        assert f"| `{family.name}` |" in written
 
 
 def codes_in_source() -> set[str]:

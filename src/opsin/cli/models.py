@@ -52,7 +52,7 @@ def execute_list(args: argparse.Namespace) -> int:
         return 0
     width = max(len(family.name) for family in MODELS)
     for family in MODELS:
-        print(f"{family.name:<{width}}  {_summary(family)}")
+        print(f"{family.name:<{width}}  {summary(family)}")
     print("\n'opsin models show MODEL' explains one model: a Hugging Face id, a folder, or 'demo'.")
     return 0
 
@@ -109,10 +109,9 @@ def describe_model(model: str, *, revision: str | None, dtype: str) -> dict[str,
     }
 
 
-def _summary(family: Family) -> str:
+def summary(family: Family) -> str:
     """The first line of the family's own documentation; imports no torch."""
-    package = family.rule.partition(":")[0].rpartition(".")[0]
-    return (importlib.import_module(package).__doc__ or "").strip().partition("\n")[0]
+    return (importlib.import_module(f"opsin.models.{family.folder}").__doc__ or "").strip().partition("\n")[0]
 
 
 def _add_model_option(parser: argparse.ArgumentParser, name: str) -> None:

@@ -54,7 +54,7 @@ class Checkpoint:
             max_model_len=facts.max_model_len,
             generation_config=self.files.generation_config,
             default_seed=config.model.seed,
-            model_type=str(self.files.config.get("model_type", "")),
+            family=self.family.folder,
             folder=self.files.folder,
             chat_template=None if given is None else read_template(given),
             grammars=grammars,

@@ -25,6 +25,11 @@ class Family(NamedTuple):
     tower: str | None = None
 
     @property
+    def folder(self) -> str:
+        """The family's own name: its folder here."""
+        return self.rule.split(".")[2]
+
+    @property
     def name(self) -> str:
         """The architecture, with the tower that tells it from others of the same."""
         return self.architecture if self.tower is None else f"{self.architecture} ({self.tower})"

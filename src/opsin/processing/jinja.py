@@ -114,9 +114,9 @@ class ChatTemplate:
 
 
 def find_template(
-    folder: Path | None, tokenizer_template: str | Mapping[str, str] | None, model_type: str, *, tools: bool = False
+    folder: Path | None, tokenizer_template: str | Mapping[str, str] | None, family: str, *, tools: bool = False
 ) -> str | None:
-    """The template of a checkpoint: its processor's, its tokenizer's, or the one shipped here for its ``model_type``.
+    """The template of a checkpoint: its processor's, its tokenizer's, or the one shipped here for its family.
 
     None when there is none.
     """
@@ -126,11 +126,11 @@ def find_template(
         found = (found.get("tool_use") if tools else None) or found.get("default")
     if found:
         return found
-    return shipped_templates().get(model_type)
+    return shipped_templates().get(family)
 
 
 def shipped_templates() -> dict[str, str]:
-    """The templates in this package by name: a ``model_type`` that often comes without one, or a kind of checkpoint."""
+    """The templates in this package by name: a family that often comes without one, or a kind of checkpoint."""
     folder = resources.files("opsin.processing") / "templates"
     return {file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8") for file in folder.iterdir()}
 

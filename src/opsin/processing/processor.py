@@ -66,6 +66,7 @@ class InputProcessor:
         max_model_len: longest prompt plus answer, in tokens.
         generation_config: the checkpoint's generation_config.json.
         default_seed: seeds the requests that bring no seed of their own, each differently, by their ids.
+        family: name of the model's, whose template is taken where the checkpoint has none.
         folder: the checkpoint, to look for its chat template.
         chat_template: jinja text that replaces the checkpoint's template.
         grammars: checks ``structured_outputs``; without one they are refused.
@@ -82,7 +83,7 @@ class InputProcessor:
         max_model_len: int,
         generation_config: Mapping[str, Any] | None = None,
         default_seed: int = 0,
-        model_type: str = "",
+        family: str = "",
         folder: Path | None = None,
         chat_template: str | None = None,
         grammars: GrammarCompiler | None = None,
@@ -100,7 +101,7 @@ class InputProcessor:
         self._generation_config = generation_config or {}
         self._default_seed = default_seed
         plain, with_tools = (
-            chat_template or find_template(folder, tokenizer.chat_template, model_type, tools=tools)
+            chat_template or find_template(folder, tokenizer.chat_template, family, tools=tools)
             for tools in (False, True)
         )
         self._templates = ModelTemplates(plain, with_tools, tokenizer.special_tokens_map)
