@@ -8,7 +8,9 @@ a stale, foreign or unwritten cell is caught at once. ``answer`` is the same mod
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from hashlib import blake2b
+from typing import NamedTuple
 
 import pytest
 
@@ -95,11 +97,48 @@ def read_positions(request: EngineRequest) -> list[int]:
     return [position for position, _ in params.targets] if isinstance(params, PoolingParams) else []
 
 
+class Form(NamedTuple):
+    """A grammar: after each beginning it allows few tokens, and it is complete at ``length`` tokens; one that breaks
+    then refuses the last of them instead."""
+
+    length: int
+    breaks: bool = False
+
+    def allowed(self, answer: Sequence[int]) -> list[int]:
+        digest = blake2b(repr(list(answer)).encode(), digest_size=2).digest()
+        return sorted({byte % VOCAB for byte in digest})
+
+    def mask(self, answer: Sequence[int]) -> bytes | None:
+        if len(answer) >= self.length:
+            return None
+        return sum(1 << token for token in self.allowed(answer)).to_bytes(4, "little")
+
+
+class FormKeeper:
+    """The ``Grammar`` of one answer."""
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
+        self.answer: list[int] = []
+        self.mask = form.mask([])
+        self.error: str | None = None
+
+    def accept(self, token_id: int) -> bool:
+        assert self.mask is not None, "a token after the end"
+        assert token_id in self.form.allowed(self.answer)
+        self.answer.append(token_id)
+        self.mask = self.form.mask(self.answer)
+        if self.mask is None and self.form.breaks:
+            self.error = "nothing fits"
+        return self.error is None
+
+
 class Truth:
     """What a request's positions really are, and what the model says after each prefix."""
 
-    def __init__(self, request: EngineRequest, limits: SchedulerLimits) -> None:
+    def __init__(self, request: EngineRequest, limits: SchedulerLimits, form: Form | None = None) -> None:
         self.request = request
+        self.form = form
         self.num_prompt = len(request.prompt_token_ids)
         self.inputs: list[object] = list(request.prompt_token_ids)
         for span in request.spans:
@@ -130,8 +169,16 @@ class Truth:
         end = self.seen_to[position] if position < self.num_prompt else position + 1
         return self.scope, self.digest(inputs[:end])
 
+    def mask(self, inputs: list[object]) -> bytes | None:
+        """What the row that draws the next token must be given."""
+        return None if self.form is None else self.form.mask(inputs[self.num_prompt :])  # type: ignore[arg-type]
+
     def next_token(self, inputs: list[object]) -> int:
-        return int.from_bytes(self.digest(inputs), "little") % VOCAB
+        number = int.from_bytes(self.digest(inputs), "little")
+        if self.form is None:
+            return number % VOCAB
+        allowed = self.form.allowed(inputs[self.num_prompt :])  # type: ignore[arg-type]
+        return allowed[number % len(allowed)]
 
     def answer(self) -> tuple[list[int], str]:
         """Tokens and finish reason of the request run alone."""
@@ -143,6 +190,9 @@ class Truth:
             count = len(inputs) - self.num_prompt
             if inputs[-1] in request.stop_token_ids and count > request.params.min_tokens:
                 return inputs[self.num_prompt :], "stop"  # type: ignore[return-value]
+            if self.form is not None and count == self.form.length:
+                reason = "error" if self.form.breaks else "stop"
+                return inputs[self.num_prompt :], reason  # type: ignore[return-value]
             if len(inputs) >= self.limit:
                 return inputs[self.num_prompt :], "length"  # type: ignore[return-value]
 
@@ -216,6 +266,7 @@ class Device:
         assert len(slot.table) == -(-end // self.limits.block_size)
         assert end <= len(slot.inputs), "a row runs past the known tokens"
         assert row.emits == (end == len(slot.inputs))
+        assert row.mask == (truth.mask(slot.inputs) if row.emits else None), "a mask for another token"
         assert end + row.emits <= truth.limit or isinstance(truth.request.params, PoolingParams)
         for begin, stop in truth.request.bidirectional:
             assert not begin < row.start < stop, "a chunk starts inside a range"
@@ -259,6 +310,7 @@ class Device:
 class Rig:
     """Scheduler and device, driven as the engine drives them, with every update checked."""
 
+    form = Form
     make_item = staticmethod(make_item)
     make_request = staticmethod(make_request)
 
@@ -286,18 +338,18 @@ class Rig:
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.plans: list[StepPlan] = []
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest, form: Form | None = None) -> None:
         request.seed = len(self.device.truths)
-        self.scheduler.add(request)
-        truth = Truth(request, self.limits)
+        self.scheduler.add(request, None if form is None else FormKeeper(form))
+        truth = Truth(request, self.limits, form)
         self.device.truths[request.seed] = truth
         self.truths[request.request_id] = truth
         self.tokens[request.request_id] = []
 
-    def try_add(self, request: EngineRequest) -> bool:
+    def try_add(self, request: EngineRequest, form: Form | None = None) -> bool:
         """Add; a refusal must have a reason."""
         try:
-            self.add(request)
+            self.add(request, form)
         except RequestError:
             limits, prompt_len = self.limits, len(request.prompt_token_ids)
             room = 0 if isinstance(request.params, PoolingParams) else 1
@@ -377,11 +429,14 @@ class Rig:
             expected, reason = truth.answer()
             if end.finish_reason in ("abort", "error"):
                 assert tokens == expected[: len(tokens)]
+            elif reason == "error":
+                raise AssertionError(f"{request_id} ended with {end.finish_reason}, against its grammar")
             else:
                 assert (tokens, end.finish_reason) == (expected, reason)
                 values = [truth.cell(truth.inputs, p)[1] for p in read_positions(truth.request)]
                 assert end.values == (values or None)
-                assert end.stop_token_id == (tokens[-1] if reason == "stop" and tokens else None)
+                by_token = reason == "stop" and tokens and tokens[-1] in truth.request.stop_token_ids
+                assert end.stop_token_id == (tokens[-1] if by_token else None)
         assert sorted(self.finished) == sorted(self.truths)
 
     def check_empty(self) -> None:

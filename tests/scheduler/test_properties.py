@@ -56,11 +56,14 @@ def make_machine(rig_class: Any, **fixed: object) -> type[RuleBasedStateMachine]
             draw = data.draw
             piece = st.one_of(st.integers(0, 1), st.integers(0, 1), st.sampled_from(items))
             pieces = draw(st.lists(piece, min_size=1, max_size=10))
+            form = None
             if draw(st.integers(0, 7)) == 0:
                 params: Any = PoolingParams()
             else:
                 max_tokens = draw(st.sampled_from([None, 1, 2, 6, 12]))
-                min_tokens = draw(st.integers(0, min(3, max_tokens or 3)))
+                if draw(st.booleans()):
+                    form = rig_class.form(draw(st.integers(1, 7)), breaks=draw(st.integers(0, 4)) == 0)
+                min_tokens = draw(st.integers(0, min(3, max_tokens or 3))) if form is None else 0
                 params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens)
             self.count += 1
             namespace = draw(st.sampled_from(["", "siblings"]))
@@ -80,7 +83,7 @@ def make_machine(rig_class: Any, **fixed: object) -> type[RuleBasedStateMachine]
             if isinstance(params, PoolingParams):
                 positions = draw(st.sets(st.integers(0, len(request.prompt_token_ids) - 1)))
                 request.params = PoolingParams(targets=[(position, [0]) for position in sorted(positions)])
-            self.rig.try_add(request)
+            self.rig.try_add(request, form)
 
         @precondition(lambda self: self.rig.tokens)
         @rule(data=st.data())
@@ -160,10 +163,14 @@ def random_traffic(rig_class: Any, rng: random.Random) -> Any:
             pieces = pick(prompts)[: rng.randint(1, 9)] + [rng.randrange(3) for _ in range(rng.randint(0, 6))]
             kind = rng.random()
             params: Any = SamplingParams(max_tokens=pick([None, 1, 4, 16]), min_tokens=pick([0, 0, 1]))
+            form = None
             if kind < 0.1:
                 params = PoolingParams()
             elif kind < 0.2:
                 params = SamplingParams(max_tokens=3, prompt_logprobs=1)
+            elif kind < 0.5:
+                params = SamplingParams(max_tokens=pick([None, 4]))
+                form = rig_class.form(rng.randint(1, 8), breaks=rng.random() < 0.2)
             request = rig_class.make_request(
                 f"r{num_requests}",
                 pieces,
@@ -183,7 +190,7 @@ def random_traffic(rig_class: Any, rng: random.Random) -> Any:
                 request.params = pick(
                     [PoolingParams(task="token_embed"), PoolingParams(targets=[(p, [0]) for p in positions])]
                 )
-            rig.try_add(request)
+            rig.try_add(request, form)
         if rng.random() < abort_rate and rig.tokens:
             rig.abort(pick(sorted(rig.tokens)))
         if rng.random() < 0.5:
