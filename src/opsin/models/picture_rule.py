@@ -18,13 +18,15 @@ class PictureRule(ABC):
     0, 1, 2, ... that see what came before them. A family overrides what it does otherwise.
 
     Attributes:
-        mark: what ``placeholder`` answers.
-        image_token_id: the token whose positions take features.
+        mark: what ``placeholder`` answers for pictures.
+        video_mark: likewise for videos; None where the model, or its tokenizer, knows none.
+        image_token_id: the token whose positions take features of pictures.
         norm: what the tower applies to the uint8 tiles.
         settings: the processor's settings, complete.
     """
 
     mark: Placeholder
+    video_mark: Placeholder | None = None
     image_token_id: int
     norm: PixelNorm
     settings: Mapping[str, Any]
@@ -50,15 +52,17 @@ class PictureRule(ABC):
         """As ``MediaRule`` says."""
 
     def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
-        """None: a family that takes videos overrides it, ``placeholder``, ``max_items`` and ``expand``."""
+        """None: a family that takes videos overrides it, and has a ``video_mark``."""
         raise no_videos()
 
     def placeholder(self, modality: Modality) -> Placeholder:
-        images_only(modality)
-        return self.mark
+        mark = self.mark if modality == "image" else self.video_mark
+        if mark is None:
+            raise no_videos()
+        return mark
 
     def max_items(self, modality: Modality) -> int | None:
-        return None if modality == "image" else 0
+        return 0 if modality == "video" and self.video_mark is None else None
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         """Features that need nothing beside them."""
@@ -71,8 +75,9 @@ class PictureRule(ABC):
         return given_features(num_features)
 
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
-        images_only(modality)
-        return [TokenRun(self.image_token_id, layout.num_features, is_feature=True)]
+        token_id = self.image_token_id if modality == "image" else self.placeholder(modality).token_id
+        assert token_id is not None, "a family whose videos are not one run of tokens says what they are"
+        return [TokenRun(token_id, layout.num_features, is_feature=True)]
 
     def complete(self, text: str, signs: Sequence[tuple[int, int]], num_items: int) -> Sequence[tuple[int, str]]:
         return ()

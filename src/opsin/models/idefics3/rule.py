@@ -19,7 +19,7 @@ import numpy as np
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
-from opsin.models.picture_rule import PictureRule, given_features, given_size, images_only, no_videos
+from opsin.models.picture_rule import PictureRule, given_features, given_size, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
@@ -113,13 +113,11 @@ class Idefics3Rule(PictureRule):
 
     Attributes:
         fake_token_id: stands before each tile's tag, and at the end.
-        video_mark: what ``placeholder`` answers for videos; None where the model takes none.
     """
 
     tile: Tile
     fake_token_id: int
     global_token_id: int
-    video_mark: Placeholder | None
     video_settings: Mapping[str, Any]
 
     @classmethod
@@ -221,16 +219,6 @@ class Idefics3Rule(PictureRule):
             num_patches=num_frames * self.tile.grid**2,
             times=times,
         )
-
-    def placeholder(self, modality: Modality) -> Placeholder:
-        if modality == "image":
-            return self.mark
-        if self.video_mark is None:
-            raise no_videos()
-        return self.video_mark
-
-    def max_items(self, modality: Modality) -> int | None:
-        return 0 if modality == "video" and self.video_mark is None else None
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         """Of a picture: features of an overview alone; with ``image_sizes``, (height, width) each, of all tiles and the

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.picture_rule import PictureRule, images_only, no_videos
+from opsin.models.picture_rule import PictureRule, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
@@ -97,13 +97,11 @@ class InternVLRule(PictureRule):
     a video, stand between two tags.
 
     Attributes:
-        video_token_id: None where the tokenizer has no token for videos.
     """
 
     tile: TileGeometry
     start_token_id: int
     end_token_id: int
-    video_token_id: int | None
     video_settings: Mapping[str, Any]
 
     @classmethod
@@ -141,13 +139,14 @@ class InternVLRule(PictureRule):
             read_resample(video_settings)
             if read_norm(video_settings) != norm or video_settings["size"] != size:
                 raise ValueError("its size or its normalisation is not that of pictures; the tower takes one of each.")
+        video_id = tokenizer.convert_tokens_to_ids(_VIDEO_TOKEN)
         return cls(
             tile=tile,
-            video_token_id=tokenizer.convert_tokens_to_ids(_VIDEO_TOKEN),
             video_settings=video_settings,
             start_token_id=start_id,
             end_token_id=end_id,
             mark=Placeholder(_IMAGE_TOKEN, image_id, re.escape(_IMAGE_TOKEN)),
+            video_mark=None if video_id is None else Placeholder(_VIDEO_TOKEN, video_id, re.escape(_VIDEO_TOKEN)),
             image_token_id=image_id,
             norm=norm,
             settings=settings,
@@ -200,16 +199,6 @@ class InternVLRule(PictureRule):
             num_features=len(clip.frames) * self.tile.num_features,
             num_patches=len(clip.frames) * self.tile.num_patches,
         )
-
-    def placeholder(self, modality: Modality) -> Placeholder:
-        if modality == "image":
-            return self.mark
-        if self.video_token_id is None:
-            raise no_videos()
-        return Placeholder(_VIDEO_TOKEN, self.video_token_id, re.escape(_VIDEO_TOKEN))
-
-    def max_items(self, modality: Modality) -> int | None:
-        return 0 if modality == "video" and self.video_token_id is None else None
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         self.placeholder(modality)  # refuses videos where there are none

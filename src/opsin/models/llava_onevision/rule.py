@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from opsin.errors import MediaError, RequestError, UnsupportedModelError
 from opsin.models.llava_next.rule import LlavaNextRule
-from opsin.models.picture_rule import given_features, no_videos
+from opsin.models.picture_rule import given_features
 from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
@@ -24,7 +24,7 @@ from opsin.models.pictures import (
     square_view,
     with_options,
 )
-from opsin.models.rule import Placeholder, TokenIds, TokenRun
+from opsin.models.rule import Placeholder, TokenIds
 from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample, spread
 from opsin.types import Clip, MediaLayout, Modality, PixelPlan
 
@@ -67,7 +67,6 @@ class LlavaOnevisionRule(LlavaNextRule):
 
     Attributes:
         max_tiles: a mosaic that would have clearly more features than so many tiles is shrunk to about as many.
-        video_mark: what ``placeholder`` answers for videos; None where the tokenizer has no token for them.
     """
 
     family: ClassVar[str] = "LLaVA-OneVision"
@@ -90,7 +89,6 @@ class LlavaOnevisionRule(LlavaNextRule):
     )
 
     max_tiles: int = 9
-    video_mark: Placeholder | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
@@ -138,16 +136,6 @@ class LlavaOnevisionRule(LlavaNextRule):
             num_patches=len(clip.frames) * num_patches,
         )
 
-    def placeholder(self, modality: Modality) -> Placeholder:
-        if modality == "image":
-            return self.mark
-        if self.video_mark is None:
-            raise no_videos()
-        return self.video_mark
-
-    def max_items(self, modality: Modality) -> int | None:
-        return 0 if modality == "video" and self.video_mark is None else None
-
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         """Of videos: every frame's, and the newline's."""
         self.placeholder(modality)  # refuses videos where there are none
@@ -161,13 +149,6 @@ class LlavaOnevisionRule(LlavaNextRule):
                 param="multi_modal_data",
             )
         return given_features(num_features)
-
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
-        if modality == "image":
-            return super().expand(modality, index, layout)
-        token_id = self.placeholder(modality).token_id
-        assert token_id is not None
-        return [TokenRun(token_id, layout.num_features, is_feature=True)]
 
     def shown(self, rows: int, cols: int) -> tuple[int, int]:
         made = shrunk(rows, cols, self.image_size // self.patch_size, self.max_tiles)

@@ -113,16 +113,11 @@ class MiniCPMVRule(PictureRule):
             patch_size=settings["patch_size"],
             scale=settings["scale_resolution"],
             mark=Placeholder(_IMAGE, None, re.escape(_IMAGE)),
+            video_mark=Placeholder(_VIDEO, None, re.escape(_VIDEO)),
             image_token_id=_token_id(tokenizer, settings["unk"]),
             norm=norm,
             settings=settings,
         )
-
-    def placeholder(self, modality: Modality) -> Placeholder:
-        return self.mark if modality == "image" else Placeholder(_VIDEO, None, re.escape(_VIDEO))
-
-    def max_items(self, modality: Modality) -> int | None:
-        return None
 
     def layout(
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]

@@ -17,7 +17,7 @@ import numpy as np
 
 from opsin.errors import MediaError, RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
-from opsin.models.picture_rule import PictureRule, given_features, images_only, no_videos
+from opsin.models.picture_rule import PictureRule, given_features, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
@@ -27,7 +27,7 @@ from opsin.models.pictures import (
     request_settings,
     with_options,
 )
-from opsin.models.rule import Placeholder, Positions, TokenIds, TokenRun
+from opsin.models.rule import Placeholder, Positions, TokenIds
 from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample, spaced
 from opsin.types import Clip, MediaItem, MediaLayout, Modality, PixelPlan, Resize, View
 
@@ -72,7 +72,6 @@ class Qwen2VLRule(PictureRule):
 
     Attributes:
         frames_per_patch: along time; an odd number of frames is made even by repeating the last.
-        video_token_id: None where the tokenizer has no token for videos.
         tokens_per_second: how fast a video's positions count; None counts the grid's steps.
     """
 
@@ -84,7 +83,6 @@ class Qwen2VLRule(PictureRule):
     patch_size: int
     merge_size: int
     frames_per_patch: int
-    video_token_id: int | None
     video_settings: Mapping[str, Any]
     tokens_per_second: float | None
 
@@ -128,10 +126,10 @@ class Qwen2VLRule(PictureRule):
             patch_size=settings["patch_size"],
             merge_size=settings["merge_size"],
             frames_per_patch=settings["temporal_patch_size"],
-            video_token_id=video_id,
             video_settings=video_settings,
             tokens_per_second=vision.get("tokens_per_second", 4) if counts_time else None,
             mark=_mark(_IMAGE_TOKEN, token_id),
+            video_mark=None if video_id is None else _mark(_VIDEO_TOKEN, video_id),
             image_token_id=token_id,
             norm=norm,
             settings=settings,
@@ -211,16 +209,6 @@ class Qwen2VLRule(PictureRule):
             numbers=grid,
         )
 
-    def placeholder(self, modality: Modality) -> Placeholder:
-        if modality == "image":
-            return self.mark
-        if self.video_token_id is None:
-            raise no_videos()
-        return _mark(_VIDEO_TOKEN, self.video_token_id)
-
-    def max_items(self, modality: Modality) -> int | None:
-        return 0 if modality == "video" and self.video_token_id is None else None
-
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         self.placeholder(modality)  # refuses videos where there are none
         key = f"{modality}_grid_thw"
@@ -244,11 +232,6 @@ class Qwen2VLRule(PictureRule):
         if modality == "image" or self.tokens_per_second is None:
             return layout
         return msgspec.structs.replace(layout, times=(1.0,))  # as in transformers, where nobody says
-
-    def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
-        token_id = self.placeholder(modality).token_id
-        assert token_id is not None
-        return [TokenRun(token_id, layout.num_features, is_feature=True)]
 
     def positions(self, token_ids: Sequence[int], items: Sequence[MediaItem]) -> Positions | None:
         """Text counts on all three axes; a picture counts its rows and columns, a video its steps in time as well. What

@@ -16,7 +16,6 @@ import msgspec
 import numpy as np
 
 from opsin.errors import MediaError, RequestError, UnsupportedModelError
-from opsin.models.picture_rule import no_videos
 from opsin.models.pictures import request_settings, with_options
 from opsin.models.qwen2_vl.rule import GEOMETRY, Qwen2VLRule, pixel_bounds, text_positions
 from opsin.models.rule import Placeholder, Positions, TokenIds, TokenRun
@@ -55,6 +54,7 @@ class Qwen3VLRule(Qwen2VLRule):
 
     Attributes:
         tags: the tokens before and behind what a step comes to.
+        video_token_id: None where the tokenizer has no token for videos.
     """
 
     family: ClassVar[str] = "Qwen3-VL"
@@ -63,13 +63,19 @@ class Qwen3VLRule(Qwen2VLRule):
     default_patch_size: ClassVar[int] = 16
 
     tags: tuple[int, ...] = ()
+    video_token_id: int | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
         tags = tuple(i for i in map(tokenizer.convert_tokens_to_ids, _TAGS) if i is not None)
         if len(tags) != len(_TAGS):
             raise UnsupportedModelError(f"The tokenizer lacks one of {', '.join(_TAGS)}.")
-        return replace(super().from_hf(config, processor, tokenizer), tags=tags)
+        rule = replace(super().from_hf(config, processor, tokenizer), tags=tags)
+        if rule.video_mark is None:
+            return rule
+        begin, end = map(re.escape, _TAGS)  # every step has its own, so those around the mark go
+        mark = Placeholder(rule.video_mark.text, None, f"(?:{begin})?{re.escape(_VIDEO)}(?:{end})?")
+        return replace(rule, video_token_id=rule.video_mark.token_id, video_mark=mark)
 
     def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
         settings = with_options(self.video_settings, options, fixed=frozenset(GEOMETRY), others=self.settings)
@@ -92,15 +98,6 @@ class Qwen3VLRule(Qwen2VLRule):
         step = self.frames_per_patch
         times = (*times, *times[-1:] * (-len(times) % step))
         return tuple((times[i] + times[i + step - 1]) / 2 for i in range(0, len(times), step))
-
-    def placeholder(self, modality: Modality) -> Placeholder:
-        if modality == "image":
-            return self.mark
-        if self.video_token_id is None:
-            raise no_videos()
-        begin, end = map(re.escape, _TAGS)  # every step has its own, so those around the mark go
-        pattern = f"(?:{begin})?{re.escape(_VIDEO)}(?:{end})?"
-        return Placeholder(f"{_TAGS[0]}{_VIDEO}{_TAGS[1]}", None, pattern)
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         if modality == "video" and self.video_token_id is not None:
