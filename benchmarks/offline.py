@@ -179,7 +179,8 @@ def _say(**values: Any) -> None:
 def _opsin(args: argparse.Namespace, model: str) -> tuple[Ask, Stream]:
     from opsin import LLM, SamplingParams
 
-    llm = LLM(model, load_format="dummy", **{"max_model_len": 8192, **json.loads(args.settings)})
+    settings: Any = {"load_format": "dummy", "max_model_len": 8192, **json.loads(args.settings)}
+    llm = LLM(model, **settings)
 
     def ask(requests: Sequence[tuple[str, bytes]], tokens: int) -> list[int]:
         prompts: Any = [{"prompt": text, "multi_modal_data": {"image": jpeg}} for text, jpeg in requests]

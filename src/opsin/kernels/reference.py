@@ -132,6 +132,30 @@ def paged_attention(
     On a CPU that beats one padded call for the batch: 9 against 56 ms for 16 rows of 700 tokens and 16 heads of 64,
     equal with 2 key heads, since each row's gathered keys stay in the processor's cache.
     """
+
+    def attend(
+        q_TNH: torch.Tensor, k_CKH: torch.Tensor, v_CKH: torch.Tensor, mask_TC: torch.Tensor | None
+    ) -> torch.Tensor:
+        return row_attention(q_TNH, k_CKH, v_CKH, mask_TC, scale, softcap)
+
+    return attend_rows(q_TNH, k_TKH, v_TKH, cache, inputs, window, attend)
+
+
+def attend_rows(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    cache: LayerCache,
+    inputs: AttentionInputs,
+    window: int | None,
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+) -> torch.Tensor:
+    """Row by row, find what a row's tokens see and attend to it: (T, N, H).
+
+    Args:
+        attend: from one row's queries (T, N, H), the keys and values of its context (C, K, H), and a boolean mask
+            (T, C), to (T, N, H). None for a mask: a single token sees all, several see up to themselves.
+    """
     out_TNH = torch.empty_like(q_TNH)
     begin = 0
     for b, (query_len, context_len) in enumerate(zip(inputs.query_lens, inputs.context_lens, strict=True)):
@@ -139,15 +163,15 @@ def paged_attention(
         if query_len == context_len:
             first, k_CKH, v_CKH = 0, k_TKH[begin:end], v_TKH[begin:end]
         else:
-            in_window = window is not None and inputs.visible_begin_T is None
-            first = max(0, context_len - query_len + 1 - window) if in_window else 0
+            is_cut = window is not None and inputs.visible_begin_T is None
+            first = max(0, context_len - query_len + 1 - (window or 0)) if is_cut else 0
             k_CKH, v_CKH = _gather(cache, inputs.block_tables_BL[b], first, context_len)
         visible_begin, visible_end = (
             None if visible is None else visible[begin:end]
             for visible in (inputs.visible_begin_T, inputs.visible_end_T)
         )
         mask_TC = _mask(query_len, context_len, first, window, visible_begin, visible_end, q_TNH.device)
-        out_TNH[begin:end] = _row_attention(q_TNH[begin:end], k_CKH, v_CKH, mask_TC, scale, softcap)
+        out_TNH[begin:end] = attend(q_TNH[begin:end], k_CKH, v_CKH, mask_TC)
         begin = end
     return out_TNH
 
@@ -189,7 +213,7 @@ def _mask(
     return mask_TC
 
 
-def _row_attention(
+def row_attention(
     q_TNH: torch.Tensor,
     k_CKH: torch.Tensor,
     v_CKH: torch.Tensor,
@@ -229,7 +253,7 @@ def _capped_attention(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """``_row_attention`` written out in float32, since SDPA cannot bend scores."""
+    """``row_attention`` written out in float32, since SDPA cannot bend scores."""
     num_tokens, num_keys = len(q_TNH), k_KCH.shape[1]
     q_KGTH = q_TNH.transpose(0, 1).unflatten(0, (len(k_KCH), -1)).float()
     scores_KGTC = q_KGTH @ k_KCH.float().transpose(-1, -2).unsqueeze(1) * scale

@@ -109,11 +109,11 @@ class StepGraphs:
         size = self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)]
         captured = self._prefill[size]
         upload(padded(arrays, size, _PREFILL_ROWS), self._device, into=captured.packed)
-        inputs = StepArrays(*captured.inputs)  # type: ignore[arg-type]
-        captured.kept[:] = self._model.embed(self._table.tokens_SL.view(-1)[inputs.at_T])
+        at_T, _, _, _, emit_index_E, token_at_E, _, _ = captured.inputs
+        captured.kept[:] = self._model.embed(self._table.tokens_SL.view(-1)[at_T])
         fill(captured.kept[:num_tokens])
         captured.graph.replay()
-        return captured.hidden[:num_tokens], inputs.emit_index_E[:num_emitting], inputs.token_at_E[:num_emitting]
+        return captured.hidden[:num_tokens], emit_index_E[:num_emitting], token_at_E[:num_emitting]
 
     def _capture_decode(self, size: int) -> _Captured:
         """Record the pass on rows that are all padding."""
