@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -16,10 +16,25 @@ from opsin.models.rule import PixelNorm
 from opsin.models.weights import WeightTable
 from opsin.types import LayerCacheSpec, MediaLayout, ModelSpec
 
+# Hub checkpoints (``language_model.model.``), transformers 5's module names (``model.language_model.``), and towers
+# with and without the ``vision_model`` level.
+RENAMES = (
+    (r"^(model\.language_model|language_model\.model)\.", "decoder."),
+    (r"^(language_model\.)?lm_head\.", "decoder.lm_head."),
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "tower."),
+    (r"^(model\.)?multi_modal_projector\.", "projector."),
+)
+
 
 class PictureModel(nn.Module, ABC):
     """The decoder's half of ``VisionLanguageModel``. A family brings its tower, as ``encode``, and reads its
-    checkpoints, as ``from_hf`` and ``weight_table``."""
+    checkpoints, as ``from_hf`` and ``renames``.
+
+    Attributes:
+        renames: ``WeightTable.renames`` of the family's checkpoints; what nearly all in Hugging Face layout need.
+    """
+
+    renames: ClassVar[tuple[tuple[str, str], ...]] = RENAMES
 
     def __init__(
         self, architecture: str, decoder: Decoder, *, num_position_axes: int = 1, num_deep_layers: int = 0
@@ -56,9 +71,11 @@ class PictureModel(nn.Module, ABC):
             UnsupportedModelError: an unknown key or a value that is not implemented.
         """
 
-    @abstractmethod
     def weight_table(self) -> WeightTable:
-        """How the family's checkpoints name their tensors."""
+        """How the family's checkpoints name their tensors; its parts say as ``unused_weights`` what they leave out."""
+        return WeightTable.of(
+            self.renames, {name: getattr(part, "unused_weights", ()) for name, part in self.named_children()}
+        )
 
     @abstractmethod
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:

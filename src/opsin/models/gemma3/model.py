@@ -16,28 +16,24 @@ from opsin.layers import Placement
 from opsin.layers.linear import Linear
 from opsin.layers.norm import RMSNorm, normed
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.picture_model import PictureModel
+from opsin.models.picture_model import RENAMES, PictureModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.patches import Patches
 from opsin.models.towers.siglip import SiglipTower
 from opsin.models.towers.vit import ViTConfig
-from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
-# Hub checkpoints (``language_model.model.``), transformers 5's module names (``model.language_model.``), and towers
-# with and without the ``vision_model`` level.
 _RENAMES = (
-    (r"^(model\.language_model|language_model\.model)\.", "decoder."),
-    (r"^(language_model\.)?lm_head\.", "decoder.lm_head."),
-    (r"^(model\.)?vision_tower\.(vision_model\.)?", "tower."),
-    (r"^(model\.)?multi_modal_projector\.", "projector."),
+    *RENAMES,
     (r"^projector\.mm_input_projection_weight$", "projector.mm_input_projection.weight"),
 )
 
 
 class Gemma3Model(PictureModel):
     """A picture is as many tiles as its plan makes, each encoded by itself."""
+
+    renames = _RENAMES
 
     def __init__(
         self, place: Placement, tower: SiglipTower, projector: Gemma3Projector, decoder: Decoder, norm: PixelNorm
@@ -66,10 +62,6 @@ class Gemma3Model(PictureModel):
             Decoder(place, decoder_config, max_model_len),
             norm,
         )
-
-    def weight_table(self) -> WeightTable:
-        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
-        return WeightTable.of(_RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in one pass."""

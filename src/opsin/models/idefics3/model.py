@@ -20,7 +20,6 @@ from opsin.models.strict import StrictConfig
 from opsin.models.towers.patches import in_passes
 from opsin.models.towers.siglip_navit import SiglipNavitTower
 from opsin.models.towers.vit import ViTConfig
-from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
 _ARCHITECTURES = {"idefics3": "Idefics3ForConditionalGeneration", "smolvlm": "SmolVLMForConditionalGeneration"}
@@ -52,6 +51,8 @@ _RENAMES = (
 
 class Idefics3Model(PictureModel):
     """A picture is as many tiles as its plan makes, each encoded by itself."""
+
+    renames = _RENAMES
 
     def __init__(
         self,
@@ -85,9 +86,6 @@ class Idefics3Model(PictureModel):
         strict.finish()
         decoder = Decoder(place, DecoderConfig.from_hf(text), max_model_len)
         return cls(architecture, place, tile, tower_config, decoder, norm)
-
-    def weight_table(self) -> WeightTable:
-        return WeightTable.of(_RENAMES, {"decoder": self.decoder.unused_weights})
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""

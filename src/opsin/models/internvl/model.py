@@ -13,23 +13,18 @@ from opsin.layers import Placement
 from opsin.layers.norm import LayerNorm
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.internvl.rule import TileGeometry
-from opsin.models.picture_model import PictureModel
+from opsin.models.picture_model import RENAMES, PictureModel
 from opsin.models.projector import Projector, pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.intern_vit import InternViTConfig, InternViTTower
 from opsin.models.towers.patches import Patches, in_passes
-from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
 _PROJECTOR_EPS = 1e-5
 _NTK_KEYS = {"rope_type", "type", "factor", "rope_theta"}
-# Hub checkpoints (``language_model.model.``), and transformers 5's module names (``model.language_model.``).
 _RENAMES = (
-    (r"^(model\.language_model|language_model\.model)\.", "decoder."),
-    (r"^(language_model\.)?lm_head\.", "decoder.lm_head."),
-    (r"^(model\.)?vision_tower\.", "tower."),
-    (r"^(model\.)?multi_modal_projector\.", "projector."),
+    *RENAMES,
     (r"^tower\.encoder\.layer\.", "tower.encoder.layers."),
     (r"^tower\.embeddings\.patch_embeddings\.projection\.", "tower.embeddings.patch_embedding."),
 )
@@ -37,6 +32,8 @@ _RENAMES = (
 
 class InternVLModel(PictureModel):
     """A picture is as many tiles as its plan makes, a frame of a video is one; each is encoded by itself."""
+
+    renames = _RENAMES
 
     def __init__(
         self,
@@ -76,10 +73,6 @@ class InternVLModel(PictureModel):
         strict.finish()
         decoder = Decoder(place, decoder_config, max_model_len)
         return cls(place, tile, InternViTTower(place, tower_config), projector, decoder, norm)
-
-    def weight_table(self) -> WeightTable:
-        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
-        return WeightTable.of(_RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""

@@ -19,21 +19,12 @@ from opsin.models.strict import StrictConfig
 from opsin.models.towers.clip import ClipTower
 from opsin.models.towers.patches import Patches, in_passes
 from opsin.models.towers.siglip import SiglipTower
-from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
 _TOWERS: dict[str, type[ClipTower] | type[SiglipTower]] = {
     "clip_vision_model": ClipTower,
     "siglip_vision_model": SiglipTower,
 }
-# Hub checkpoints (``language_model.model.``), transformers 5's module names (``model.language_model.``), and towers
-# with and without the ``vision_model`` level.
-RENAMES = (
-    (r"^(model\.language_model|language_model\.model)\.", "decoder."),
-    (r"^(language_model\.)?lm_head\.", "decoder.lm_head."),
-    (r"^(model\.)?vision_tower\.(vision_model\.)?", "tower."),
-    (r"^(model\.)?multi_modal_projector\.", "projector."),
-)
 
 
 class LlavaModel(PictureModel):
@@ -92,10 +83,6 @@ class LlavaModel(PictureModel):
             norm,
             drop_first=strategy == "default",
         )
-
-    def weight_table(self) -> WeightTable:
-        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
-        return WeightTable.of(RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all pictures in one pass."""

@@ -13,11 +13,11 @@ from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder
 from opsin.models.llava.model import LlavaModel
+from opsin.models.picture_model import RENAMES
 from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.towers.clip import ClipTower
 from opsin.models.towers.siglip import SiglipTower
-from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
 
@@ -25,6 +25,7 @@ class LlavaNextModel(LlavaModel):
     """A picture is an overview and a mosaic of tiles, as ``LlavaNextRule`` says."""
 
     architecture: ClassVar[str] = "LlavaNextForConditionalGeneration"
+    renames = (*RENAMES, (r"^model\.image_newline$", "image_newline"))
 
     def __init__(
         self,
@@ -50,10 +51,6 @@ class LlavaNextModel(LlavaModel):
         own = ("image_grid_pinpoints", "use_image_newline_parameter")  # the former is the rule's
         shared = {key: value for key, value in config.items() if key not in own}
         return super().from_hf(shared, place=place, norm=norm, max_model_len=max_model_len)
-
-    def weight_table(self) -> WeightTable:
-        table = super().weight_table()
-        return WeightTable((*table.renames, (r"^model\.image_newline$", "image_newline")), table.unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all tiles of all pictures in one pass."""

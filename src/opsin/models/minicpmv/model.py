@@ -16,7 +16,6 @@ from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.siglip_navit import SiglipNavitTower
 from opsin.models.towers.vit import ViTConfig
-from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
 _VERSION = "2.6"
@@ -52,6 +51,8 @@ _RENAMES = (
 class MiniCPMVModel(PictureModel):
     """Every slice of every picture, and every overview, is a picture of its own to the tower."""
 
+    renames = _RENAMES
+
     def __init__(self, tower: SiglipNavitTower, resampler: Resampler, decoder: Decoder) -> None:
         super().__init__("MiniCPMV", decoder)
         self.tower = tower
@@ -84,9 +85,6 @@ class MiniCPMVModel(PictureModel):
         return cls(
             SiglipNavitTower(place, tower_config, norm), resampler, Decoder(place, decoder_config, max_model_len)
         )
-
-    def weight_table(self) -> WeightTable:
-        return WeightTable.of(_RENAMES, {"decoder": self.decoder.unused_weights})
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all tiles of all pictures in one pass."""

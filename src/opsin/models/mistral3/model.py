@@ -15,14 +15,12 @@ from opsin.layers import Placement
 from opsin.layers.linear import Linear
 from opsin.layers.norm import RMSNorm, normed
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.llava.model import RENAMES
 from opsin.models.mistral3.rule import PatchGeometry
 from opsin.models.picture_model import PictureModel
 from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.pixtral import PixtralConfig, PixtralTower
-from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
 _DEFAULTS: dict[str, dict[str, Any]] = {  # of Mistral3Config and LlavaConfig
@@ -86,10 +84,6 @@ class Mistral3Model(PictureModel):
         strict.finish()
         tower = PixtralTower(place, tower_config, norm, geometry.merge)
         return cls(defaults["architecture"], tower, projector, Decoder(place, decoder_config, max_model_len))
-
-    def weight_table(self) -> WeightTable:
-        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
-        return WeightTable.of(RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all pictures in one pass."""

@@ -12,29 +12,23 @@ from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.layers.linear import Linear
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.picture_model import PictureModel
+from opsin.models.picture_model import RENAMES, PictureModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.patches import Patches
 from opsin.models.towers.siglip import SiglipTower
-from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
 # Beside the tower's and the decoder's own: the number of patches once more, and that the rule lets prompts see ahead.
 _VISION_EXTRAS = ("num_image_tokens", "num_positions", "projector_hidden_act")
 _TEXT_EXTRAS = ("num_image_tokens", "use_bidirectional_attention")
-# Hub checkpoints (``language_model.model.``), transformers 5's module names (``model.language_model.``), and towers
-# with and without the ``vision_model`` level.
-_RENAMES = (
-    (r"^(model\.language_model|language_model\.model)\.", "decoder."),
-    (r"^(language_model\.)?lm_head\.", "decoder.lm_head."),
-    (r"^(model\.)?vision_tower\.(vision_model\.)?", "tower."),
-    (r"^(model\.)?multi_modal_projector\.linear\.", "projector."),
-)
+_RENAMES = (*RENAMES, (r"^projector\.linear\.", "projector."))
 
 
 class PaliGemmaModel(PictureModel):
     """One picture is one tile."""
+
+    renames = _RENAMES
 
     def __init__(
         self, place: Placement, tower: SiglipTower, projector: Linear, decoder: Decoder, norm: PixelNorm
@@ -69,10 +63,6 @@ class PaliGemmaModel(PictureModel):
             Decoder(place, decoder_config, max_model_len),
             norm,
         )
-
-    def weight_table(self) -> WeightTable:
-        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
-        return WeightTable.of(_RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all pictures in one pass."""

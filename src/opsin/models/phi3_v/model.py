@@ -54,6 +54,8 @@ class Phi3VModel(PictureModel):
     exactly the reference for sequences on either side of the border, and what vLLM does.
     """
 
+    renames = _RENAMES
+
     def __init__(self, place: Placement, tile: Tile, tower: ClipTower, decoder: Decoder, norm: PixelNorm) -> None:
         super().__init__("Phi3VForCausalLM", decoder)
         self.tile = tile
@@ -76,9 +78,8 @@ class Phi3VModel(PictureModel):
         return cls(place, Tile.of(vision), tower, Decoder(place, decoder_config, max_model_len), norm)
 
     def weight_table(self) -> WeightTable:
-        # ``wte`` is the embedding table once more.
-        unused = {"tower": self.tower.unused_weights, "decoder": (*self.decoder.unused_weights, r"wte\.weight")}
-        return WeightTable.of(_RENAMES, unused)
+        table = super().weight_table()
+        return WeightTable(table.renames, (*table.unused, r"decoder\.wte\.weight"))  # the embedding table once more
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), tiles and overviews in as few passes as can be."""

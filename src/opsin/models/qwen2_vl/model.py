@@ -16,7 +16,6 @@ from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.patches import in_passes
 from opsin.models.towers.qwen_vit import QwenTower, QwenViTConfig
-from opsin.models.weights import WeightTable
 from opsin.types import MediaLayout
 
 _ARCHITECTURES = {
@@ -59,6 +58,8 @@ _RENAMES = (
 class Qwen2VLModel(PictureModel):
     """One picture is one tile of its own size; two frames of a video are one, too."""
 
+    renames = _RENAMES
+
     def __init__(self, architecture: str, tower: QwenTower, decoder: Decoder) -> None:
         deep = len(tower.config.deep_layers)
         super().__init__(architecture, decoder, num_position_axes=3, num_deep_layers=deep)
@@ -80,10 +81,6 @@ class Qwen2VLModel(PictureModel):
                 f"{decoder_config.hidden_size}."
             )
         return cls(architecture, QwenTower(place, tower_config, norm), Decoder(place, decoder_config, max_model_len))
-
-    def weight_table(self) -> WeightTable:
-        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
-        return WeightTable.of(_RENAMES, unused)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all pictures in as few passes as can be."""

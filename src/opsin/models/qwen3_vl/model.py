@@ -13,7 +13,6 @@ from opsin.models.qwen2_vl.model import Qwen2VLModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.qwen_vit import QwenTower, QwenViTConfig
-from opsin.models.weights import WeightTable
 
 # Hub checkpoints and transformers 5's modules name them alike.
 _RENAMES = (
@@ -31,6 +30,8 @@ _RENAMES = (
 
 class Qwen3VLModel(Qwen2VLModel):
     """A feature has the decoder's width once for its input, and once for each of its first layers."""
+
+    renames = _RENAMES
 
     @classmethod
     def from_hf(
@@ -56,10 +57,6 @@ class Qwen3VLModel(Qwen2VLModel):
         strict.finish()
         decoder = Decoder(place, decoder_config, max_model_len)
         return cls("Qwen3VLForConditionalGeneration", QwenTower(place, tower_config, norm), decoder)
-
-    def weight_table(self) -> WeightTable:
-        unused = {"tower": self.tower.unused_weights, "decoder": self.decoder.unused_weights}
-        return WeightTable.of(_RENAMES, unused)
 
 
 def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
