@@ -102,12 +102,24 @@ class SchedulerConfig:
     max_num_batched_patches: int | None = setting(
         None, "Vision patches encoded per step; 16384 on a GPU, 4096 on a CPU by default."
     )
+    max_num_tokens_beside_decodes: int | None = setting(
+        None, "Prompt tokens per step while other answers go on; no fewer on a GPU, 128 on a CPU by default."
+    )
+    max_num_patches_beside_decodes: int | None = setting(
+        None, "Vision patches per step while other answers go on; no fewer on a GPU, 256 on a CPU by default."
+    )
     pixel_buffer_gb: float = setting(1.0, "GiB of decoded pixels held while they wait for the vision tower.")
     scheduling_policy: Literal["fcfs", "priority"] = setting("fcfs", "Order of waiting requests.")
     pipeline_depth: int | None = setting(None, "Steps in flight: 1 or 2; 2 on a GPU, 1 on a CPU by default.")
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_batched_patches"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_num_batched_patches",
+            "max_num_tokens_beside_decodes",
+            "max_num_patches_beside_decodes",
+        ):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(self.pixel_buffer_gb > 0, "pixel_buffer_gb", self.pixel_buffer_gb, "above 0")
@@ -271,6 +283,8 @@ class EngineSettings(TypedDict, total=False):
     max_num_seqs: int | None
     max_num_batched_tokens: int | None
     max_num_batched_patches: int | None
+    max_num_tokens_beside_decodes: int | None
+    max_num_patches_beside_decodes: int | None
     pixel_buffer_gb: float
     scheduling_policy: Literal["fcfs", "priority"]
     pipeline_depth: int | None

@@ -246,10 +246,27 @@ class Device:
         assert len({row.slot for row in plan.rows}) == len(plan.rows) <= limits.max_num_seqs
         decodes = [row.num_tokens == 1 and not row.features for row in plan.rows]
         assert decodes == sorted(decodes, reverse=True), "decoding rows come first"
+        if any(row.num_tokens == 1 and row.start >= self._num_prompt(row) for row in plan.rows):
+            self._check_beside_decodes(plan)
         written: set[tuple[int, int]] = set()
         for row in plan.rows:
             self._write(row, written)
         return StepResult(step=plan.step, rows=[self._read(row) for row in plan.rows])
+
+    def _num_prompt(self, row: RowPlan) -> int:
+        return self.slots[row.slot].truth.num_prompt
+
+    def _check_beside_decodes(self, plan: StepPlan) -> None:
+        """Only so much is done while an answer goes on; what is whole by nature may be larger, alone."""
+        tokens, patches = self.limits.step_budget(has_decodes=True)
+        assert len(plan.encode) <= 1 or sum(item.layout.num_patches for item in plan.encode) <= patches
+        prefills = [row for row in plan.rows if row.num_tokens > 1 or row.start < self._num_prompt(row)]
+        excess = sum(row.num_tokens for row in prefills) - tokens
+        if excess > 0:
+            whole = max(prefills, key=lambda row: row.num_tokens)
+            end = whole.start + whole.num_tokens
+            (begin, _), *_ = [r for r in self.slots[whole.slot].truth.request.bidirectional if r[1] == end]
+            assert end - excess > begin, "less would not have cut the range"
 
     def _place(self, slot: Slot, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.limits.block_size)

@@ -178,6 +178,58 @@ def test_fail_all_ends_everything(rig_class: Any, make: Any, picture: Any) -> No
 # --------------------------------------------------------------------------------------------- budgets
 
 
+def beside_an_answer(rig: Any, make: Any, *requests: Any) -> list[StepPlan]:
+    """The plans of a run in which an answer goes on, from when the requests come in and their media are there."""
+    rig.add(make("answer", [0, 1], SamplingParams(max_tokens=30)))
+    rig.step()
+    rig.commit()
+    for request in requests:
+        rig.add(request)
+    rig.ask()
+    while rig.needs:
+        rig.answer_need()
+    count = len(rig.plans)
+    rig.drain()
+    return [plan for plan in rig.plans[count:] if plan.rows]
+
+
+def test_prompts_beside_an_answer_are_read_in_small_pieces_and_it_gains_a_token_each_step(
+    rig_class: Any, make: Any
+) -> None:
+    rig = rig_class(max_num_tokens_beside_decodes=8)
+    plans = beside_an_answer(rig, make, make("a", [2] * 20), make("b", [3] * 10))
+    assert [rows(plan) for plan in plans[:4]] == [
+        [(2, 1), (0, 8)],
+        [(3, 1), (8, 8)],
+        [(4, 1), (16, 4), (0, 4)],
+        [(5, 1), (20, 1), (4, 6)],
+    ]
+
+
+def test_prompts_alone_fill_the_step(rig_class: Any, make: Any) -> None:
+    rig = rig_class(max_num_tokens_beside_decodes=8)
+    rig.run(make("a", [2] * 20), make("b", [3] * 10))
+    assert rows(rig.plans[0]) == [(0, 20), (0, 10)]
+
+
+@pytest.mark.parametrize(("max_patches", "num_encoded"), [(1, [1, 1, 1, 1]), (20, [2, 2, 0, 0]), (None, [4, 0, 0, 0])])
+def test_pictures_beside_an_answer_are_encoded_a_few_at_a_time(
+    rig_class: Any, make: Any, max_patches: int | None, num_encoded: list[int]
+) -> None:
+    rig = rig_class(max_num_patches_beside_decodes=max_patches)
+    items = [rig_class.make_item(f"{i}", 2, 10, 30) for i in range(4)]
+    plans = beside_an_answer(rig, make, *[make(f"r{i}", [item]) for i, item in enumerate(items)])
+    assert [len(plan.encode) for plan in plans[:4]] == num_encoded
+
+
+def test_ranges_larger_than_the_budget_beside_an_answer_run_one_a_step(rig_class: Any, make: Any, picture: Any) -> None:
+    rig = rig_class(max_num_tokens_beside_decodes=2)
+    requests = [make(name, [picture, *range(6)], bidirectional=True, share_prefix=False) for name in "ab"]
+    plans = beside_an_answer(rig, make, *requests)
+    assert rows(plans[0]) == [(2, 1), (0, 6)]  # the whole range, and nothing else that is not decoding
+    assert rows(plans[1]) == [(3, 1), (6, 2)]
+
+
 def test_chunked_prefill_leaves_a_token_for_every_decoding_request(rig_class: Any, make: Any) -> None:
     rig = rig_class(max_num_batched_tokens=8)
     rig.add(make("old", [0], LONG))
@@ -327,6 +379,19 @@ def test_preemption_takes_the_last_in_line_and_keeps_its_tokens(rig_class: Any, 
     assert reopened
     assert all(opened.token_ids[:4] == [opened.seed] * 4 for opened in reopened)
     assert all(opened.seed > 0 for opened in reopened)  # the oldest is never preempted
+
+
+def test_request_that_starts_over_is_not_held_up_by_a_token_set_aside_for_itself(rig_class: Any, make: Any) -> None:
+    rig = rig_class(max_num_seqs=2, max_num_batched_tokens=2, policy="priority", enable_prefix_caching=False)
+    rig.add(make("oldest", [0], LONG))
+    rig.add(make("again", [1, 0], SamplingParams(max_tokens=8)))
+    while len(rig.tokens["again"]) < 6:
+        rig.step()
+        rig.commit()
+    rig.add(make("urgent", [1], SamplingParams(max_tokens=1), priority=-1))
+    rig.drain()
+    assert dict(rig.scheduler.stats())["num_preemptions_total"] == 1
+    assert rig.finished == ["urgent", "again", "oldest"]  # its answer is computed again, one token a step, beside LONG
 
 
 def test_oldest_takes_the_slot_of_the_last_when_its_picture_comes(rig_class: Any, make: Any, picture: Any) -> None:

@@ -44,15 +44,22 @@ class Budgets:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_batched_patches: int
+    max_num_tokens_beside_decodes: int
+    max_num_patches_beside_decodes: int
     pipeline_depth: int
 
     @classmethod
     def resolve(cls, config: SchedulerConfig, on_gpu: bool) -> Budgets:
         """Fill in what the settings leave open, by device."""
+        tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
+        patches = config.max_num_batched_patches or (16384 if on_gpu else 4096)
+        # A CPU's time grows with every token. A GPU has a floor, below which larger steps cost next to nothing.
         return cls(
             max_num_seqs=config.max_num_seqs or (256 if on_gpu else 32),
-            max_num_batched_tokens=config.max_num_batched_tokens or (8192 if on_gpu else 2048),
-            max_num_batched_patches=config.max_num_batched_patches or (16384 if on_gpu else 4096),
+            max_num_batched_tokens=tokens,
+            max_num_batched_patches=patches,
+            max_num_tokens_beside_decodes=config.max_num_tokens_beside_decodes or (tokens if on_gpu else 128),
+            max_num_patches_beside_decodes=config.max_num_patches_beside_decodes or (patches if on_gpu else 256),
             pipeline_depth=config.pipeline_depth or (2 if on_gpu else 1),
         )
 
@@ -126,6 +133,8 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint) -> LocalEngine:
             max_num_seqs=budgets.max_num_seqs,
             max_num_batched_tokens=budgets.max_num_batched_tokens,
             max_num_batched_patches=budgets.max_num_batched_patches,
+            max_num_tokens_beside_decodes=budgets.max_num_tokens_beside_decodes,
+            max_num_patches_beside_decodes=budgets.max_num_patches_beside_decodes,
             max_model_len=max_model_len,
             num_blocks=memory.num_blocks,
             block_size=memory.block_size,

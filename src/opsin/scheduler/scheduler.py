@@ -5,6 +5,10 @@ rule makes the whole thing live: *the head can always advance*. It may take a sl
 payload budget from those behind it, last in line first, and it has the first pick of the token budget. Everybody else
 gets what is left, in order. As the head finishes after a bounded number of steps, so does everybody.
 
+A step lasts as long as all that it does, and every answer that goes on waits for its end. So while there are any, a
+step reads only so many prompt tokens and encodes only so many patches beside them: a flood of pictures makes its own
+first tokens later, not everybody's next ones. One picture and one chunk are always let in, however large.
+
 ``plan`` runs ahead of results: a sequence's tokens are counted when a step that makes them is planned, and known when
 it is committed. Three consequences:
 
@@ -31,6 +35,7 @@ from opsin.errors import RequestError
 from opsin.scheduler.admission import check_fits
 from opsin.scheduler.limits import SchedulerLimits
 from opsin.scheduler.sequence import Grammar, Sequence
+from opsin.scheduler.step import Step
 from opsin.types import (
     EngineRequest,
     FinishReason,
@@ -42,17 +47,6 @@ from opsin.types import (
     StepPlan,
     StepResult,
 )
-
-
-class _Step:
-    """A plan in the making."""
-
-    def __init__(self, num_tokens: int, now_s: float) -> None:
-        self.num_tokens_left, self.now_s = num_tokens, now_s
-        self.opened: list[SlotOpen] = []
-        self.decodes: list[tuple[Sequence, RowPlan]] = []
-        self.prefills: list[tuple[Sequence, RowPlan]] = []
-        self.has_preempted = False
 
 
 class Scheduler:
@@ -149,12 +143,13 @@ class Scheduler:
         head = self._head()
         if head is not None:
             self._extend_hits(head)  # may end leases on features, which makes room for the item it misses
+        max_tokens, max_patches = self.limits.step_budget(any([seq.is_decoding for seq in self._running]))
         # Encoding comes before rows: it may evict features, which no row of this step may then use.
-        encode = self._features.encode(self.limits.max_num_batched_patches, self._urgent_item())
+        encode = self._features.encode(max_patches, self._urgent_item())
         for item in encode:
             for seq in tuple(self._parked.get(item.key, {}).values()):
                 self._unpark(seq)
-        step = _Step(self.limits.max_num_batched_tokens, now_s)
+        step = Step(self.limits.max_num_batched_tokens, max_tokens, now_s)
         if head is not None and head.slot is None:
             self._start_head(step, head)
         self._plan_running(step, head)
@@ -175,7 +170,7 @@ class Scheduler:
         self._num_steps += 1
         return plan
 
-    def _start_head(self, step: _Step, head: Sequence) -> None:
+    def _start_head(self, step: Step, head: Sequence) -> None:
         """Give the oldest request a slot, someone else's if need be."""
         if self._next_waiting() is not head or head.in_flight or self._park_if_blocked(head):
             return
@@ -183,41 +178,41 @@ class Scheduler:
             self._preempt(step, self._running[-1])
         self._open(step, head)
 
-    def _plan_running(self, step: _Step, head: Sequence | None) -> None:
+    def _plan_running(self, step: Step, head: Sequence | None) -> None:
         # One token per decoding request is set aside, so that prefills do not stall answers. The head is exempt: a
         # bidirectional range may need the whole budget, which it would otherwise wait for without bound.
-        num_reserved = sum([seq.is_runnable and seq.num_computed >= seq.num_prompt for seq in self._running])
+        num_reserved = sum([seq.is_decoding for seq in self._running])
         for seq in tuple(self._running):
             if seq.slot is None or not seq.is_runnable:  # preempted in this step, or its last token is in flight
                 continue
             budget = step.num_tokens_left
-            if seq.num_tokens - seq.num_computed == 1 and seq.num_computed >= seq.num_prompt:
+            if seq.is_decoding:
                 num_reserved -= 1
                 num_tokens = 1
             else:
                 self._extend_hits(seq)
-                num_tokens = seq.chunk(self._features, budget if seq is head else budget - num_reserved)
+                num_tokens = step.chunk(seq, self._features, budget if seq is head else budget - num_reserved)
             if 0 < num_tokens <= budget:
                 num_blocks = seq.blocks_needed(seq.num_computed + num_tokens)
                 if num_blocks <= 0 or self._reserve(step, seq, num_blocks):
                     self._add_row(step, seq, num_tokens, num_blocks)
 
-    def _plan_waiting(self, step: _Step) -> None:
-        while step.num_tokens_left > 0 and self._free_slots and not step.has_preempted:
+    def _plan_waiting(self, step: Step) -> None:
+        while self._free_slots and not step.is_full and not step.has_preempted:
             seq = self._next_waiting()
             if seq is None or seq.in_flight:  # a preempted request waits for its last token
                 return
             self._extend_hits(seq)
             if self._park_if_blocked(seq):
                 continue
-            num_tokens = seq.chunk(self._features, step.num_tokens_left)
+            num_tokens = step.chunk(seq, self._features, step.num_tokens_left)
             # Room for all its tokens, not for this chunk alone: else it would soon be preempted again.
             if num_tokens <= 0 or not self._reserve(step, seq, seq.blocks_needed(seq.num_tokens)):
                 return
             self._open(step, seq)
             self._add_row(step, seq, num_tokens, seq.blocks_needed(seq.num_computed + num_tokens))
 
-    def _add_row(self, step: _Step, seq: Sequence, num_tokens: int, num_blocks: int) -> None:
+    def _add_row(self, step: Step, seq: Sequence, num_tokens: int, num_blocks: int) -> None:
         assert seq.slot is not None
         start = seq.num_computed
         new_blocks: tuple[int, ...] = ()
@@ -239,8 +234,7 @@ class Scheduler:
         if emits:
             seq.num_tokens += 1
         seq.in_flight += 1
-        step.num_tokens_left -= num_tokens
-        (step.decodes if num_tokens == 1 and not row.features else step.prefills).append((seq, row))
+        step.add(seq, row)
 
     # -------------------------------------------------------------------------------------- commit
 
@@ -334,7 +328,7 @@ class Scheduler:
             heapq.heappop(self._waiting)
         return None
 
-    def _open(self, step: _Step, seq: Sequence) -> None:
+    def _open(self, step: Step, seq: Sequence) -> None:
         """Waiting to running."""
         assert len(seq.tokens) == seq.num_tokens, "all tokens of a request that starts over are known"
         order = heapq.heappop(self._waiting)
@@ -356,7 +350,7 @@ class Scheduler:
             )
         )
 
-    def _preempt(self, step: _Step, seq: Sequence) -> None:
+    def _preempt(self, step: Step, seq: Sequence) -> None:
         """Running to waiting, keeping nothing but tokens."""
         self._give_up_slot(seq)
         self._pool.release(seq.blocks)
@@ -429,7 +423,7 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------- blocks
 
-    def _reserve(self, step: _Step, seq: Sequence, num_blocks: int) -> bool:
+    def _reserve(self, step: Step, seq: Sequence, num_blocks: int) -> bool:
         """Make ``num_blocks`` allocatable for ``seq``, at the cost of those behind it.
 
         Leases on prefix hits go first. Running requests are preempted for running ones only; rows are planned in the
