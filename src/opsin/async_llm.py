@@ -255,9 +255,13 @@ class AsyncLLM:
                 yield output
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, on a thread beside the event loop; special tokens in it are recognised."""
-        tokenizer = self._front.inputs.tokenizer
-        return await self._beside(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        """Token ids of a text, on a thread beside the event loop; special tokens in it are recognised.
+
+        Raises:
+            RequestError: it is far too long, or not valid Unicode.
+        """
+        inputs = self._front.inputs
+        return await self._beside(lambda: inputs.tokenize(text, add_special_tokens=add_special_tokens))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""

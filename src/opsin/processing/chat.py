@@ -255,7 +255,7 @@ def _parse_tool_calls(calls: Any, path: str) -> list[Any]:
         if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
             try:
                 arguments = json.loads(function["arguments"] or "{}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise RequestError(f"arguments are not JSON: {error}", param=f"{path}.{i}.function.arguments") from None
             call = {**call, "function": {**function, "arguments": arguments}}
         parsed.append(call)

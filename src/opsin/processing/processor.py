@@ -36,6 +36,7 @@ from opsin.processing.model_templates import ModelTemplates
 from opsin.processing.neutral import ControlStrings, Rendered
 from opsin.processing.pooling import VectorSizes, check_pooling
 from opsin.processing.prompts import MediaInput, MediaSource, Opener, Prompt, open_reference, read_prompt
+from opsin.processing.texts import TextLimits, check_unicode
 from opsin.processing.tokenizer import Tokenizer
 from opsin.types import EngineRequest, MediaItem, MediaLayout, Modality, ModelSpec
 
@@ -95,6 +96,7 @@ class InputProcessor:
         self.rule = rule
         self.spec = spec
         self.max_model_len = max_model_len
+        self._texts = TextLimits(max_model_len, tokenizer.longest_piece)
         self._media = media
         FrameChoice.of(media.media_io_kwargs)  # a mistake in there should be told at once
         self._probe = VideoProber(media)
@@ -123,6 +125,16 @@ class InputProcessor:
         found = {name: self._generation_config.get(name) for name in names}
         found["max_tokens"] = self._generation_config.get("max_new_tokens")
         return SamplingParams(**{name: value for name, value in found.items() if value is not None})
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, whether or not the context holds them; special tokens in it are recognised.
+
+        Raises:
+            RequestError: it is far too long, or not valid Unicode.
+        """
+        self._texts.check_size(len(text), "prompt")
+        check_unicode(text)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def chat_template(self, *, tools: bool = False) -> str | None:
         """The text of the template that conversations are rendered with, with or without tools."""
@@ -155,18 +167,24 @@ class InputProcessor:
         Raises:
             RequestError: no template, a malformed message, too many items, or what the template refuses.
         """
-        chat = render_chat(
-            messages,
-            self._templates.choose(chat_template, tools=bool(tools), isolate=isolate_template),
-            self._controls,
-            self._sign,
-            content_format=chat_template_content_format,
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        self._texts.check_messages(messages)
+        try:
+            chat = render_chat(
+                messages,
+                self._templates.choose(chat_template, tools=bool(tools), isolate=isolate_template),
+                self._controls,
+                self._sign,
+                content_format=chat_template_content_format,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+        except RecursionError:
+            raise RequestError(
+                "The conversation, or what goes with it, is nested too deeply.", param="messages"
+            ) from None
         FrameChoice.of(media_io_kwargs)  # before anything is fetched
         self._check_limits([reference.modality for reference in chat.media], "messages")
         media = [self._with_frames(reference) for reference in chat.media]
@@ -219,8 +237,11 @@ class InputProcessor:
         """
         if not isinstance(params, SamplingParams | PoolingParams):
             raise RequestError(f"The parameters must be SamplingParams or PoolingParams, got {type(params).__name__}.")
-        if not isinstance(priority, int):  # it could not be compared with the others' in the line
-            raise RequestError(f"priority is {priority!r}; it must be a whole number.", param="priority")
+        # Others could not be compared with those in the line, or not be sent to an engine process.
+        if not (isinstance(priority, int) and -(2**63) <= priority < 2**63):
+            raise RequestError(
+                f"priority is {priority!r:.100}; it must be a whole number of 64 bits.", param="priority"
+            )
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
             if self._grammars is None:
                 raise RequestError("This engine takes no structured_outputs.", param="structured_outputs")
@@ -298,8 +319,8 @@ class InputProcessor:
             written = [item.with_texts(self.tokenizer) for item in written]
         else:
             rendered = prompt.rendered or Rendered("")
-            _check_unicode(rendered.text)
-            self._check_text_length(rendered, params)
+            is_cut = isinstance(params, SamplingParams) and params.truncate_prompt_tokens is not None
+            self._texts.check_prompt(rendered.text, is_cut)
             signs = expansion.find_signs(rendered, self._placeholders.values())
             completion = self.rule.complete(rendered.text, signs, len(items))
             special = self._adds_special(prompt, rendered, completion)
@@ -315,23 +336,6 @@ class InputProcessor:
         if not expanded.token_ids:
             raise RequestError("The prompt is empty: it has no tokens.", param="prompt")
         return expanded, order
-
-    def _check_text_length(self, rendered: Rendered, params: SamplingParams | PoolingParams) -> None:
-        """Refuse text that cannot fit the context before it costs time and memory to tokenise it.
-
-        Whitespace is not counted, since some tokenizers fold runs of it.
-        """
-        most = self.max_model_len * self.tokenizer.longest_piece
-        cut = isinstance(params, SamplingParams) and params.truncate_prompt_tokens is not None
-        if cut or len(rendered.text) <= most:
-            return
-        length = sum(map(len, rendered.text.split()))
-        if length > most:
-            raise ContextLengthError(
-                f"The prompt's text has {length:,} characters besides white space; this model's context holds "
-                f"{self.max_model_len} tokens of at most {self.tokenizer.longest_piece} characters. Shorten it.",
-                param="prompt",
-            )
 
     def _adds_special(self, prompt: Prompt, rendered: Rendered, completion: Sequence[tuple[int, str]]) -> bool:
         bos = self.tokenizer.bos_token
@@ -447,7 +451,7 @@ class InputProcessor:
             else self.tokenizer.decode((prompt.token_ids or [])[-_END_TOKENS:], skip_special_tokens=False)
         )
         for choice in params.choices:
-            _check_unicode(choice)
+            check_unicode(choice)
         answers = spelled(end, params.choices, self.tokenizer, self._controls)
         longest = max(len(answer) for spelling in answers for answer in spelling)
         if length + longest - 1 > self.max_model_len:
@@ -468,16 +472,3 @@ class InputProcessor:
         if placeholder is None:
             raise RequestError(f"This model takes no {modality}.", param="messages")
         return placeholder.text.replace("{index}", str(number))
-
-
-def _check_unicode(text: str) -> None:
-    """Refuse halves of surrogate pairs, which JSON can spell and tokenizers cannot read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(text[error.start]):04X}"
-        raise RequestError(
-            f"The prompt holds {half} at character {error.start}: half of a surrogate pair, which is no character. "
-            "Send valid Unicode.",
-            param="prompt",
-        ) from None

@@ -18,6 +18,8 @@ from typing import Any
 from opsin.errors import UnsupportedModelError
 from opsin.processing.neutral import ControlStrings, Rendered, Span
 
+_LONG = 1024  # ids whose text takes longer to make than to ask for in a batch
+
 
 class Tokenizer:
     """One model's tokenizer.
@@ -83,7 +85,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids as transformers gives them: special tokens in the text are recognised."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of one text too, since tokenizers lets other threads run only while it reads a batch.
+        return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def encode_plain(self, text: str, *, at_start: bool = True) -> list[int]:
         """Token ids of ``text`` with no special or added token recognised in it.
@@ -143,7 +146,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids, as transformers' ``decode`` gives it (without cleaning up spaces)."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) < _LONG:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]  # as for ``encode``
 
     def has_text(self, token_id: int) -> bool:
         """Whether the vocabulary has a word for this id; models often have more rows than tokens."""
