@@ -25,19 +25,23 @@ MAX_CHOICES = 64
 
 PoolingTask = Literal["embed", "token_embed", "pick", "classify", "token_classify", "score"]
 MAX_GRAMMAR_CHARS = 2**17
+MAX_WORDS_CHARS = 2**16
+_MAX_WHOLE = 2**63 - 1
 
 
 class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What an answer must look like; exactly one constraint.
 
     Attributes:
-        json: a JSON schema, as text or as a dict (kept as text).
+        json: a JSON schema, as text or as a dict (kept as text). Objects that list properties take no others, unless
+            they say so (``additionalProperties``).
         regex: the whole answer matches it (Rust's ``regex`` syntax).
         choice: the answer is one of these strings.
         grammar: context-free, in Lark's or in GBNF's notation.
         json_object: any JSON object.
         disable_any_whitespace: JSON in its most compact form.
-        whitespace_pattern: regular expression of the white space that JSON may have between its parts.
+        whitespace_pattern: regular expression of the white space that JSON may have between its parts; by default a
+            space, or a new line and its indentation.
     """
 
     json: str | dict[str, Any] | None = None
@@ -57,7 +61,10 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
                 "exactly one of json, regex, choice, grammar, json_object",
             )
         if isinstance(self.json, dict):
-            self.json = jsonlib.dumps(self.json)
+            try:
+                self.json = jsonlib.dumps(self.json)
+            except (TypeError, ValueError, RecursionError) as error:
+                self._refuse(f"has a json that is no plain JSON ({error})", "a JSON schema")
         for name in ("json", "regex", "grammar", "whitespace_pattern"):
             text = getattr(self, name)
             if text is not None and not (isinstance(text, str) and 0 < len(text) <= MAX_GRAMMAR_CHARS):
@@ -66,7 +73,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
         if words is not None and not (
             isinstance(words, list) and words and all(isinstance(word, str) and word for word in words)
         ):
-            self._refuse(f"has choice {words!r}", "a non-empty list of non-empty strings")
+            self._refuse(f"has choice {words!r:.200}", "a non-empty list of non-empty strings")
         if words is not None and sum(map(len, words)) > MAX_GRAMMAR_CHARS:
             self._refuse("has choices that are too long", f"at most {MAX_GRAMMAR_CHARS} characters together")
 
@@ -188,10 +195,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         """A copy that can be changed without changing this one."""
         return copy.deepcopy(self)
 
-    def _whole(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
+    def _whole(self, name: str, low: int, high: int = _MAX_WHOLE, *, optional: bool = False) -> None:
         value = getattr(self, name)
-        ok = isinstance(value, int) and low <= value and (high is None or value <= high)
-        span = f"at least {low}" if high is None else f"between {low} and {high}"
+        ok = isinstance(value, int) and low <= value <= high
+        span = f"at least {low}" if high == _MAX_WHOLE else f"between {low} and {high}"
         self._require(ok or (optional and value is None), name, f"a whole number {span}" + ", or None" * optional)
 
     def _finite(self, name: str, low: float, high: float) -> None:
@@ -205,6 +212,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         if ok and any("\ud800" <= char <= "\udfff" for item in items for char in item):
             self._require(False, name, "valid Unicode, without halves of surrogate pairs")
         self._require(ok, name, f"at most {max_count} non-empty strings")
+        self._require(sum(map(len, items)) <= MAX_WORDS_CHARS, name, f"at most {MAX_WORDS_CHARS} characters together")
 
     def _token_ids(self, name: str, max_count: int | None = MAX_TOKEN_LIST) -> None:
         items = getattr(self, name)
@@ -213,7 +221,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
 
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
-            raise RequestError(f"{name} is {getattr(self, name)!r}; it must be {expected}.", param=name)
+            raise RequestError(f"{name} is {getattr(self, name)!r:.200}; it must be {expected}.", param=name)
 
 
 def _is_id_list(value: object) -> bool:
@@ -240,7 +248,7 @@ class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     targets: list[tuple[int, list[int]]] = []
 
     def __post_init__(self) -> None:
-        if self.dimensions is not None and not (isinstance(self.dimensions, int) and self.dimensions >= 1):
+        if self.dimensions is not None and not (isinstance(self.dimensions, int) and 1 <= self.dimensions < 2**31):
             raise RequestError(
                 f"dimensions is {self.dimensions!r}; it must be a whole number at least 1, or None.", param="dimensions"
             )

@@ -86,10 +86,12 @@ def check_unicode(text: str) -> None:
 
 
 def _num_chars(message: Any) -> int:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if isinstance(content, str):
-        return len(content)
+    content = cast("Mapping[str, Any]", message).get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
-        return 0
-    texts = (p if isinstance(p, str) else p.get("text") if isinstance(p, Mapping) else None for p in content)
-    return sum(len(text) for text in texts if isinstance(text, str))
+        return len(content) if isinstance(content, str) else 0
+    return sum(map(_num_part_chars, cast("list[Any]", content)))
+
+
+def _num_part_chars(part: Any) -> int:
+    text = cast("Mapping[str, Any]", part).get("text") if isinstance(part, Mapping) else part
+    return len(text) if isinstance(text, str) else 0
