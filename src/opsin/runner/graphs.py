@@ -21,7 +21,6 @@ from opsin.runner.inputs import RowNumbers, StepArrays, decode_arrays, padded
 from opsin.runner.slots import SlotTable
 
 _PREFILL_TOKENS = (128, 256, 384, 512, 640, 768, 1024)
-_PREFILL_ROWS = 33  # of which one pads
 
 
 def decode_sizes(max_rows: int) -> list[int]:
@@ -62,6 +61,7 @@ class StepGraphs:
         self._dtype = dtype
         self._device = table.tokens_SL.device
         self._decode_sizes = decode_sizes(max_rows)
+        self._prefill_rows = max_rows + 1  # of which one pads
         self._prefill_sizes = [size for size in _PREFILL_TOKENS if size <= max_tokens]
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self._device)  # one, since cuBLAS keeps a workspace for each
@@ -91,8 +91,7 @@ class StepGraphs:
 
     def covers(self, arrays: StepArrays) -> bool:
         """``prefill`` can run this step."""
-        fits = bool(self._prefill_sizes) and len(arrays.at_T) <= self._prefill_sizes[-1]
-        return fits and len(arrays.slot_B) < _PREFILL_ROWS
+        return bool(self._prefill_sizes) and len(arrays.at_T) <= self._prefill_sizes[-1]
 
     def prefill(
         self, arrays: StepArrays, fill: Callable[[torch.Tensor], None]
@@ -108,7 +107,7 @@ class StepGraphs:
         num_tokens, num_emitting = len(arrays.at_T), len(arrays.emit_index_E)
         size = self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)]
         captured = self._prefill[size]
-        upload(padded(arrays, size, _PREFILL_ROWS), self._device, into=captured.packed)
+        upload(padded(arrays, size, self._prefill_rows), self._device, into=captured.packed)
         at_T, _, _, _, emit_index_E, token_at_E, _, _ = captured.inputs
         captured.kept[:] = self._model.embed(self._table.tokens_SL.view(-1)[at_T])
         fill(captured.kept[:num_tokens])
@@ -156,7 +155,7 @@ class StepGraphs:
                 context_B=np.zeros(0, dtype=np.int32),
             ),
             size,
-            _PREFILL_ROWS,
+            self._prefill_rows,
         )
         packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=self._device)
         inputs = views(packed, arrays)
@@ -171,8 +170,8 @@ class StepGraphs:
                 context_lens_B=context_B,
                 block_tables_BL=self._table.device_blocks_SL.index_select(0, slot_B),
                 slot_mapping_T=slot_mapping_T,
-                query_lens=(size,) * _PREFILL_ROWS,
-                context_lens=(longest,) * _PREFILL_ROWS,
+                query_lens=(size,) * self._prefill_rows,
+                context_lens=(longest,) * self._prefill_rows,
             )
             # A copy, since the pass may work in place.
             return self._model.forward(embedded_TD.clone(), positions_AT, attention, self._caches)
