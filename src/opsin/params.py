@@ -175,7 +175,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         self._whole("truncate_prompt_tokens", 1, optional=True)
         if isinstance(self.structured_outputs, dict):
             try:
-                self.structured_outputs = StructuredOutputsParams(**self.structured_outputs)
+                self.structured_outputs = StructuredOutputsParams(**cast("dict[str, Any]", self.structured_outputs))
             except TypeError as error:  # a name that it does not have
                 raise RequestError(f"structured_outputs: {error}.", param="structured_outputs") from None
         self._require(
