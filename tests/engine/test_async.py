@@ -145,7 +145,8 @@ def test_failing_step_tells_every_caller(
     def broken(plan):
         raise RuntimeError("kernel fault")
 
-    monkeypatch.setattr(engine._front.engine.core.executor, "launch", broken)
+    core: Any = engine._front.engine
+    monkeypatch.setattr(core.core.executor, "launch", broken)
 
     async def run():
         return await asyncio.gather(*(collect(engine, asked(i)) for i in range(3)), return_exceptions=True)

@@ -97,4 +97,5 @@ def test_priority_that_is_no_number_does_not_reach_the_line(folder: Path, priori
 def test_pictures_are_decoded_outside_the_engine_by_default(folder: Path):
     with AsyncLLM(str(folder)) as engine:
         asyncio.run(collect(engine, asked(13)))
-        assert engine._front.engine.feeder._pool.worker_pids
+        inner: Any = engine._front.engine
+        assert inner.feeder._pool.worker_pids

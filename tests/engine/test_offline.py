@@ -29,7 +29,7 @@ from opsin import (
     SamplingParams,
 )
 from opsin.media.ops import make_tiles
-from opsin.processing.embeddings import GivenFeatures
+from opsin.media.source import EncodedPicture, PixelPicture
 from opsin.types import StepPlan, StepResult
 from tests.engine.conftest import asked, assert_idle, hf_model, hf_processor, picture
 
@@ -102,7 +102,8 @@ def test_generate_under_any_budget_gives_the_same_tokens(
 def test_generate_with_plans_and_results_sent_as_bytes_gives_the_same_tokens(
     llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ):
-    executor: Any = llm._front.engine.core.executor
+    engine: Any = llm._front.engine
+    executor: Any = engine.core.executor
     launch, sent = executor.launch, 0
 
     class Reply:
@@ -204,14 +205,15 @@ def test_generate_swapped_pictures_change_the_answer(llm: LLM):
 
 
 def test_generate_embeddings_equal_the_picture(llm: LLM, expected: list[list[int]]):
-    executor: Any = llm._front.engine.core.executor
+    engine: Any = llm._front.engine
+    executor: Any = engine.core.executor
     model = executor._runner.model
     request = llm._front.inputs.process("probe", llm._front.read_prompt(PROMPTS[1]), GREEDY)
     layouts = [item.layout for item in request.request.media]
     tiles = []
     for source, layout in zip(request.sources, layouts, strict=True):
         pixels = np.empty(layout.plan.num_bytes, np.uint8)
-        assert not isinstance(source, GivenFeatures)
+        assert isinstance(source, EncodedPicture | PixelPicture)
         make_tiles(source.decode(), layout.plan, pixels)
         tiles.append([torch.from_numpy(pixels).view(*layout.plan.tile_sizes[0], 3)])
     with torch.inference_mode():

@@ -89,7 +89,7 @@ def test_pixels_over_sizes_equal_hf(version: str, settings: dict[str, Any]) -> N
     processor = build_image_processor(SHAPES[version], **settings)
     rule = make_rule(processor.to_dict())
     for size in SIZES if settings else [*SIZES, HUGE]:
-        image = noise(*size)
+        image = noise(size[0], size[1])
         expected = processor([[image]], return_tensors="np")["pixel_values"][0]
         np.testing.assert_array_equal(normalized(rule, image), expected, err_msg=str(size))
 

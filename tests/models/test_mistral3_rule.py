@@ -80,10 +80,10 @@ def test_pixels_and_tokens_over_sizes_equal_hf(model_type: str, settings: dict[s
     processor = build_image_processor(**settings)
     rule = make_rule(processor.to_dict(), model_type)
     for size in SIZES if settings else [*SIZES, HUGE]:
-        image = noise(*size)
+        image = noise(size[0], size[1])
         made = processor([image], return_tensors="np", patch_size=UNITS[model_type])
         np.testing.assert_array_equal(normalized(rule, image), made["pixel_values"][0], err_msg=str(size))
-        layout = rule.layout("image", *size, 1, {})
+        layout = rule.layout("image", size[0], size[1], 1, {})
         runs = rule.expand("image", 1, layout)
         spelled = "".join(TOKENS[run.token_id] * run.count for run in runs)
         assert spelled == picture_text(made["image_sizes"][0], UNITS[model_type]), size

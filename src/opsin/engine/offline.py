@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 
@@ -67,7 +67,7 @@ class Progress:
 
 
 @contextlib.contextmanager
-def between_steps() -> Iterator[Callable[[], bool]]:
+def between_steps() -> Generator[Callable[[], bool], None, None]:
     """Keep Ctrl-C from striking inside a step, where it would leave the engine's state half changed.
 
     Yields a function that tells whether Ctrl-C was pressed. A second one interrupts at once all the same.
