@@ -33,7 +33,7 @@ _MEDIA_TOKEN = re.compile(r"(image|video|vision|boi|eoi)\w*_token_(id|index)")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Released:
     """A checkpoint on the hub.
 
@@ -71,8 +71,8 @@ def write_dummy(folder: Path, released: Released) -> Path:
     return folder
 
 
-def _square(name: str, edge: int, **more: Any) -> dict[str, Any]:
-    return {"image_processor_type": name, "size": {"height": edge, "width": edge}, **more}
+def _square(name: str, edge: int) -> dict[str, Any]:
+    return {"image_processor_type": name, "size": {"height": edge, "width": edge}}
 
 
 def _edges(name: str, longest: int, tile: int, num_features: int) -> dict[str, Any]:
@@ -89,8 +89,11 @@ _LLAVA_1_6 = {
     **_CLIP_336,
     "image_grid_pinpoints": LLAVA_NEXT["v1.6-mistral-7b"]["image_grid_pinpoints"],
 }
-_ONEVISION = _square("LlavaOnevisionImageProcessor", 384, **_HALVES)
-_ONEVISION["image_grid_pinpoints"] = LLAVA_ONEVISION["qwen2-7b-ov"]["image_grid_pinpoints"]
+_ONEVISION = {
+    **_square("LlavaOnevisionImageProcessor", 384),
+    **_HALVES,
+    "image_grid_pinpoints": LLAVA_ONEVISION["qwen2-7b-ov"]["image_grid_pinpoints"],
+}
 _QWEN2_VL = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "min_pixels": 3136,
@@ -107,8 +110,14 @@ _QWEN3_VL = {
     "temporal_patch_size": 2,
     **_HALVES,
 }
-_INTERNVL3 = _square("GotOcr2ImageProcessorFast", 448, crop_to_patches=True, min_patches=1, max_patches=12, **_IMAGENET)
-_PALIGEMMA = _square("SiglipImageProcessor", 224, **_HALVES, image_seq_length=256)
+_INTERNVL3 = {
+    **_square("GotOcr2ImageProcessorFast", 448),
+    **_IMAGENET,
+    "crop_to_patches": True,
+    "min_patches": 1,
+    "max_patches": 12,
+}
+_PALIGEMMA = {**_square("SiglipImageProcessor", 224), **_HALVES, "image_seq_length": 256}
 _PHI3_V = {"image_processor_type": "Phi3VImageProcessor", "num_img_tokens": 144, "num_crops": 16}
 _PHI3_5_V = _PHI3_V | {"num_crops": 4}
 _MINICPMV = {
@@ -125,63 +134,61 @@ _MINICPMV = {
 }
 
 
-def _row(
-    hub_id: str, tiny: str, config: Mapping[str, Any], processor: Mapping[str, Any], billions: float, **more: Any
-) -> Released:
-    return Released(hub_id=hub_id, tiny=tiny, config=config, processor=processor, billions=billions, **more)
-
-
 RELEASED = (
-    _row("llava-hf/llava-1.5-7b-hf", "llava", LLAVA["1.5-7b"], _LLAVA_1_5, 7.1),
-    _row("llava-hf/llava-v1.6-mistral-7b-hf", "llava-next", LLAVA_NEXT["v1.6-mistral-7b"], _LLAVA_1_6, 7.6),
-    _row("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-next", LLAVA_NEXT["v1.6-vicuna-7b"], _LLAVA_1_6, 7.1),
-    _row(
+    Released("llava-hf/llava-1.5-7b-hf", "llava", LLAVA["1.5-7b"], _LLAVA_1_5, 7.1),
+    Released("llava-hf/llava-v1.6-mistral-7b-hf", "llava-next", LLAVA_NEXT["v1.6-mistral-7b"], _LLAVA_1_6, 7.6),
+    Released("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-next", LLAVA_NEXT["v1.6-vicuna-7b"], _LLAVA_1_6, 7.1),
+    Released(
         "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
         "llava-onevision",
         LLAVA_ONEVISION["qwen2-0.5b-ov"],
         _ONEVISION,
         0.9,
     ),
-    _row("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-onevision", LLAVA_ONEVISION["qwen2-7b-ov"], _ONEVISION, 8.0),
-    _row("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", QWEN2_VL["qwen2-vl-2b"], _QWEN2_VL, 2.2),
-    _row("Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", QWEN2_VL["qwen2-vl-7b"], _QWEN2_VL, 8.3),
-    _row("MrLight/dse-qwen2-2b-mrl-v1", "qwen2_vl", QWEN2_VL["qwen2-vl-2b"], _QWEN2_VL, 2.2, template="dse_qwen2_vl"),
-    _row("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", QWEN2_VL["qwen2.5-vl-3b"], _QWEN2_VL, 3.8),
-    _row("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", QWEN2_VL["qwen2.5-vl-7b"], _QWEN2_VL, 8.3),
-    _row("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", QWEN3_VL["qwen3-vl-4b-instruct"], _QWEN3_VL, 4.4),
-    _row("OpenGVLab/InternVL3-1B-hf", "internvl", INTERNVL["internvl3-1b"], _INTERNVL3, 0.9),
-    _row(
+    Released(
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-onevision", LLAVA_ONEVISION["qwen2-7b-ov"], _ONEVISION, 8.0
+    ),
+    Released("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", QWEN2_VL["qwen2-vl-2b"], _QWEN2_VL, 2.2),
+    Released("Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", QWEN2_VL["qwen2-vl-7b"], _QWEN2_VL, 8.3),
+    Released(
+        "MrLight/dse-qwen2-2b-mrl-v1", "qwen2_vl", QWEN2_VL["qwen2-vl-2b"], _QWEN2_VL, 2.2, template="dse_qwen2_vl"
+    ),
+    Released("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", QWEN2_VL["qwen2.5-vl-3b"], _QWEN2_VL, 3.8),
+    Released("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", QWEN2_VL["qwen2.5-vl-7b"], _QWEN2_VL, 8.3),
+    Released("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", QWEN3_VL["qwen3-vl-4b-instruct"], _QWEN3_VL, 4.4),
+    Released("OpenGVLab/InternVL3-1B-hf", "internvl", INTERNVL["internvl3-1b"], _INTERNVL3, 0.9),
+    Released(
         "HuggingFaceM4/Idefics3-8B-Llama3",
         "idefics3",
         IDEFICS3["idefics3-8b-llama3"],
         _edges("Idefics3ImageProcessor", 1456, 364, 169),
         8.5,
     ),
-    _row(
+    Released(
         "HuggingFaceTB/SmolVLM-256M-Instruct",
         "idefics3",
         IDEFICS3["smolvlm-256m"],
         _edges("Idefics3ImageProcessor", 2048, 512, 64),
         0.3,
     ),
-    _row(
+    Released(
         "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
         "smolvlm",
         IDEFICS3["smolvlm2-2.2b"],
         _edges("SmolVLMImageProcessor", 1536, 384, 81),
         2.2,
     ),
-    _row("google/gemma-3-4b-it", "gemma3", GEMMA3["gemma-3-4b-it"], _square("Gemma3ImageProcessor", 896), 4.3),
-    _row("google/paligemma-3b-pt-224", "paligemma", PALIGEMMA["paligemma-3b-pt-224"], _PALIGEMMA, 2.9),
-    _row("google/paligemma2-3b-pt-224", "paligemma", PALIGEMMA["paligemma2-3b-pt-224"], _PALIGEMMA, 3.0),
-    _row(
+    Released("google/gemma-3-4b-it", "gemma3", GEMMA3["gemma-3-4b-it"], _square("Gemma3ImageProcessor", 896), 4.3),
+    Released("google/paligemma-3b-pt-224", "paligemma", PALIGEMMA["paligemma-3b-pt-224"], _PALIGEMMA, 2.9),
+    Released("google/paligemma2-3b-pt-224", "paligemma", PALIGEMMA["paligemma2-3b-pt-224"], _PALIGEMMA, 3.0),
+    Released(
         "mistral-community/pixtral-12b",
         "pixtral_hf",
         MISTRAL3["pixtral-12b"],
         {"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 1024}, "patch_size": 16},
         12.7,
     ),
-    _row(
+    Released(
         "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
         "mistral3",
         MISTRAL3["mistral-small-3.1-24b"],
@@ -193,10 +200,10 @@ RELEASED = (
         },
         24.0,
     ),
-    _row(
+    Released(
         "microsoft/Phi-3-vision-128k-instruct", "phi3_v", PHI3_V["phi-3-vision-128k"], _PHI3_V | {"num_crops": 16}, 4.1
     ),
-    _row("microsoft/Phi-3.5-vision-instruct", "phi3_v", PHI3_V["phi-3.5-vision"], _PHI3_5_V, 4.1),
-    _row("TIGER-Lab/VLM2Vec-Full", "phi3_v", PHI3_V["vlm2vec-full"], _PHI3_5_V, 4.1, template="vlm2vec"),
-    _row("openbmb/MiniCPM-V-2_6", "minicpmv", minicpmv.hub_config(), _MINICPMV, 8.1),
+    Released("microsoft/Phi-3.5-vision-instruct", "phi3_v", PHI3_V["phi-3.5-vision"], _PHI3_5_V, 4.1),
+    Released("TIGER-Lab/VLM2Vec-Full", "phi3_v", PHI3_V["vlm2vec-full"], _PHI3_5_V, 4.1, template="vlm2vec"),
+    Released("openbmb/MiniCPM-V-2_6", "minicpmv", minicpmv.hub_config(), _MINICPMV, 8.1),
 )
