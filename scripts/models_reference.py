@@ -154,7 +154,7 @@ def families(facts: list[Facts]) -> Iterator[tuple[str, ...]]:
         rule = of_family[0].rule
         takes = limit(rule.max_items("image"), "any number"), limit(rule.max_items("video"), "yes")
         template = f"`{family.folder}`" if family.folder in templates else ""
-        yield f"`{family.name}`", summary(family).replace("``", "`"), *takes, feature_keys(rule), template
+        yield f"`{family.name}`", summary(family), *takes, feature_keys(rule), template
 
 
 def checkpoints(facts: list[Facts]) -> Iterator[tuple[str, ...]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from opsin.layers.staging import upload
 from opsin.params import PoolingParams
 from opsin.types import RowPlan, RowResult
 
@@ -65,9 +67,8 @@ def read_row(
         return None
     counts = [len(ids) for _, ids in targets]
     most = max(counts)
-    device = hidden_TD.device
-    at_P = torch.tensor([position - row.start for position, _ in targets], device=device)
-    ids_PK = torch.tensor([ids + ids[:1] * (most - len(ids)) for _, ids in targets], device=device)
+    at = np.array([position - row.start for position, _ in targets])
+    at_P, ids_PK = upload([at, np.array([ids + ids[:1] * (most - len(ids)) for _, ids in targets])], hidden_TD.device)
     logprobs: list[torch.Tensor] = []
     for i in range(0, len(targets), _LOGITS_ROWS):
         chunk = slice(i, i + _LOGITS_ROWS)

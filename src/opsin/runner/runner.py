@@ -1,17 +1,19 @@
 """Runs one ``StepPlan`` on one device: open slots, encode pictures, run the decoder, draw tokens.
 
-Nothing here decides what runs; the plan does. Rows that generate are not waited for before ``PendingStep.result``;
-rows that pool, and those whose prompt is scored, are.
+Nothing here decides what runs; the plan does. Nothing is waited for before ``PendingStep.result``, but for the scores
+of prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from opsin.kernels import Kernels, select
 from opsin.kernels.inputs import LayerCache
+from opsin.layers.staging import upload
 from opsin.models.interface import VisionLanguageModel
 from opsin.params import PoolingParams, SamplingParams
 from opsin.runner.executor import Payload
@@ -198,7 +200,7 @@ class ModelRunner:
         sampled = None
         if sample_rows:
             if pooled_at:
-                index = torch.tensor(sample_at, device=self.device)
+                (index,) = upload([np.array(sample_at)], self.device)
                 last_ED, token_at_E = last_ED[index], token_at_E[index]
             sampled = sample(self.model.logits(last_ED), sample_rows, self._slots.tokens_SL)
             self._slots.tokens_SL.view(-1).index_copy_(0, token_at_E, sampled.ids_B)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from opsin.layers.staging import upload
 from opsin.params import PoolingParams, SamplingParams
 from opsin.types import PositionLogprobs, TokenLogprob
 
@@ -160,10 +161,9 @@ def _keep_allowed(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         return
     device = logits_BV.device
     packed = np.stack([np.frombuffer(row.mask, np.uint8) for row in rows if row.mask is not None])
-    bytes_MW = torch.from_numpy(packed).to(device, non_blocking=True)
+    bytes_MW, index = upload([packed, np.array(masked)], device)
     bits_MV = bytes_MW[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=device)) & 1
     banned_MV = bits_MV.flatten(1)[:, : logits_BV.shape[1]] == 0
-    index = _device_ints(masked, device)
     logits_BV[index] = logits_BV[index].masked_fill(banned_MV, _NEG_INF)
 
 
@@ -200,8 +200,8 @@ def _mask_and_bias(logits_BV: torch.Tensor, rows: Sequence[SampleRow], tokens_SL
             at_token += row.stop_token_ids
             amount += [_NEG_INF] * len(row.stop_token_ids)
     if at_row:
-        index = (_device_ints(at_row, device), _device_ints(at_token, device))
-        logits_BV.index_put_(index, torch.tensor(amount, device=device), accumulate=True)
+        row_I, token_I, amount_I = upload([np.array(at_row), np.array(at_token), np.array(amount, np.float32)], device)
+        logits_BV.index_put_((row_I, token_I), amount_I, accumulate=True)
 
 
 def _penalise(logits_BV: torch.Tensor, rows: Sequence[SampleRow], tokens_SL: torch.Tensor) -> None:
@@ -224,15 +224,12 @@ def _penalise(logits_BV: torch.Tensor, rows: Sequence[SampleRow], tokens_SL: tor
     seen_BV = zeros_BV.scatter_add(1, ids_BL, known_BL.float()) > 0
     count_BV = zeros_BV.scatter_add(1, ids_BL, answer_BL.float())
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=device)[:, None]
-
     index = _device_ints(wanted, device)
     x_BV = logits_BV[index]
-    repetition = column([row.params.repetition_penalty for row in chosen])
+    repetition = _column(device, [row.params.repetition_penalty for row in chosen])
     x_BV = torch.where(seen_BV, torch.where(x_BV > 0, x_BV / repetition, x_BV * repetition), x_BV)
-    x_BV -= column([row.params.frequency_penalty for row in chosen]) * count_BV
-    x_BV -= column([row.params.presence_penalty for row in chosen]) * (count_BV > 0)
+    x_BV -= _column(device, [row.params.frequency_penalty for row in chosen]) * count_BV
+    x_BV -= _column(device, [row.params.presence_penalty for row in chosen]) * (count_BV > 0)
     logits_BV[index] = x_BV
 
 
@@ -240,13 +237,10 @@ def _draw(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """Temperature, min-p, top-k and top-p, then one draw per row by the Gumbel-max trick."""
     device, vocab_size = logits_BV.device, logits_BV.shape[1]
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=device)[:, None]
-
-    x_BV = logits_BV / column([max(row.params.temperature, 1e-5) for row in rows])
+    x_BV = logits_BV / _column(device, [max(row.params.temperature, 1e-5) for row in rows])
     if any(row.params.min_p > 0 for row in rows):
         # p >= min_p * p_max, in logits: x >= x_max + log(min_p)
-        floor = x_BV.amax(dim=-1, keepdim=True) + column([row.params.min_p for row in rows]).log()
+        floor = x_BV.amax(dim=-1, keepdim=True) + _column(device, [row.params.min_p for row in rows]).log()
         x_BV = x_BV.masked_fill(x_BV < floor, _NEG_INF)
     top_k = [row.params.top_k if 0 < row.params.top_k < vocab_size else vocab_size for row in rows]
     if any(k < vocab_size for k in top_k) or any(row.params.top_p < 1.0 for row in rows):
@@ -255,11 +249,11 @@ def _draw(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
         sorted_BV = sorted_BV.masked_fill(drop_BV, _NEG_INF)
         p_BV = sorted_BV.softmax(dim=-1)
         # Keep the smallest set whose mass reaches top_p: drop what comes after the mass was reached.
-        drop_BV |= (p_BV.cumsum(dim=-1) - p_BV) >= column([row.params.top_p for row in rows])
+        drop_BV |= (p_BV.cumsum(dim=-1) - p_BV) >= _column(device, [row.params.top_p for row in rows])
         drop_BV[:, 0] = False
         x_BV = x_BV.masked_fill(torch.zeros_like(drop_BV).scatter(1, order_BV, drop_BV), _NEG_INF)
     keys = [_row_key(row.seed, row.num_generated) for row in rows]
-    return (x_BV + _gumbel(torch.tensor(keys, device=device), vocab_size)).argmax(dim=-1)
+    return (x_BV + _gumbel(_device_ints(keys, device), vocab_size)).argmax(dim=-1)
 
 
 # SplitMix64 (Steele, Lea, Flood 2014), with constants as signed 64-bit integers because torch has no unsigned ones.
@@ -288,4 +282,11 @@ def _gumbel(key_B: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def _device_ints(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    (ints,) = upload([np.array(values, dtype=np.int64)], device)
+    return ints
+
+
+def _column(device: torch.device, values: Sequence[float]) -> torch.Tensor:
+    """float32 (B, 1)."""
+    (floats,) = upload([np.array(values, dtype=np.float32)], device)
+    return floats[:, None]

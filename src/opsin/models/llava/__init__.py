@@ -1,1 +1,1 @@
-"""LLaVA-1.5 and checkpoints of its architecture (``LlavaForConditionalGeneration``)."""
+"""LLaVA-1.5 and checkpoints of its shape: a square picture, a feature for each of its patches."""
