@@ -90,8 +90,7 @@ class Idefics3Model(PictureModel):
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
         every = [tile for item in tiles for tile in item]
-        passes = [self._encode(some) for some in in_passes(every, [self.tile.grid**2] * len(every))]
-        return torch.cat(passes) if len(passes) > 1 else passes[0]
+        return in_passes(self._encode, every, [self.tile.grid**2] * len(every))
 
     def _encode(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
         hidden_BPD = self.tower(tiles).x_PD.unflatten(0, (-1, self.tile.grid**2))

@@ -77,13 +77,10 @@ class InternVLModel(PictureModel):
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
         every = [tile for item in tiles for tile in item]
-        passes = [
-            self._encode(torch.stack(list(some))) for some in in_passes(every, [self.tile.num_patches] * len(every))
-        ]
-        return torch.cat(passes) if len(passes) > 1 else passes[0]
+        return in_passes(self._encode, every, [self.tile.num_patches] * len(every))
 
-    def _encode(self, tiles_BYX3: torch.Tensor) -> torch.Tensor:
-        hidden_BPD = self.tower(self.patches(tiles_BYX3))
+    def _encode(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+        hidden_BPD = self.tower(self.patches(torch.stack(list(tiles))))
         return self.projector(pixel_shuffle(hidden_BPD[:, 1:], self.tile.merge))
 
 

@@ -85,18 +85,17 @@ class LlavaModel(PictureModel):
         )
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all pictures in one pass."""
+        """(sum of num_features, D), all pictures in as few passes as can be."""
         return self.encode_tiles(tiles).flatten(0, 1)
 
     def encode_tiles(self, tiles: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Features of every tile of every item, (B, P, D), in as few passes as can be."""
         every = [tile for item in tiles for tile in item]
         num_patches = self.tower.config.num_patches
-        passes = [self._encode(torch.stack(list(some))) for some in in_passes(every, [num_patches] * len(every))]
-        return torch.cat(passes) if len(passes) > 1 else passes[0]
+        return in_passes(self._encode, every, [num_patches] * len(every))
 
-    def _encode(self, tiles_BYX3: torch.Tensor) -> torch.Tensor:
-        hidden_BPD = self.tower(self.patches(tiles_BYX3))
+    def _encode(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+        hidden_BPD = self.tower(self.patches(torch.stack(list(tiles))))
         if self.drop_first:
             # CLIP's class token. HF drops SigLIP's first patch too, and checkpoints were trained so.
             hidden_BPD = hidden_BPD[:, 1:]

@@ -53,7 +53,7 @@ class LlavaNextModel(LlavaModel):
         return super().from_hf(shared, place=place, norm=norm, max_model_len=max_model_len)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all tiles of all pictures in one pass."""
+        """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
         return self.arrange(self.encode_tiles(tiles), layouts)
 
     def arrange(self, features_BPD: torch.Tensor, layouts: Sequence[MediaLayout]) -> torch.Tensor:

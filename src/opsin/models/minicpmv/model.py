@@ -14,6 +14,7 @@ from opsin.models.minicpmv.resampler import HEAD_DIM, Resampler
 from opsin.models.picture_model import PictureModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.towers.patches import in_passes
 from opsin.models.towers.siglip_navit import SiglipNavitTower
 from opsin.models.towers.vit import ViTConfig
 from opsin.types import MediaLayout
@@ -87,5 +88,8 @@ class MiniCPMVModel(PictureModel):
         )
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all tiles of all pictures in one pass."""
-        return self.resampler(self.tower([tile for item in tiles for tile in item]))
+        """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
+        every = [tile for item in tiles for tile in item]
+        area = self.tower.patches.patch_size**2
+        num_patches = [tile.shape[0] * tile.shape[1] // area for tile in every]
+        return in_passes(lambda some: self.resampler(self.tower(some)), every, num_patches)

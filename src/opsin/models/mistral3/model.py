@@ -20,6 +20,7 @@ from opsin.models.picture_model import PictureModel
 from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.towers.patches import in_passes
 from opsin.models.towers.pixtral import PixtralConfig, PixtralTower
 from opsin.types import MediaLayout
 
@@ -86,8 +87,11 @@ class Mistral3Model(PictureModel):
         return cls(defaults["architecture"], tower, projector, Decoder(place, decoder_config, max_model_len))
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all pictures in one pass."""
-        return self.projector(self.tower([tile for item in tiles for tile in item]))
+        """(sum of num_features, D), all pictures in as few passes as can be."""
+        every = [tile for item in tiles for tile in item]
+        area = self.tower.patches.patch_size**2
+        num_patches = [tile.shape[0] * tile.shape[1] // area for tile in every]
+        return in_passes(lambda some: self.projector(self.tower(some)), every, num_patches)
 
 
 class MergingProjector(Projector):

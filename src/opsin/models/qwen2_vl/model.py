@@ -91,8 +91,7 @@ class Qwen2VLModel(PictureModel):
         num_patches = [
             picture[0].shape[0] * picture[0].shape[1] // self.tower.config.patch_size**2 for picture in pictures
         ]
-        passes = [self.tower(some) for some in in_passes(pictures, num_patches)]
-        return torch.cat(passes) if len(passes) > 1 else passes[0]
+        return in_passes(self.tower, pictures, num_patches)
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

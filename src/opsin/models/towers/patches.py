@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,15 +17,20 @@ MAX_PASS = 16384
 """Most patches of one pass: a long video alone may be many times what a step is planned for."""
 
 
-def in_passes(pictures: Sequence[T], num_patches: Sequence[int]) -> Iterator[Sequence[T]]:
-    """The pictures in order, in as few lists as hold ``MAX_PASS`` patches each; a larger picture is one alone."""
+def in_passes(
+    run: Callable[[Sequence[T]], torch.Tensor], pictures: Sequence[T], num_patches: Sequence[int]
+) -> torch.Tensor:
+    """What ``run`` makes of the pictures, one after the other, in as few passes as hold ``MAX_PASS`` patches each; a
+    larger picture is one alone."""
+    parts: list[torch.Tensor] = []
     start = total = 0
     for i, count in enumerate(num_patches):
         if total and total + count > MAX_PASS:
-            yield pictures[start:i]
+            parts.append(run(pictures[start:i]))
             start, total = i, 0
         total += count
-    yield pictures[start:]
+    parts.append(run(pictures[start:]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def cut_blocks(picture_YX3: torch.Tensor, edge: int) -> torch.Tensor:
