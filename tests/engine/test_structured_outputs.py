@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from opsin import LLM, SamplingParams
-from opsin.errors import RequestError, RequestFailedError
+from opsin.errors import RequestError
 from opsin.params import StructuredOutputsParams
 from tests.engine.conftest import asked, assert_idle
 
@@ -77,7 +77,7 @@ def test_generate_no_token_fits_fails_that_request_alone(llm: LLM):
     failed, fine = llm.generate(
         ["Hello", "Hello"], [impossible, under(choice=["yes"])], use_tqdm=False, return_exceptions=True
     )
-    assert isinstance(failed, RequestFailedError)
+    assert isinstance(failed, RequestError)
     assert "structured_outputs" in str(failed)
     assert not isinstance(fine, Exception)
     assert fine.outputs[0].text == "yes"

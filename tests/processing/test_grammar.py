@@ -91,6 +91,23 @@ def test_grammar_objects_take_only_the_properties_that_they_list(
     assert all(grammar.accept(token) for token in ids) is fits
 
 
+def test_grammar_takes_as_many_choices_as_their_characters_allow(compiler: GrammarCompiler, tokenizer: Tokenizer):
+    choices = [f"{i:07}" for i in range(18_000)]
+    feed(compiler.compile(StructuredOutputsParams(choice=choices)), tokenizer, choices[-1])
+
+
+def test_grammar_that_grows_too_large_says_so(compiler: GrammarCompiler, tokenizer: Tokenizer):
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}}
+    grammar = compiler.compile(StructuredOutputsParams(json=schema))
+    assert not grammar.accept(tokenizer.encode_plain("{")[0])
+    assert grammar.error is not None
+    assert "cannot be followed any further" in grammar.error
+
+
+def test_grammar_of_a_schema_that_is_true_takes_any_json(compiler: GrammarCompiler, tokenizer: Tokenizer):
+    assert compiler.compile(StructuredOutputsParams(json="true")).accept(tokenizer.encode_plain("[")[0])
+
+
 def test_grammar_token_outside_is_not_accepted(compiler: GrammarCompiler, tokenizer: Tokenizer):
     grammar = compiler.compile(StructuredOutputsParams(choice=["yes", "no"]))
     assert not grammar.accept(tokenizer.encode_plain("7")[0])
@@ -115,6 +132,7 @@ def test_grammar_compiled_twice_starts_afresh(compiler: GrammarCompiler, tokeniz
     [
         ({"json": "not json"}, "not a JSON schema"),
         ({"json": "[" * 100_000}, "not a JSON schema"),
+        ({"json": "false"}, "not a JSON schema"),
         ({"json": '{"items":' * 200 + "{}" + "}" * 200}, "not a JSON schema"),
         ({"json": {"type": "objekt"}}, "objekt"),
         ({"json": {"$ref": "http://example.org/schema"}}, "not usable"),

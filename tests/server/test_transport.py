@@ -232,3 +232,18 @@ def test_logs_hold_no_prompts_pictures_or_keys(
     assert URL in text
     for word in (secret, "base64", KEYS[0], "guessed", "hidden"):
         assert word not in text
+
+
+@pytest.mark.parametrize("depth", [200, 900, 100_000])
+@pytest.mark.parametrize("field", ["tools", "tool_choice", "chat_template_kwargs", "messages", "guided_json", "stop"])
+def test_body_that_is_nested_too_deeply_is_refused(client: httpx.Client, field: str, depth: int):
+    opening, closing = ('[{"a":', "}]") if field in ("tools", "messages") else ('{"a":', "}")
+    nested = opening + "[" * depth + "]" * depth + closing
+    response = client.post(URL, content=f'{{"messages": [{{"role": "user", "content": "x"}}], "{field}": {nested}}}')
+    assert response.status_code == 400
+
+
+def test_body_of_countless_parts_is_refused_at_once(client: httpx.Client):
+    parts = b",".join([b'{"type":"text","text":"x"}'] * 60_000)
+    response = client.post(URL, content=b'{"messages": [{"role":"user","content":[' + parts + b"]}]}")
+    assert error_of(response)["message"] == "The body has more than 32768 objects."

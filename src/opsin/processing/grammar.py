@@ -39,9 +39,12 @@ class Grammar:
 
     def accept(self, token_id: int) -> bool:
         """Take in the next token; False, with ``error``, when the answer cannot go on from here."""
+        allowed = self.mask is not None and self.mask[token_id // 8] >> token_id % 8 & 1
         if not self._matcher.consume_token(token_id):
             self.error = (
-                "No token that the model may choose fits structured_outputs here; look at the other parameters."
+                self._failure()
+                if allowed
+                else "No token that the model may choose fits structured_outputs here; look at the other parameters."
             )
             return False
         self.mask = self._next_mask()
@@ -52,8 +55,11 @@ class Grammar:
             return None
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            self.error = f"structured_outputs cannot be followed any further: {_first_line(self._matcher.get_error())}"
+            self.error = self._failure()
         return mask
+
+    def _failure(self) -> str:
+        return f"structured_outputs cannot be followed any further: {_first_line(self._matcher.get_error())}."
 
 
 class GrammarCompiler:
@@ -110,7 +116,10 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     if params.regex is not None:
         return llguidance.LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
-        return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, params.choice)))
+        # As one terminal: the alternatives of a rule are bounded, those of a terminal are not.
+        return llguidance.LLMatcher.grammar_from_lark(
+            "start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, params.choice))
+        )
     if params.grammar is not None:
         try:
             return llguidance.grammar_from("grammar", params.grammar)
@@ -131,7 +140,9 @@ def _read_schema(schema: str | dict[str, Any]) -> Any:
         _depth(parsed)
     except (ValueError, RecursionError):
         parsed = None
-    if not isinstance(parsed, dict | bool):
+    if parsed is True:
+        return {}
+    if not isinstance(parsed, dict):
         raise RequestError("structured_outputs has a json that is not a JSON schema.", param="structured_outputs")
     return parsed
 

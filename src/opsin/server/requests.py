@@ -238,6 +238,8 @@ T = TypeVar("T", bound=Request)
 
 _MAX_MESSAGES = 4096
 _MAX_VALUES = 250_000
+_MAX_OBJECTS = 2**15
+_MAX_DEPTH = 128
 
 _PATH = re.compile(r"(.*) - at `(?:key in )?\$(.*)`$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
@@ -255,8 +257,14 @@ def decode(body: bytes | bytearray, kind: type[T]) -> T:
         raise RequestError(f"The body has more than {_MAX_MESSAGES} messages.", param="messages")
     if body.count(b",") > _MAX_VALUES:
         raise RequestError(f"The body has more than {_MAX_VALUES} values.")
+    num_objects = body.count(b"{")
+    if num_objects > _MAX_OBJECTS:
+        raise RequestError(f"The body has more than {_MAX_OBJECTS} objects.")
     try:
-        return msgspec.json.decode(body, type=kind)
+        request = msgspec.json.decode(body, type=kind)
+        if num_objects + body.count(b"[") > _MAX_DEPTH:
+            _check_depth(request)
+        return request
     except msgspec.ValidationError as error:
         message, param = _located(str(error))
         raise RequestError(message, param=param) from None
@@ -264,6 +272,17 @@ def decode(body: bytes | bytearray, kind: type[T]) -> T:
         raise RequestError(f"The body is not valid JSON in UTF-8: {error}") from None
     except RecursionError:
         raise RequestError("The body's JSON is nested too deeply.") from None
+
+
+def _check_depth(request: Request) -> None:
+    """``RecursionError`` where something is nested too deeply for those who will walk it."""
+    level: list[Any] = [getattr(request, name) for name in request.__struct_fields__]
+    for _ in range(_MAX_DEPTH):
+        outer = [value.values() if type(value) is dict else value for value in level if type(value) in (dict, list)]
+        level = [inner for values in outer for inner in values if type(inner) in (dict, list)]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _located(message: str) -> tuple[str, str | None]:
