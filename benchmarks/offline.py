@@ -53,6 +53,8 @@ def main() -> None:
         for tag, count, sizes in _picture_sets(args.n):
             if tag[:2] in wanted:
                 pictures.make(images, tag, count, sizes)
+        if args.profile:
+            pictures.make(images, "profile", min(48, args.n), pictures.MIXED)
         reports: dict[str, Any] = {}
         for engine in args.engines.split(","):
             reports[engine] = _run_worker(args, engine, models, images)
@@ -83,6 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--settings", default="{}", help="more settings of opsin's engine, as JSON")
     parser.add_argument("--vllm-path", help="PYTHONPATH of vLLM's processes, where it is not installed beside opsin")
     parser.add_argument("--timeout", type=float, default=400, help="seconds an engine may take in all")
+    parser.add_argument("--profile", type=Path, help="profile one more W1 of opsin's; write a Chrome trace here")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, for a dry run on a CPU")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -105,6 +108,8 @@ def _run_worker(args: argparse.Namespace, engine: str, models: Path, images: Pat
     """The worker's JSON lines as one report; what it printed on the way goes to standard error."""
     command = [sys.executable, __file__, "--worker", engine, "--shape", args.shape, "--workloads", args.workloads]
     command += ["--n", str(args.n), "--models", str(models), "--pictures", str(images), "--settings", args.settings]
+    if args.profile and engine == "opsin":
+        command += ["--profile", str(args.profile)]
     environment = dict(os.environ)
     if engine.startswith("vllm"):
         environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
@@ -158,8 +163,47 @@ def _work(args: argparse.Namespace) -> None:
             rows.append((times[0] - begin, (times[-1] - times[0]) / (len(times) - 1)))
         ttft, tpot = (statistics.median(row[i] for row in rows[2:]) * 1e3 for i in (0, 1))
         _say(w2_ttft_ms=round(ttft, 2), w2_tpot_ms=round(tpot, 3))
+    if args.profile:
+        jpegs = _load(args, "profile")
+        _profile(args.profile, lambda: ask([(shapes.prompt(name, 9000 + i), jpeg) for i, jpeg in enumerate(jpegs)], 64))
     sys.stdout.flush()
     os._exit(0)  # engines' own processes are not waited for
+
+
+_GROUPS = (  # of device kernels, by what their names contain; the first that fits
+    ("tower attention", ("_varlen_kernel", "fmha", "flash")),
+    ("decoder attention", ("_attention_kernel", "_join_kernel")),
+    ("matrix products", ("nvjet", "gemm", "cutlass", "_row_kernel", "splitK", "gemv")),
+    ("norms", ("norm",)),
+    ("activations and gates", ("_activation_kernel", "_gate_kernel")),
+    ("rotation and cache writes", ("_rope", "_write_kv")),
+    ("copies to and from the host", ("Memcpy HtoD", "Memcpy DtoH")),
+)
+
+
+def _profile(path: Path, run: Callable[[], object]) -> None:
+    """Milliseconds of the device by kind of work, and how long it was idle; the trace goes to ``path``."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    begin = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        run()
+    wall = (time.perf_counter() - begin) * 1e3
+    groups: dict[str, float] = {}
+    for entry in profiler.key_averages():
+        spent = (entry.self_device_time_total if on_gpu else entry.self_cpu_time_total) / 1e3
+        fitting = (name for name, parts in _GROUPS if any(part in entry.key for part in parts))
+        group = next(fitting, "other")
+        groups[group] = groups.get(group, 0.0) + spent
+    ordered = sorted(groups.items(), key=lambda item: -item[1])
+    _say(
+        profile_wall_ms=round(wall),
+        profile_busy_ms=round(sum(groups.values())),
+        **{f"profile {name}, ms": round(spent, 1) for name, spent in ordered},
+    )
+    profiler.export_chrome_trace(str(path))
 
 
 def _born() -> float:
