@@ -12,6 +12,7 @@ import dataclasses
 import torch
 
 from opsin.kernels import reference
+from opsin.kernels.packed_attention import paged_attention, varlen_attention
 
 
 def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
@@ -27,4 +28,10 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
     return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
 
 
-KERNELS = dataclasses.replace(reference.KERNELS, pack_linear=pack_linear, linear=linear)
+KERNELS = dataclasses.replace(
+    reference.KERNELS,
+    pack_linear=pack_linear,
+    linear=linear,
+    paged_attention=paged_attention,
+    varlen_attention=varlen_attention,
+)

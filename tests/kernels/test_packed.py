@@ -1,0 +1,82 @@
+"""The CPU's own kernels against the reference, at the sizes where they part from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opsin.kernels import packed, packed_attention, reference
+from opsin.kernels.inputs import AttentionInputs, LayerCache
+
+HEAD_DIM, BLOCK = 16, 16
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def _step(lens: list[tuple[int, int]], num_kv_heads: int, dtype: torch.dtype) -> tuple[LayerCache, AttentionInputs]:
+    """A step of rows (query_len, context_len), with a cache of anything in blocks of any order."""
+    counts = [-(-context // BLOCK) for _, context in lens]
+    blocks = (torch.randperm(sum(counts)) + 1).int()
+    tables_BL = torch.zeros(len(lens), max(counts), dtype=torch.int32)
+    for table_L, own in zip(tables_BL, blocks.split(counts), strict=True):
+        table_L[: len(own)] = own
+    shape = (sum(counts) + 1, BLOCK, num_kv_heads, HEAD_DIM)
+    cache = LayerCache(*(torch.randn(shape).to(dtype) for _ in range(2)))
+    places = [torch.arange(context - query, context) for query, context in lens]
+    slots = [row_L[at // BLOCK] * BLOCK + at % BLOCK for row_L, at in zip(tables_BL, places, strict=True)]
+    inputs = AttentionInputs(
+        query_start_B1=torch.tensor([0, *(query for query, _ in lens)]).cumsum(0).int(),
+        context_lens_B=torch.tensor([context for _, context in lens], dtype=torch.int32),
+        block_tables_BL=tables_BL,
+        slot_mapping_T=torch.cat(slots).long(),
+        query_lens=tuple(query for query, _ in lens),
+        context_lens=tuple(context for _, context in lens),
+    )
+    return cache, inputs
+
+
+@DTYPES
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("num_heads", [2, 6], ids=["one-query-per-key", "three-queries-per-key"])
+@pytest.mark.parametrize(
+    "lens",
+    [
+        [(1, 33)],
+        [(1, 5), (1, 64), (1, 17)],
+        [(1, 64), (1, 64)],
+        [(600, 600)],
+        [(200, 300), (1, 7), (192, 192), (9, 9)],
+    ],
+    ids=str,
+)
+def test_paged_attention_equals_reference(lens, num_heads, window, softcap, dtype):
+    torch.manual_seed(0)
+    cache, inputs = _step(lens, 2, dtype)
+    q_TNH = torch.randn(len(inputs.slot_mapping_T), num_heads, HEAD_DIM).to(dtype)
+    k_TKH, v_TKH = (stored.flatten(0, 1)[inputs.slot_mapping_T] for stored in cache)
+    arguments = (q_TNH, k_TKH, v_TKH, cache, inputs, HEAD_DIM**-0.5, window, softcap)
+    expected = reference.paged_attention(*arguments)
+    torch.testing.assert_close(packed.KERNELS.paged_attention(*arguments), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("seq_lens", [(200,), (192, 192, 700), (200, 30)], ids=str)
+def test_varlen_attention_equals_reference(seq_lens, dtype):
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(seq_lens), 3 * 2 * HEAD_DIM).to(dtype)
+    q_PNH, k_PNH, v_PNH = (part.unflatten(-1, (2, HEAD_DIM)) for part in qkv.chunk(3, dim=-1))
+    ends = torch.tensor([0, *seq_lens]).cumsum(0).int()
+    actual = packed.KERNELS.varlen_attention(q_PNH, k_PNH, v_PNH, ends, seq_lens, 0.25)
+    expected = reference.varlen_attention(q_PNH, k_PNH, v_PNH, ends, seq_lens, 0.25)
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_decode_with_much_to_gather_equals_reference(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(packed_attention, "_ONE_CALL_VALUES", 0)
+    cache, inputs = _step([(1, 33), (1, 48)], 2, torch.float32)
+    q_TNH = torch.randn(2, 4, HEAD_DIM)
+    k_TKH, v_TKH = (stored.flatten(0, 1)[inputs.slot_mapping_T] for stored in cache)
+    arguments = (q_TNH, k_TKH, v_TKH, cache, inputs, 0.25)
+    torch.testing.assert_close(packed.KERNELS.paged_attention(*arguments), reference.paged_attention(*arguments))
