@@ -11,6 +11,7 @@ import torch
 
 from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
+from opsin.layers.staging import upload
 from opsin.models.decoder import Decoder
 from opsin.models.llava.model import LlavaModel
 from opsin.models.picture_model import RENAMES
@@ -60,8 +61,8 @@ class LlavaNextModel(LlavaModel):
         """Features of tiles to those of pictures: overview, mosaic, newlines."""
         rows_MD = torch.cat([features_BPD.flatten(0, 1), self.image_newline.unsqueeze(0)])
         tower = self.tower.config
-        order_M = torch.from_numpy(feature_order(layouts, tower.image_size // tower.patch_size))
-        return rows_MD.index_select(0, order_M.to(rows_MD.device, non_blocking=True))
+        (order_M,) = upload([feature_order(layouts, tower.image_size // tower.patch_size)], rows_MD.device)
+        return rows_MD.index_select(0, order_M)
 
 
 def feature_order(layouts: Sequence[MediaLayout], grid: int) -> npt.NDArray[np.int64]:

@@ -12,6 +12,7 @@ from torch import nn
 from opsin.layers import Placement
 from opsin.layers.linear import Linear
 from opsin.layers.norm import LayerNorm
+from opsin.layers.staging import upload
 from opsin.models.towers.siglip_navit import PackedPatches
 
 _NORM_EPS = 1e-6
@@ -48,7 +49,8 @@ class Resampler(nn.Module):
         # One table for both axes, since the angles of a pack's patches repeat themselves many times over.
         angles_SF = torch.arange(int(places_P2.max()) + 1, device=packed.x_PD.device).unsqueeze(1) * self.frequencies
         table_SE = torch.cat([angles_SF.sin(), angles_SF.cos()], dim=1)
-        return F.embedding(torch.from_numpy(places_P2).to(table_SE.device, non_blocking=True), table_SE).flatten(1)
+        (at_P2,) = upload([places_P2], table_SE.device)
+        return F.embedding(at_P2, table_SE).flatten(1)
 
 
 class CrossAttention(nn.Module):

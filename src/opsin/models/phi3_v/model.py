@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from opsin.layers import Placement
+from opsin.layers.staging import upload
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.phi3_v.rule import Tile, tower_config
 from opsin.models.picture_model import PictureModel
@@ -89,8 +90,8 @@ class Phi3VModel(PictureModel):
         hidden_BPD = torch.cat([self.tower(some_BPC) for some_BPC in passes])[:, 1:]
         separators = [self.row_separator.flatten(0, 2), self.view_separator.flatten(0, 1)]
         rows_MD = self.projector(torch.cat([pixel_shuffle(hidden_BPD, self.tile.merge), *separators]))
-        order_M = torch.from_numpy(feature_order(layouts, self.tile.grid))
-        return rows_MD.index_select(0, order_M.to(rows_MD.device, non_blocking=True))
+        (order_M,) = upload([feature_order(layouts, self.tile.grid)], rows_MD.device)
+        return rows_MD.index_select(0, order_M)
 
     def _overview(self, tiles: Sequence[torch.Tensor], layout: MediaLayout) -> torch.Tensor:
         """The mosaic, normalised and scaled to one tile: float32 (1, 3, edge, edge).

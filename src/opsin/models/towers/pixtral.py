@@ -16,6 +16,7 @@ from opsin.layers.linear import Linear, MergedLinear
 from opsin.layers.mlp import GatedMLP
 from opsin.layers.norm import RMSNorm, normed
 from opsin.layers.rope import Rotary
+from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.patches import Patches, cut_blocks
@@ -96,7 +97,7 @@ class PixtralTower(nn.Module):
         packing = pack(grids, self.merge, None)
         blocks_MYX3 = torch.cat([cut_blocks(picture, patch * self.merge) for picture in pictures])
         x_PD = normed(self.ln_pre, self.patch_conv(self.patches(blocks_MYX3).flatten(0, 1)))
-        positions_P2 = torch.from_numpy(packing.positions_P2).to(x_PD.device, non_blocking=True)
+        (positions_P2,) = upload([packing.positions_P2], x_PD.device)
         angles_PR = (positions_P2.unsqueeze(-1) * self.inverse_2R).flatten(1)
         return self.transformer.packed(x_PD, packing.full_lens, Rotary(angles_PR.cos(), angles_PR.sin()))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from opsin.layers import Placement
 from opsin.layers.norm import LayerNorm
+from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
 from opsin.models.towers.patches import Patches
 from opsin.models.towers.siglip import SiglipEmbeddings
@@ -46,7 +47,7 @@ class SiglipNavitTower(nn.Module):
         grids = [(picture.shape[0] // size, picture.shape[1] // size) for picture in pictures]
         groups = [list(group) for _, group in itertools.groupby(pictures, key=lambda picture: picture.shape)]
         patches_PC = torch.cat([self.patches(torch.stack(group)).flatten(0, 1) for group in groups])
-        positions_P = self._positions(grids).to(patches_PC.device, non_blocking=True)
+        (positions_P,) = upload([self._positions(grids).numpy()], patches_PC.device)
         embeddings = self.embeddings
         x_PD = embeddings.patch_embedding(patches_PC) + F.embedding(positions_P, embeddings.position_embedding.weight)
         return PackedPatches(self.post_layernorm(self.encoder.packed(x_PD, [r * c for r, c in grids])), grids)

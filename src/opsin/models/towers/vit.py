@@ -1,6 +1,6 @@
 """The pre-norm vision transformer that CLIP and SigLIP share, run on many tiles at once; InternViT has its own blocks.
 
-All tiles have the size that the tower was trained for, so a pack of them is one dense batch.
+Tiles of the size that a tower was trained for are one dense batch; pictures of unlike sizes run one behind the other.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ from opsin.layers.linear import Linear, MergedLinear
 from opsin.layers.mlp import MLP
 from opsin.layers.norm import LayerNorm
 from opsin.layers.rope import Rotary
+from opsin.layers.staging import upload
 from opsin.models.strict import StrictConfig
 
 
@@ -150,8 +152,8 @@ class ViTEncoder(nn.Module):
         Args:
             rotary: handed to the blocks of towers whose positions are rotary.
         """
-        ends = torch.tensor((0, *seq_lens), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return self._run(x_PD, ends.to(x_PD.device, non_blocking=True), tuple(seq_lens), rotary)
+        (cu_seqlens_B1,) = upload([np.cumsum((0, *seq_lens), dtype=np.int32)], x_PD.device)
+        return self._run(x_PD, cu_seqlens_B1, tuple(seq_lens), rotary)
 
     def _run(
         self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...], rotary: Rotary | None = None
