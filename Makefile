@@ -4,7 +4,7 @@
 #   make test [ARGS="-k scheduler"]           the whole gate: lint, types, layers, tests
 #   make lint | types | layers | pytest       one part of it
 #   make format                               rewrite the code as the gate wants it
-#   make docs                                 regenerate docs/cli.md
+#   make docs                                 regenerate docs/cli.md and docs/models.md
 #   make test-clients                         other clients of the server, each in an environment of its own (slow)
 #   make bench-cpu                            opsin against transformers.generate on this machine's CPU
 
@@ -61,6 +61,7 @@ format: $(VENV)/.opsin-dev
 
 docs: $(VENV)/.opsin-dev
 	$(BIN)/python scripts/cli_reference.py > docs/cli.md
+	$(BIN)/python -m scripts.models_reference > docs/models.md
 
 bench-cpu: $(VENV)/.opsin
 	$(BIN)/python benchmarks/cpu_vs_transformers.py
