@@ -61,6 +61,23 @@ def test_paged_attention_equals_reference(lens, num_heads, window, softcap, dtyp
 
 
 @DTYPES
+def test_paged_attention_sees_nothing_of_what_lies_behind_a_shorter_row_s_context(dtype):
+    # A block's former tenant may have left what is not a number; it would reach everybody who multiplies it, by 0 too.
+    torch.manual_seed(0)
+    lens = [(1, 5), (1, 64), (1, 17)]
+    cache, inputs = _step(lens, 2, dtype)
+    seen = torch.zeros(cache.key.shape[:2], dtype=torch.bool).flatten()
+    for row_L, (_, context) in zip(inputs.block_tables_BL, lens, strict=True):
+        at = torch.arange(context)
+        seen[row_L[at // BLOCK] * BLOCK + at % BLOCK] = True
+    for stored in cache:
+        stored.flatten(0, 1)[~seen] = torch.nan
+    arguments = (torch.randn(3, 2, HEAD_DIM).to(dtype), *[torch.empty(3, 2, HEAD_DIM)] * 2, cache, inputs, 0.25)
+    expected = reference.paged_attention(*arguments)
+    torch.testing.assert_close(packed.KERNELS.paged_attention(*arguments), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@DTYPES
 @pytest.mark.parametrize("seq_lens", [(200,), (192, 192, 700), (200, 30)], ids=str)
 def test_varlen_attention_equals_reference(seq_lens, dtype):
     torch.manual_seed(0)

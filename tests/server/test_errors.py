@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -108,3 +110,38 @@ def test_failure_within_a_stream_is_its_last_event(engine: AsyncLLM):
     assert not any("[DONE]" in line for line in lines)
     assert len(lines) == 1 + 3 + 1
     assert app.state.server.admission.num_admitted == 0
+
+
+def test_unforeseen_failure_within_a_stream_is_logged_and_counted(engine: AsyncLLM, caplog: pytest.LogCaptureFixture):
+    app = create_app(Failing(engine, ZeroDivisionError("/srv"), 3), ServerConfig(), model=NAME)  # type: ignore[arg-type]
+    with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+        headers = {"X-Request-Id": "find-me-there"}
+        text = client.post("/v1/chat/completions", json=chat(stream=True), headers=headers).text
+        metrics = client.get("/metrics").text
+    assert '"code":"internal_error"' in text
+    assert "/srv" not in text
+    assert "find-me-there" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    assert 'status="500",code="internal_error"} 1' in metrics
+
+
+def test_failed_vector_is_counted_as_an_error(engine: AsyncLLM):
+    app = create_app(Failing(engine, RequestFailedError("lost"), 0), ServerConfig(), model=NAME)  # type: ignore[arg-type]
+    with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+        assert client.post("/v1/embeddings", json={"input": "x"}).status_code == 500
+        assert 'finished_reason="error"} 1' in client.get("/metrics").text
+
+
+def test_client_that_leaves_within_its_body_is_no_failure(
+    client: httpx.Client, address: str, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", logger="opsin")
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        time.sleep(0.1)
+    deadline = time.monotonic() + 5
+    while "POST /tokenize" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "failed" not in caplog.text

@@ -67,25 +67,41 @@ def test_name_of_another_key_is_unknown(engine: AsyncLLM):
 
 
 def test_remembered_oldest_names_are_forgotten_first():
-    remembered = RememberedMedia(max_bytes=10)
+    remembered = RememberedMedia(max_bytes=100_000)
 
     def resolve(url: str | None, uuid: str) -> Any:
         (message,) = remembered.resolve([{"role": "user", "content": [part(url, uuid)]}], "", "")
         return message["content"][0]["image_url"]["url"]
 
-    resolve("aaaa", "a")
-    resolve("bbbb", "b")
-    assert resolve(None, "a") == "aaaa"  # which makes it the newest
-    resolve("cccc", "c")
-    assert resolve(None, "a") == "aaaa"
+    resolve("a" * 40_000, "a")
+    resolve("b" * 40_000, "b")
+    assert resolve(None, "a") == "a" * 40_000  # which makes it the newest
+    resolve("c" * 40_000, "c")
+    assert resolve(None, "a") == "a" * 40_000
     with pytest.raises(RequestError, match="known here by uuid 'b'"):
         resolve(None, "b")
-    resolve("aa", "a")
-    resolve("dddd", "d")
-    assert [resolve(None, name) for name in "acd"] == ["aa", "cccc", "dddd"]
+    resolve("a" * 10_000, "a")
+    resolve("d" * 40_000, "d")
+    assert [resolve(None, name) for name in "acd"] == ["a" * 10_000, "c" * 40_000, "d" * 40_000]
 
 
 @pytest.mark.parametrize("content", [None, "text", ["text"], [{"type": "text", "text": "x"}], [5]])
 def test_remembered_messages_without_names_stay_as_they_are(content: Any):
     message = {"role": "user", "content": content}
     assert RememberedMedia().resolve([message, 7], "", "") == [message, 7]
+
+
+def test_remembered_tiny_pictures_with_long_names_do_not_fill_the_memory():
+    remembered = RememberedMedia(max_bytes=100_000)
+    for i in range(1000):
+        remembered.resolve([{"role": "user", "content": [part("x", f"{i}")]}], "", "s" * 50_000)
+    assert len(remembered) < 3
+    with pytest.raises(RequestError) as caught:
+        remembered.resolve([{"role": "user", "content": [part("x", "u" * 10**6)]}], "", "")
+    assert caught.value.param == "messages.0.content.0.uuid"
+    assert len(str(caught.value)) < 200
+
+
+def test_picture_named_in_another_spelling_is_the_same(client: httpx.Client):
+    whole = said(ask(client, {"type": "input_image", "image_url": data_url(47), "uuid": "spelt"}))
+    assert said(ask(client, part(None, "spelt"))) == whole

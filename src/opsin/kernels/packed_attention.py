@@ -81,6 +81,9 @@ def _decode(q_BNH: torch.Tensor, cache: LayerCache, inputs: AttentionInputs, sca
     mask = None
     if longest > min(inputs.context_lens):
         mask = (torch.arange(longest) < inputs.context_lens_B.unsqueeze(1))[:, None, None]
+        behind_B1C1 = ~mask.transpose(2, 3)
+        for gathered in (k_BKCH, v_BKCH):  # there may be NaN there, and 0 * NaN is NaN
+            gathered.masked_fill_(behind_B1C1, 0.0)
     q_BKGH = q_BNH.reshape(num_rows, num_kv_heads, -1, head_dim)
     out_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKCH, v_BKCH, attn_mask=mask, scale=scale)
     return out_BKGH.reshape(num_rows, num_heads, head_dim)

@@ -18,6 +18,7 @@ from opsin.server import page
 from opsin.server.errors import BodyTimeoutError, BodyTooLargeError, EncodedBodyError, UnauthorizedError, describe
 from opsin.server.metrics import LoopClock, Metrics
 from opsin.server.quota import Quotas
+from opsin.server.transport import ClientGone
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +104,10 @@ class Gate:
                     await self._app(scope, receive, send_named)
             else:
                 await self._app(scope, receive, send_named)
+        except ClientGone:  # in the middle of its body; there is nobody to answer
+            return
         except Exception as error:
-            if not isinstance(error, OpsinError) or isinstance(error, EngineDeadError):
-                logger.error("Request %s failed.", name, exc_info=error)
+            log_failure(error, name)
             if status is not None:  # too late for another status; the connection is broken off
                 raise
             code = await _answer(send_named, error, name)
@@ -114,6 +116,12 @@ class Gate:
             if scope["path"] not in PROBES:
                 path = scope.get("raw_path", b"").decode("latin-1")  # still percent-encoded: one line stays one
                 logger.info("%s %s %s %.3f s %s", scope["method"], path, status, time.monotonic() - start_s, name)
+
+
+def log_failure(error: Exception, name: str) -> None:
+    """Put into the log what a client is not told of its request."""
+    if not isinstance(error, OpsinError) or isinstance(error, EngineDeadError):
+        logger.error("Request %s failed.", name, exc_info=error)
 
 
 async def _answer(send: Send, error: Exception, request_id: str) -> str:

@@ -24,6 +24,7 @@ from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import PromptTokensDetails, Usage
 from opsin.server.client import EngineClient
 from opsin.server.errors import describe
+from opsin.server.gate import log_failure
 from opsin.server.requests import StreamOptions
 from opsin.server.state import ServerState
 from opsin.server.transport import ClientGone, EventStream, GoneResponse, json_response, until_gone
@@ -96,7 +97,7 @@ async def respond(
     try:
         if stream:
             first = await until_gone(http.receive, anext(outputs))
-            return EventStream(_events(http, form, tally, first, outputs, options or StreamOptions()))
+            return EventStream(_events(http, server, form, tally, first, outputs, options or StreamOptions()))
         return json_response(await until_gone(http.receive, _whole(form, tally, outputs)))
     except ClientGone:
         return GoneResponse()
@@ -113,6 +114,7 @@ async def _whole(form: Form, tally: Tally, outputs: AsyncGenerator[_Numbered, No
 
 async def _events(
     http: HTTPRequest,
+    server: ServerState,
     form: Form,
     tally: Tally,
     first: _Numbered,
@@ -131,7 +133,11 @@ async def _events(
                 item = await anext(outputs, None)
         except Exception as error:
             # Clients would take a stream that merely ends for a short answer.
-            yield encode(describe(error, http.scope["state"]["request_id"])[1])
+            name = http.scope["state"]["request_id"]
+            status, body, _ = describe(error, name)
+            log_failure(error, name)
+            server.metrics.refused(status, body.error.code or body.error.type)
+            yield encode(body)
             return
     if options.include_usage:
         yield encode(form.closing(tally.usage()))

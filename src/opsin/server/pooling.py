@@ -108,12 +108,19 @@ async def pool(
 async def _run(server: ServerState, processed: ProcessedRequest) -> PoolingRequestOutput:
     metrics = server.metrics
     metrics.admitted(len(processed.request.prompt_token_ids), len(processed.sources))
-    async with contextlib.aclosing(server.engine.stream(processed, "final")) as outputs:
-        async for output in outputs:
-            assert isinstance(output, PoolingRequestOutput)
-            metrics.finished("stop", None, 0.0)
-            return output
-    raise EngineDeadError("The engine stopped before the request was answered.")
+    reason = "abort"  # the client has left, or another input has failed
+    try:
+        async with contextlib.aclosing(server.engine.stream(processed, "final")) as outputs:
+            async for output in outputs:
+                assert isinstance(output, PoolingRequestOutput)
+                reason = "stop"
+                return output
+        raise EngineDeadError("The engine stopped before the request was answered.")
+    except Exception:
+        reason = "error"
+        raise
+    finally:
+        metrics.finished(reason, None, 0.0)
 
 
 def refuse_truncation(request: VectorRequest) -> None:

@@ -13,6 +13,11 @@ from typing import Any, NamedTuple, cast
 from opsin.errors import RequestError
 
 _MAX_BYTES = 256 * 2**20
+_MAX_NAME_CHARS = 256
+_ENTRY_BYTES = 1024  # that a part costs beside its content and its salt
+
+
+_KINDS = ("image_url", "video_url")
 
 
 class _Name(NamedTuple):
@@ -29,6 +34,9 @@ class RememberedMedia:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._parts: OrderedDict[_Name, str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
     def resolve(self, messages: Sequence[Any], client: str, salt: str) -> list[Any]:
         """Messages without uuids: those that come with content are remembered, the others replaced by theirs.
@@ -48,8 +56,13 @@ class RememberedMedia:
             if not isinstance(uuid, str):
                 parts.append(part)
                 continue
+            if len(uuid) > _MAX_NAME_CHARS:
+                raise RequestError(
+                    f"A uuid may have {_MAX_NAME_CHARS} characters; this one has {len(uuid):,}.",
+                    param=f"{path}.content.{j}.uuid",
+                )
             rest = {key: value for key, value in cast("Mapping[str, Any]", part).items() if key != "uuid"}
-            kind = str(rest.get("type") or next((key for key in rest if key.endswith("_url")), ""))
+            kind = next((key for key in _KINDS if key in (rest.get("type"), *rest)), "")
             parts.append(self._part(rest, _Name(client, salt, kind, uuid), f"{path}.content.{j}"))
         return {**cast("Mapping[str, Any]", message), "content": parts}
 
@@ -72,11 +85,15 @@ class RememberedMedia:
         return {"type": name.kind, name.kind: {"url": url}}
 
     def _keep(self, name: _Name, url: str) -> None:
-        self._num_bytes += len(url) - len(self._parts.pop(name, ""))
+        known = self._parts.pop(name, None)
+        self._num_bytes += _cost(name, url) - (0 if known is None else _cost(name, known))
         self._parts[name] = url
         while self._num_bytes > self._max_bytes:
-            _, dropped = self._parts.popitem(last=False)
-            self._num_bytes -= len(dropped)
+            self._num_bytes -= _cost(*self._parts.popitem(last=False))
+
+
+def _cost(name: _Name, url: str) -> int:
+    return len(url) + len(name.salt) + _ENTRY_BYTES
 
 
 def _url_of(part: Mapping[str, Any], kind: str) -> str | None:
