@@ -28,7 +28,7 @@ _CPU_MEASURED_TOKENS = 128
 _CPU_MEASURED_PATCHES = 1024
 _CPU_KV_BYTES = 4 * _GIB
 _CPU_KV_SHARE = 0.4  # of the memory that is free at start: a laptop has other things to do
-_GPU_HEADROOM = 0.01  # of the device: fragmentation, and libraries that allocate at first use
+_GPU_HEADROOM = 0.02  # of the device: fragmentation, captured graphs, and libraries that allocate at first use
 
 
 def plan_memory(
