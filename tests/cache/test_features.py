@@ -219,3 +219,14 @@ def test_lease_stored_item_needs_nothing_and_keeps_it() -> None:
     lease(cache, item("c"), C)
     supply(cache)
     assert encoded(cache) == []
+
+
+def test_payloads_that_come_encoded_weigh_what_their_features_do() -> None:
+    cache = FeatureCache(1000, 10, 100, as_features=True)
+    lease(cache, item("wide", rows=8, pixels=10), A)  # 30 bytes of pixels, 80 of features
+    lease(cache, item("late", rows=4, pixels=10), B)
+    assert asked(cache) == [(b"wide", "r1")]
+    assert cache.payload_bytes == 80
+    cache.payload_ready(b"wide")
+    assert encoded(cache) == [b"wide"]
+    assert asked(cache) == [(b"late", "r2")]

@@ -46,10 +46,12 @@ class _State(Enum):
 class _Entry:
     __slots__ = ("asked_of", "feature_id", "item", "leases", "num_bytes", "payload_bytes", "state")
 
-    def __init__(self, item: MediaItem, row_bytes: int) -> None:
+    def __init__(self, item: MediaItem, row_bytes: int, as_features: bool) -> None:
         self.item = item
         self.num_bytes = item.layout.num_features * row_bytes
         self.payload_bytes = item.layout.plan.num_bytes or self.num_bytes  # embeddings come as they are
+        if as_features:
+            self.payload_bytes = max(self.payload_bytes, self.num_bytes)
         self.state = _State.ABSENT
         self.asked_of: Order | None = None
         self.feature_id: int | None = None
@@ -71,14 +73,18 @@ class FeatureCache:
         capacity_bytes: features kept at once.
         row_bytes: bytes of one feature row.
         payload_budget_bytes: payloads asked for and not yet encoded; one larger item goes alone.
+        as_features: payloads may have become features already when they come.
     """
 
-    def __init__(self, capacity_bytes: int, row_bytes: int, payload_budget_bytes: int) -> None:
+    def __init__(
+        self, capacity_bytes: int, row_bytes: int, payload_budget_bytes: int, *, as_features: bool = False
+    ) -> None:
         self.capacity_bytes = capacity_bytes
         self.row_bytes = row_bytes
         self.used_bytes = 0
         self.payload_bytes = 0
         self._payload_budget = payload_budget_bytes
+        self._as_features = as_features
         self._entries: dict[bytes, _Entry] = {}
         self._idle: OrderedDict[bytes, _Entry] = OrderedDict()  # stored, not leased
         self._idle_bytes = 0
@@ -101,7 +107,7 @@ class FeatureCache:
         """Keep, or make, the item's features until ``release``. A request leases equal items once."""
         entry = self._entries.get(item.key)
         if entry is None:
-            entry = self._entries[item.key] = _Entry(item, self.row_bytes)
+            entry = self._entries[item.key] = _Entry(item, self.row_bytes, self._as_features)
         assert order not in entry.leases
         if entry.state is _State.STORED and not entry.leases:
             del self._idle[item.key]

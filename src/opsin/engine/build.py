@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from opsin.config import DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -17,16 +18,20 @@ from opsin.engine.engine import EngineFacts
 from opsin.engine.feeder import MediaFeeder
 from opsin.engine.front import Front
 from opsin.engine.local import LocalEngine
+from opsin.engine.tower import Encode, TowerThread
 from opsin.errors import ConfigError
 from opsin.media.pool import MediaPool
 from opsin.models.hub import ModelFiles
+from opsin.models.interface import VisionLanguageModel
 from opsin.models.load import load_model
 from opsin.models.rule import MediaRule
 from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.output import OutputProcessor
+from opsin.runner.executor import Pixels
 from opsin.runner.inline import InlineExecutor
 from opsin.runner.memory import describe, plan_memory
 from opsin.runner.runner import ModelRunner
+from opsin.runner.vision import tiles_on_device
 from opsin.scheduler import Scheduler, SchedulerLimits
 from opsin.types import MediaLayout
 
@@ -58,7 +63,7 @@ class Budgets:
             max_num_seqs=config.max_num_seqs or (256 if on_gpu else 32),
             max_num_batched_tokens=tokens,
             max_num_batched_patches=patches,
-            max_num_tokens_beside_decodes=config.max_num_tokens_beside_decodes or (tokens if on_gpu else 128),
+            max_num_tokens_beside_decodes=config.max_num_tokens_beside_decodes or (tokens if on_gpu else 64),
             max_num_patches_beside_decodes=config.max_num_patches_beside_decodes or (patches if on_gpu else 256),
             pipeline_depth=config.pipeline_depth or (2 if on_gpu else 1),
         )
@@ -76,8 +81,12 @@ def build_front(config: EngineConfig) -> Front:
     return Front(engine, inputs, OutputProcessor(checkpoint.tokenizer), config.media, config.model.runner)
 
 
-def build_engine(config: EngineConfig, checkpoint: Checkpoint) -> LocalEngine:
+def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside: bool = False) -> LocalEngine:
     """Load the model, plan the memory, and connect the engine's parts.
+
+    Args:
+        encodes_beside: on a CPU, encode pictures beside the steps rather than in them. It costs whole batches of
+            pictures some time, and saves everybody who is being answered from waiting for others' pictures.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
@@ -127,14 +136,16 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint) -> LocalEngine:
     logger.info("Memory plan:\n%s", describe(memory, spec, max_model_len))
 
     news = threading.Event()
-    feeder = MediaFeeder(MediaPool(config.media, on_finished=news.set))
+    tower = TowerThread(_encoder(model, device), news.set) if encodes_beside and device.type == "cpu" else None
+    feeder = MediaFeeder(MediaPool(config.media, on_finished=news.set), tower)
     scheduler = Scheduler(
         SchedulerLimits(
             max_num_seqs=budgets.max_num_seqs,
             max_num_batched_tokens=budgets.max_num_batched_tokens,
             max_num_batched_patches=budgets.max_num_batched_patches,
             max_num_tokens_beside_decodes=budgets.max_num_tokens_beside_decodes,
-            max_num_patches_beside_decodes=budgets.max_num_patches_beside_decodes,
+            max_num_patches_beside_decodes=budgets.max_num_patches_beside_decodes if tower is None else None,
+            encodes_beside=tower is not None,
             max_model_len=max_model_len,
             num_blocks=memory.num_blocks,
             block_size=memory.block_size,
@@ -165,6 +176,16 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint) -> LocalEngine:
         dtype=str(dtype).removeprefix("torch."),
     )
     return LocalEngine(core, feeder, facts, news, grammars)
+
+
+def _encoder(model: VisionLanguageModel, device: torch.device) -> Encode:
+    """What a tower's thread does."""
+
+    @torch.inference_mode()
+    def encode(pixels: Pixels, layout: MediaLayout) -> np.ndarray:
+        return model.encode([tiles_on_device(pixels, layout, device)], [layout]).float().numpy()
+
+    return encode
 
 
 def resolve_device(config: DeviceConfig) -> torch.device:

@@ -1,4 +1,4 @@
-"""Answers the engine's needs: hands pictures to the media pool and their pixels back.
+"""Answers the engine's needs: hands pictures to the media pool, and their pixels or features back.
 
 Sources stay here until their request ends, since a preempted request may need its pictures a second time.
 """
@@ -8,39 +8,62 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from opsin.engine.core import EngineCore
 from opsin.engine.histogram import SECONDS, Histogram
+from opsin.engine.tower import TowerThread
 from opsin.errors import RequestError
 from opsin.media.pool import MAX_PENDING, Finished, MediaPool
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.prompts import MediaSource
 from opsin.runner.executor import Embedding, Pixels
-from opsin.types import EngineRequest, MediaNeed
+from opsin.types import EngineRequest, MediaLayout, MediaNeed
+
+
+class _Job(NamedTuple):
+    begun_s: float
+    layout: MediaLayout
+
+    @property
+    def num_pixels(self) -> int:
+        plan = self.layout.plan
+        return plan.width * plan.height * len(plan.frames)
 
 
 class MediaFeeder:
-    """Between one ``EngineCore`` and one ``MediaPool``; used from the engine's thread alone."""
+    """Between one ``EngineCore`` and one ``MediaPool``; used from the engine's thread alone.
 
-    def __init__(self, pool: MediaPool) -> None:
+    Args:
+        tower: encodes pictures beside the steps; without one, the steps do.
+    """
+
+    def __init__(self, pool: MediaPool, tower: TowerThread | None = None) -> None:
         self._pool = pool
+        self._tower = tower
         self._held: dict[str, tuple[EngineRequest, Sequence[MediaSource]]] = {}
         self._backlog: deque[MediaNeed] = deque()  # the pool takes a bounded number of jobs
-        self._decoding: dict[bytes, tuple[float, int]] = {}  # since when, and how many pixels
+        self._decoding: dict[bytes, _Job] = {}
+        self._encoding: set[bytes] = set()
         self._may_be_unwanted = False
         self.num_decoded = 0
         self.num_pixels_decoded = 0
         self.decode_seconds = Histogram.of(SECONDS)
 
     @property
+    def encode_seconds(self) -> Histogram | None:
+        """What pictures took beside the steps; None when the steps encode them."""
+        return None if self._tower is None else self._tower.seconds
+
+    @property
     def is_waiting(self) -> bool:
-        """Pictures are being decoded."""
-        return bool(self._decoding)
+        """Pictures are being decoded or encoded."""
+        return bool(self._decoding or self._encoding)
 
     @property
     def num_decoding(self) -> int:
         """Pictures that were asked for and have not come."""
-        return len(self._decoding) + len(self._backlog)
+        return len(self._decoding) + len(self._encoding) + len(self._backlog)
 
     def hold(self, request: EngineRequest, sources: Sequence[MediaSource]) -> None:
         """Keep a request's sources until ``release``."""
@@ -56,6 +79,9 @@ class MediaFeeder:
         """Collect what was decoded, and start what is needed. Never waits."""
         for finished in self._pool.poll():
             self._hand_in(core, finished)
+        for key, features in () if self._tower is None else self._tower.poll():
+            self._encoding.discard(key)
+            core.put_payload(key, features)
         if self._may_be_unwanted:
             self._forget_unwanted(core)
         self._backlog += core.take_needs()
@@ -63,13 +89,15 @@ class MediaFeeder:
             self._start(core, self._backlog.popleft())
 
     def close(self) -> None:
+        if self._tower is not None:
+            self._tower.close()
         self._pool.close()
         self._held.clear()
         self._backlog.clear()
 
     def _start(self, core: EngineCore, need: MediaNeed) -> None:
         held = self._held.get(need.request_id)
-        if held is None or need.key in self._decoding:  # its request has ended, or the pixels are on their way
+        if held is None or need.key in self._decoding or need.key in self._encoding:  # has ended, or is on its way
             return
         request, sources = held
         if need.item >= len(sources) or request.media[need.item].key != need.key:  # a later request of the same id
@@ -78,19 +106,24 @@ class MediaFeeder:
         if isinstance(source, GivenFeatures):
             core.put_payload(need.key, Embedding(source.data))
             return
-        plan = request.media[need.item].layout.plan
-        self._decoding[need.key] = time.monotonic(), plan.width * plan.height * len(plan.frames)
-        self._pool.submit(need.key, source, plan)
+        layout = request.media[need.item].layout
+        self._decoding[need.key] = _Job(time.monotonic(), layout)
+        self._pool.submit(need.key, source, layout.plan)
 
     def _hand_in(self, core: EngineCore, finished: Finished) -> None:
         assert isinstance(finished.job_id, bytes)
-        begun = self._decoding.pop(finished.job_id, None)
+        job = self._decoding.pop(finished.job_id, None)
         if finished.pixels is not None:
             self.num_decoded += 1
-            if begun is not None:
-                self.num_pixels_decoded += begun[1]
-                self.decode_seconds.observe(time.monotonic() - begun[0])
-            core.put_payload(finished.job_id, Pixels(finished.pixels))
+            pixels = Pixels(finished.pixels)
+            if job is not None:
+                self.num_pixels_decoded += job.num_pixels
+                self.decode_seconds.observe(time.monotonic() - job.begun_s)
+            if job is None or self._tower is None:
+                core.put_payload(finished.job_id, pixels)
+            elif core.wants(finished.job_id):
+                self._encoding.add(finished.job_id)
+                self._tower.submit(finished.job_id, pixels, job.layout)
         elif core.wants(finished.job_id):
             error = finished.error
             code = error.code or "image_parse_error" if isinstance(error, RequestError) else None
@@ -101,3 +134,7 @@ class MediaFeeder:
         for key in [key for key in self._decoding if not core.wants(key)]:
             self._pool.cancel(key)
             del self._decoding[key]
+        for key in [key for key in self._encoding if not core.wants(key)]:
+            assert self._tower is not None
+            self._tower.cancel(key)
+            self._encoding.remove(key)

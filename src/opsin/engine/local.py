@@ -91,7 +91,10 @@ class LocalEngine:
         return {**self.core.stats(), **decoded}
 
     def histograms(self) -> dict[str, Histogram]:
-        return {**self.core.histograms, "decode_seconds": self.feeder.decode_seconds}
+        histograms = {**self.core.histograms, "decode_seconds": self.feeder.decode_seconds}
+        if self.feeder.encode_seconds is not None:
+            histograms["encode_step_seconds"] = self.feeder.encode_seconds
+        return histograms
 
     def close(self) -> None:
         self.feeder.close()

@@ -22,6 +22,7 @@ class SchedulerLimits:
         feature_bytes: capacity of the vision-feature cache.
         feature_row_bytes: bytes of one feature row.
         pixel_bytes: budget of payloads asked for and not yet encoded.
+        encodes_beside: payloads come encoded, beside the steps; they weigh what their features do.
         pipeline_depth: steps planned and not yet committed.
     """
 
@@ -39,6 +40,7 @@ class SchedulerLimits:
     max_num_tokens_beside_decodes: int | None = None
     max_num_patches_beside_decodes: int | None = None
     enable_prefix_caching: bool = True
+    encodes_beside: bool = False
 
     @property
     def context_len(self) -> int:

@@ -61,7 +61,9 @@ class Scheduler:
         self.limits = limits
         self._on_finish = on_finish
         self._pool = BlockPool(limits.num_blocks)
-        self._features = FeatureCache(limits.feature_bytes, limits.feature_row_bytes, limits.pixel_bytes)
+        self._features = FeatureCache(
+            limits.feature_bytes, limits.feature_row_bytes, limits.pixel_bytes, as_features=limits.encodes_beside
+        )
         self._alive: dict[Order, Sequence] = {}
         self._by_id: dict[str, Sequence] = {}
         self._num_added = 0
