@@ -3,7 +3,11 @@
     python benchmarks/soak.py --requests 5000 --clients 8
 
 Starts ``opsin serve demo``, streams a text canary alone, then again while clients flood the server with pictures that
-no two requests share, and reads ``/health`` all the time. Prints one JSON object. Linux, since it reads /proc.
+no two requests share, and reads ``/health`` all the time. Prints one JSON object. Linux, since it reads /proc. Flags
+that it does not know go to the server.
+
+Growth is measured after the caches are full: the KV pool is touched block by block, so its memory comes to be resident
+only as prompts that nobody shares fill it, and the feature cache fills likewise.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ import io
 import itertools
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +46,13 @@ class Seen:
     Attributes:
         gaps_s: between the canary's tokens.
         health_s: what ``/health`` took.
-        memory: requests done, and the resident MiB of the front and of its children, at several times.
+        memory: requests done, and the resident MiB of the front, its engine and the media workers, at several times.
     """
 
     gaps_s: list[float] = field(default_factory=list[float])
     health_s: list[float] = field(default_factory=list[float])
     errors: list[str] = field(default_factory=list[str])
-    memory: list[tuple[int, float, float]] = field(default_factory=list[tuple[int, float, float]])
+    memory: list[tuple[int, float, float, float]] = field(default_factory=list[tuple[int, float, float, float]])
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ async def flood(server: Server, seen: Seen, numbers: Iterator[int], rng: np.rand
         if not told.startswith("HTTP/1.1 200"):
             seen.errors.append(told[:300])
         if number % 100 == 0:
-            seen.memory.append((number, _resident_mib(server.pid), sum(map(_resident_mib, _children(server.pid)))))
+            seen.memory.append((number, *_memory_mib(server.pid)))
 
 
 async def probe(server: Server, seen: Seen) -> None:
@@ -181,8 +187,12 @@ async def run(server: Server, requests: int, clients: int, solo: int, seed: int)
             "among_pictures": {"p50": _ms(among.gaps_s, 0.5), "p99": round(p99[1], 2)},
         },
         "canary_p99_ratio": round(p99[1] / p99[0], 2),
-        "front_mib_per_1000": _slope([(number, front) for number, front, _ in among.memory]),
-        "engine_mib_per_1000": _slope([(number, engine) for number, _, engine in among.memory]),
+        "front_mib_per_1000": _slope([(number, front) for number, front, _, _ in among.memory]),
+        "engine_mib_per_1000": _slope([(number, engine) for number, _, engine, _ in among.memory]),
+        "workers_mib_per_1000": _slope([(number, workers) for number, _, _, workers in among.memory]),
+        "resident_mib": [
+            [number, *map(round, mib)] for number, *mib in among.memory[:: max(1, len(among.memory) // 10)]
+        ],
         "left_over": left,
         "loop_lag_above_25_ms": await _lag_share(server, "0.025"),
     }
@@ -218,8 +228,8 @@ def _ms(seconds: Sequence[float], quantile: float) -> float:
 
 
 def _slope(samples: Sequence[tuple[int, float]]) -> float | None:
-    """Growth per 1,000 requests, over the last two thirds: caches fill up at first."""
-    late = samples[len(samples) // 3 :]
+    """Growth per 1,000 requests, over the last half: caches fill up at first."""
+    late = samples[len(samples) // 2 :]
     if len(late) < 3:
         return None
     return round(1000 * float(np.polyfit([n for n, _ in late], [mib for _, mib in late], 1)[0]), 3)
@@ -232,8 +242,32 @@ def _children(pid: int) -> list[int]:
     return [process for child in direct for process in (child, *_children(child))]
 
 
+def _memory_mib(pid: int) -> tuple[float, float, float]:
+    """Resident MiB of the front, of the engine, and of all media workers."""
+    engine = workers = 0.0
+    for child in _children(pid):
+        if b"opsin.engine" in Path(f"/proc/{child}/cmdline").read_bytes():
+            engine += _resident_mib(child)
+        else:
+            workers += _resident_mib(child)
+    return _resident_mib(pid), engine, workers
+
+
 def _resident_mib(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _circumstances(flags: Sequence[str], load_before: tuple[float, ...]) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "server_flags": " ".join(flags),
+        "commit": commit.stdout.strip(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "opsin")},
+        "cores": len(os.sched_getaffinity(0)),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "load_average": [[round(one, 2) for one in load] for load in (load_before, os.getloadavg())],
+    }
 
 
 def main() -> None:
@@ -242,10 +276,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--solo", type=int, default=20, help="canaries that run alone")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    with serving(["--vision-cache-gb", "0.02"]) as server:  # full after some hundred pictures, so that growth is growth
+    args, flags = parser.parse_known_args()
+    flags = ["--vision-cache-gb", "0.02", *flags]  # full after some hundred pictures, so that growth is growth
+    before = os.getloadavg()
+    with serving(flags) as server:
         result = asyncio.run(run(server, args.requests, args.clients, args.solo, args.seed))
-    print(json.dumps(result, indent=2))
+    print(json.dumps(_circumstances(flags, before) | result, indent=2))
     sys.exit(1 if result["errors"] or result["left_over"] else 0)
 
 
