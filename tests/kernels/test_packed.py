@@ -72,7 +72,8 @@ def test_paged_attention_sees_nothing_of_what_lies_behind_a_shorter_row_s_contex
         seen[row_L[at // BLOCK] * BLOCK + at % BLOCK] = True
     for stored in cache:
         stored.flatten(0, 1)[~seen] = torch.nan
-    arguments = (torch.randn(3, 2, HEAD_DIM).to(dtype), *[torch.empty(3, 2, HEAD_DIM)] * 2, cache, inputs, 0.25)
+    q_TNH, kv_TKH = torch.randn(3, 2, HEAD_DIM).to(dtype), torch.empty(3, 2, HEAD_DIM)
+    arguments = (q_TNH, kv_TKH, kv_TKH, cache, inputs, 0.25)
     expected = reference.paged_attention(*arguments)
     torch.testing.assert_close(packed.KERNELS.paged_attention(*arguments), expected, atol=TOLERANCE[dtype], rtol=0)
 
@@ -97,3 +98,17 @@ def test_decode_with_much_to_gather_equals_reference(monkeypatch):
     k_TKH, v_TKH = (stored.flatten(0, 1)[inputs.slot_mapping_T] for stored in cache)
     arguments = (q_TNH, k_TKH, v_TKH, cache, inputs, 0.25)
     torch.testing.assert_close(packed.KERNELS.paged_attention(*arguments), reference.paged_attention(*arguments))
+
+
+@DTYPES
+@pytest.mark.parametrize("num_pairs", [HEAD_DIM // 2, HEAD_DIM // 4], ids=["whole-head", "half-head"])
+def test_rope_and_write_equals_reference(num_pairs, dtype):
+    torch.manual_seed(0)
+    cache, inputs = _step([(3, 20), (1, 1)], 2, dtype)
+    expected_cache = LayerCache(*(stored.clone() for stored in cache))
+    q_TNH, k_TKH, v_TKH = (torch.randn(4, heads, HEAD_DIM).to(dtype) for heads in (6, 2, 2))
+    angles_TR = torch.randn(4, num_pairs)
+    arguments = (q_TNH, k_TKH, v_TKH, angles_TR.cos(), angles_TR.sin())
+    actual = packed.KERNELS.rope_and_write(*arguments, cache, inputs.slot_mapping_T)
+    expected = reference.rope_and_write(*arguments, expected_cache, inputs.slot_mapping_T)
+    torch.testing.assert_close((*actual, *cache), (*expected, *expected_cache), atol=TOLERANCE[dtype], rtol=0)
