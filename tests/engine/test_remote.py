@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from PIL import Image
 
 from opsin.config import EngineConfig, MediaConfig
 from opsin.engine import remote
+from opsin.engine.channel import EngineEnd, FrontEnd
 from opsin.engine.messages import pack_sources, unpack_sources
 from opsin.engine.remote import RemoteEngine, Watch
 from opsin.errors import EngineDeadError, EngineRestartError, UnsupportedModelError
@@ -206,3 +209,34 @@ def test_closing_ends_the_process():
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     engine.wake()  # a late caller's is ignored
+
+
+def test_request_that_cannot_be_sent_leaves_nothing_behind():
+    sources = [open_picture(picture(3), MediaConfig())]
+    impossible = request("huge")
+    impossible.priority = 2**70
+    with engine_that("answers") as engine:
+        engine.wait_until_loaded()
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(OverflowError):
+            engine.add([impossible], sources)
+        assert len(os.listdir("/proc/self/fd")) == before
+        engine.add([request("small")], sources)
+        steps_until(engine, lambda updates: len(updates) == 1)
+
+
+def test_long_frame_is_copied_once_however_many_pieces_it_comes_in():
+    ours, theirs = socket.socketpair()
+    end = FrontEnd(ours)
+    body = os.urandom(64 * 2**20)
+    sender = threading.Thread(target=lambda: [EngineEnd(theirs).send(part) for part in (body, b"", b"after")])
+    start_s = time.process_time()
+    sender.start()
+    frames: list[bytes] = []
+    while len(frames) < 3:
+        frames += [bytes(frame) for frame in end.receive()]
+    sender.join()
+    end.close()
+    theirs.close()
+    assert frames == [body, b"", b"after"]
+    assert time.process_time() - start_s < 4

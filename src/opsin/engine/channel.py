@@ -91,6 +91,8 @@ class FrontEnd:
         return self._cut()
 
     def _cut(self) -> list[memoryview]:
+        if len(self._inbox) < 4 + int.from_bytes(self._inbox[:4], "little") <= _MAX_FRAME_BYTES:
+            return []  # a long frame comes in many pieces; it is looked at, and copied, once
         view, frames, at = memoryview(bytes(self._inbox)), list[memoryview](), 0
         while at + 4 <= len(view):
             length = int.from_bytes(view[at : at + 4], "little")

@@ -119,8 +119,14 @@ class RemoteEngine:
         if self._state is not _State.RUNNING:
             raise EngineRestartError("The engine is being started again.")
         heads, descriptor = pack_sources(sources)
+        try:
+            body = _encoder.encode(Add(list(requests), heads))
+        except BaseException:  # our own bug, but no reason to lose memory by it
+            if descriptor is not None:
+                os.close(descriptor)
+            raise
         self._running.update(request.request_id for request in requests)
-        self._tell(Add(list(requests), heads), descriptor)
+        self._send(body, descriptor)
 
     def abort(self, request_id: str) -> None:
         if request_id in self._running:
@@ -236,9 +242,12 @@ class RemoteEngine:
                     raise kind(text)
                 logger.error("The engine process could not load the model again: %s", text)
 
-    def _tell(self, message: ToEngine, descriptor: int | None = None) -> None:
+    def _tell(self, message: ToEngine) -> None:
+        self._send(_encoder.encode(message))
+
+    def _send(self, body: bytes, descriptor: int | None = None) -> None:
         try:
-            self._end.send(_encoder.encode(message), descriptor)
+            self._end.send(body, descriptor)
         except EOFError:  # the next look finds it dead, and tells everybody
             logger.debug("The engine process is gone.")
 
