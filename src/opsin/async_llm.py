@@ -329,9 +329,9 @@ class AsyncLLM:
         """The transformers tokenizer of the model."""
         return self._front.inputs.tokenizer.hf
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """What ``generate`` uses when it is given none."""
-        return self._front.inputs.default_sampling_params()
+    def get_default_sampling_params(self, max_tokens: int | None = 16) -> SamplingParams:
+        """What ``generate`` uses when it is given none; ``max_tokens`` where the checkpoint says nothing of it."""
+        return self._front.inputs.default_sampling_params(max_tokens)
 
     def picture_tokens(self, width: int, height: int) -> int:
         """What a picture of this size costs in the prompt.

@@ -217,7 +217,9 @@ def test_default_params_come_from_the_generation_config(make_processor: Callable
     config = {"temperature": 0.2, "top_p": 0.9, "max_new_tokens": 99, "eos_token_id": 2, "do_sample": True}
     params = make_processor(generation_config=config).default_sampling_params()
     assert params == SamplingParams(temperature=0.2, top_p=0.9, max_tokens=99)
+    assert make_processor(generation_config=config).default_sampling_params(max_tokens=None).max_tokens == 99
     assert make_processor().default_sampling_params() == SamplingParams()
+    assert make_processor().default_sampling_params(max_tokens=None).max_tokens is None
 
 
 def test_limit_of_zero_refuses_every_picture(make_processor: Callable[..., InputProcessor]) -> None:

@@ -59,3 +59,22 @@ def test_echo_streamed_joins_to_the_whole(client: httpx.Client):
     assert "".join(choice["text"] for choice in choices) == whole["text"]
     tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["tokens"]]
     assert tokens == whole["logprobs"]["tokens"]
+
+
+@pytest.mark.parametrize("content", [TEXT, [{"type": "text", "text": TEXT}]], ids=["text", "parts"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_echo_of_a_chat_begins_with_what_the_assistant_had_said(client: httpx.Client, content: Any, stream: bool):
+    messages = [{"role": "user", "content": "Tell me a story"}, {"role": "assistant", "content": content}]
+    body = {"messages": messages, "continue_final_message": True, "temperature": 0, "max_tokens": 8, "stream": stream}
+
+    def said(**fields: Any) -> str:
+        response = client.post("/v1/chat/completions", json={**body, **fields})
+        assert response.status_code == 200, response.text
+        if not stream:
+            return response.json()["choices"][0]["message"]["content"]
+        lines = [line.removeprefix("data: ") for line in response.text.split("\n\n")[:-2]]
+        return "".join(json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines)
+
+    assert said(echo=True) == TEXT + said()
+    messages[-1]["role"] = "user"
+    assert said(echo=True, continue_final_message=False) == said(continue_final_message=False)

@@ -11,9 +11,11 @@ import httpx
 import pytest
 
 import opsin
-from opsin import AsyncLLM, PoolingParams
+from opsin import AsyncLLM, PoolingParams, SamplingParams
+from opsin.server.app import create_app
+from opsin.server.config import ServerConfig
 from tests.engine.conftest import picture
-from tests.server.conftest import NAME, chat, data_url, run_async, user
+from tests.server.conftest import NAME, chat, data_url, run_async, serving, user
 
 
 def completion(client: httpx.Client, **fields: Any) -> dict[str, Any]:
@@ -204,3 +206,32 @@ def test_probes_are_empty(client: httpx.Client):
         response = client.get(path)
         assert (response.status_code, response.content) == (200, b"")
     assert client.post("/v1/chat/completions", json=chat()).status_code == 200
+
+
+class WithLongest:
+    """The engine of a checkpoint whose generation_config.json has max_new_tokens; otherwise the real one."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def get_default_sampling_params(self, max_tokens: int | None = 16) -> SamplingParams:
+        return SamplingParams(max_tokens=5)
+
+
+def test_longest_answer_of_a_chat_comes_from_the_checkpoint(engine: AsyncLLM):
+    app = create_app(WithLongest(engine), ServerConfig(), model=NAME)  # type: ignore[arg-type]
+    body = {"messages": user("a"), "ignore_eos": True}
+    with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+        for fields, expected in (({}, 5), ({"max_tokens": 7}, 7), ({"max_completion_tokens": 3}, 3)):
+            usage = client.post("/v1/chat/completions", json={**body, **fields}).json()["usage"]
+            assert usage["completion_tokens"] == expected
+
+
+@pytest.mark.parametrize("name", ["top_k", "max_tokens", "truncate_prompt_tokens", "priority"])
+def test_number_of_more_than_64_bits_is_refused(client: httpx.Client, name: str):
+    response = client.post("/v1/chat/completions", json={"messages": user("a"), name: 2**70})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == name

@@ -239,3 +239,14 @@ def test_chat_tools_that_cannot_be_used_are_a_400(client: httpx.Client, body: di
     error = response.json()["error"]
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_tokenize_counts_the_tools_of_a_conversation(engine: AsyncLLM):
+    app = create_app(engine, ServerConfig(trust_request_chat_template=True), model=NAME)
+    template = "{{ tools | tojson if tools else '' }}{{ messages[0].content }}"
+    body = {"messages": MESSAGES, "chat_template": template}
+    with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+        chat = {**body, "tools": [SHOW], "tool_choice": "none", "max_tokens": 1}
+        used = client.post("/v1/chat/completions", json=chat).json()["usage"]["prompt_tokens"]
+        assert client.post("/tokenize", json={**body, "tools": [SHOW]}).json()["count"] == used
+        assert client.post("/tokenize", json=body).json()["count"] < used

@@ -119,12 +119,17 @@ class InputProcessor:
 
     # ------------------------------------------------------------------------------------------------ prompts
 
-    def default_sampling_params(self) -> SamplingParams:
-        """What the checkpoint's generation_config.json asks for, over ``SamplingParams``' own defaults."""
+    def default_sampling_params(self, max_tokens: int | None = 16) -> SamplingParams:
+        """What the checkpoint's generation_config.json asks for, over ``SamplingParams``' own defaults.
+
+        Args:
+            max_tokens: where it says nothing of it; None is what the context holds.
+        """
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         found = {name: self._generation_config.get(name) for name in names}
-        found["max_tokens"] = self._generation_config.get("max_new_tokens")
-        return SamplingParams(**{name: value for name, value in found.items() if value is not None})
+        longest = self._generation_config.get("max_new_tokens")
+        given = {name: value for name, value in found.items() if value is not None}
+        return SamplingParams(**given, max_tokens=max_tokens if longest is None else longest)
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, whether or not the context holds them; special tokens in it are recognised.

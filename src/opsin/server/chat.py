@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request as HTTPRequest
@@ -33,7 +34,7 @@ async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Resp
     """Answer one conversation."""
     request = await server.read(http, ChatCompletionRequest)
     refuse_unsupported(request)
-    params = sampling_params(request, server.engine.get_default_sampling_params())
+    params = sampling_params(request, server.engine.get_default_sampling_params(max_tokens=None))
     use = tool_use(request, server.tool_parser)
     use.apply_to(params)
     name = server.name_of(http, request, "chatcmpl")
@@ -49,12 +50,21 @@ async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Resp
         return await respond(
             http,
             server,
-            _ChatForm(name, server.names[0], params.n, params.logprobs, use),
+            _ChatForm(name, server.names[0], params.n, params.logprobs, use, _echo(request)),
             prepare,
             num_answers=params.n,
             stream=bool(request.stream),
             options=request.stream_options,
         )
+
+
+def _echo(request: ChatCompletionRequest) -> str:
+    """What answers begin with: the last message, where the assistant had begun it and ``echo`` is asked for."""
+    last = request.messages[-1] if request.echo and request.messages else {}
+    content: Any = last.get("content") if last.get("role") == "assistant" else None
+    parts: list[Any] = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 class _ChatForm:
@@ -63,19 +73,21 @@ class _ChatForm:
     Args:
         top: alternatives to tell per token; None tells no log-probabilities.
         use: how the answers are read for tool calls.
+        echo: what stands in front of every answer.
     """
 
-    def __init__(self, name: str, model: str, n: int, top: int | None, use: ToolUse) -> None:
+    def __init__(self, name: str, model: str, n: int, top: int | None, use: ToolUse, echo: str) -> None:
         self._name = name
         self._model = model
         self._n = n
         self._top = top
         self._use = use
+        self._echo = echo
         self._collectors = [CallCollector(use) for _ in range(n)] if use.new_parser is not None else []
         self._created = int(time.time())
 
     def opening(self) -> list[ChatChunk]:
-        first = ChatDelta(role="assistant", content="")
+        first = ChatDelta(role="assistant", content=self._echo)
         return [self._chunk([ChatChunkChoice(i, first)], UNSET) for i in range(self._n)]
 
     def event(self, prompt: int, output: RequestOutput, usage: Usage | UnsetType | None) -> ChatChunk:
@@ -99,8 +111,9 @@ class _ChatForm:
 
     def _message(self, answer: CompletionOutput) -> ChatMessage:
         if not self._collectors:
-            return ChatMessage(answer.text)
+            return ChatMessage(self._echo + answer.text)
         content, calls = self._collectors[answer.index].take(answer.text, ended=True)
+        content = self._echo + content
         for call in calls:
             call.index = UNSET
         return ChatMessage(content if content or not calls else None, tool_calls=calls or UNSET)

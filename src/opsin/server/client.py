@@ -62,8 +62,8 @@ class EngineClient(Protocol):
         """The text of token ids."""
         ...
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """What the checkpoint's generation_config.json asks for."""
+    def get_default_sampling_params(self, max_tokens: int | None = 16) -> SamplingParams:
+        """What the checkpoint's generation_config.json asks for; ``max_tokens`` where it says nothing of it."""
         ...
 
     def get_chat_template(self, *, tools: bool = False) -> str | None:

@@ -106,10 +106,12 @@ class ChatCompletionRequest(SamplingRequest, kw_only=True):
         tools: functions that the model may ask to be called.
         tool_choice: "none", "auto", "required", or the one that must be called.
         parallel_tool_calls: false keeps the first call of an answer alone.
+        echo: begin the answer with the last message, where that is the assistant's.
     """
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
+    echo: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Any] | None = None
@@ -221,10 +223,15 @@ class PickRequest(Request, kw_only=True):
 
 
 class TokenizeRequest(Request, kw_only=True):
-    """``POST /tokenize``: ``prompt``, or ``messages``, whose pictures are expanded as for an answer."""
+    """``POST /tokenize``: ``prompt``, or ``messages``, whose pictures are expanded as for an answer.
+
+    Attributes:
+        tools: as in a chat; they cost tokens as well.
+    """
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
 
 

@@ -62,7 +62,6 @@ def sampling_params(request: ChatCompletionRequest | CompletionRequest, defaults
         if request.max_completion_tokens is not None:
             given["max_tokens"] = request.max_completion_tokens
             names["max_tokens"] = "max_completion_tokens"
-        given.setdefault("max_tokens", None)
         if request.top_logprobs is not None and not request.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
         given["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None

@@ -23,7 +23,9 @@ async def tokenize(http: HTTPRequest, server: ServerState) -> Response:
         if request.messages is not None:
             name = server.name_of(http, request, "tokens")
             params = PoolingParams()  # nothing need be left for an answer
-            prepared = await server.prepare_chat(name, request, request.messages, params, add_generation_prompt=True)
+            prepared = await server.prepare_chat(
+                name, request, request.messages, params, add_generation_prompt=True, tools=request.tools
+            )
             return prepared.request.prompt_token_ids
         special = request.add_special_tokens is not False
         return await server.engine.tokenize(request.prompt or "", add_special_tokens=special)
