@@ -85,6 +85,11 @@ def warm(pool: MediaPool) -> int:
     return pid
 
 
+def test_worker_yields_to_the_process_that_started_it() -> None:
+    with MediaPool(MediaConfig(media_workers=1)) as pool:
+        assert os.getpriority(os.PRIO_PROCESS, warm(pool)) > os.getpriority(os.PRIO_PROCESS, 0)
+
+
 def test_workers_and_inline_give_identical_results(shared_pool: MediaPool) -> None:
     in_workers = run(shared_pool, sources())
     with MediaPool(MediaConfig(media_workers=0)) as inline_pool:

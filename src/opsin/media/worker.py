@@ -24,6 +24,8 @@ from opsin.media.ops import distinct
 from opsin.media.video import decode_frames, read_video_header
 from opsin.media.wire import Job, Probe, Reply, carry_out, map_memory, receive, replying, send
 
+_NICENESS = 5  # above the engine's: where cores are short, answers that go on come before new pictures
+
 
 def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
     """Serve jobs until the socket closes.
@@ -35,6 +37,7 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
     """
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(_NICENESS)
     gc.freeze()  # what is loaded stays; the collections below then look at one picture's objects alone
     with socket.socket(fileno=descriptor) as connection:
         send(connection, Reply())
