@@ -1,4 +1,4 @@
-"""The reference with linear layers on oneDNN's blocked weights, for CPUs.
+"""The reference with linear layers on oneDNN's blocked weights, attention by its products, and shorter ropes, for CPUs.
 
 ``F.linear`` re-reads a row-major weight in an order that wastes the cache. Packed once at load, a 9728 x 896 float32
 layer takes 1.4 instead of 2.5 ms for one token, 2.2 instead of 6.5 ms for 16, and 21 instead of 56 ms for 256 (one
@@ -12,6 +12,7 @@ import dataclasses
 import torch
 
 from opsin.kernels import reference
+from opsin.kernels.inputs import LayerCache
 from opsin.kernels.packed_attention import paged_attention, varlen_attention
 
 
@@ -28,10 +29,40 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
     return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
 
 
+def apply_rope(
+    q_TNH: torch.Tensor, k_TKH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x * cos + (x with its halves swapped) * (-sin, sin): four passes over heads, not nine over halves."""
+    size = cos_TR.shape[-1]
+    if 2 * size != q_TNH.shape[-1]:
+        return reference.apply_rope(q_TNH, k_TKH, cos_TR, sin_TR)
+    cos_T1H = torch.cat((cos_TR, cos_TR), dim=1).unsqueeze(1)
+    sin_T1H = torch.cat((sin_TR.neg(), sin_TR), dim=1).unsqueeze(1)
+    # cos and sin are float32, so the products are too, and rounding happens once.
+    q_TNH, k_TKH = ((x * cos_T1H).addcmul_(x.roll(size, -1), sin_T1H).to(x.dtype) for x in (q_TNH, k_TKH))
+    return q_TNH, k_TKH
+
+
+def rope_and_write(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    cache: LayerCache,
+    slot_mapping_T: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q_TNH, k_TKH = apply_rope(q_TNH, k_TKH, cos_TR, sin_TR)
+    reference.write_kv(k_TKH, v_TKH, cache, slot_mapping_T)
+    return q_TNH, k_TKH
+
+
 KERNELS = dataclasses.replace(
     reference.KERNELS,
     pack_linear=pack_linear,
     linear=linear,
+    apply_rope=apply_rope,
+    rope_and_write=rope_and_write,
     paged_attention=paged_attention,
     varlen_attention=varlen_attention,
 )
