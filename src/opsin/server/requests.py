@@ -259,8 +259,8 @@ def decode(body: bytes | bytearray, kind: type[T]) -> T:
         RequestError: it is not JSON in UTF-8, or a field has the wrong type; ``param`` is that field's path.
     """
     # Decoding holds up everybody else, and costs by the value, not by the byte. Quotes within strings are escaped, so
-    # the roles are keys; the commas of prose count as well, of which no context holds so many. In 8 MiB roles take 12 ms
-    # to count, the rest 2 each.
+    # the roles are keys; the commas of prose count as well, of which no context holds so many. Counting the roles of
+    # 8 MiB takes 12 ms, the rest 2 each.
     num_objects = body.count(b"{")
     if num_objects > _MAX_MESSAGES and body.count(b'"role"') > _MAX_MESSAGES:
         raise RequestError(f"The body has more than {_MAX_MESSAGES} messages.", param="messages")
