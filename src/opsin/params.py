@@ -150,16 +150,17 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         self._whole("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
         self._token_ids("stop_token_ids")
         if self.logit_bias is not None:
+            few = not isinstance(self.logit_bias, dict) or len(self.logit_bias) <= MAX_TOKEN_LIST
+            self._require(few, "logit_bias", f"a dict of at most {MAX_TOKEN_LIST} token ids")
             try:  # JSON has only strings for keys
                 self.logit_bias = {int(token): float(bias) for token, bias in dict(self.logit_bias).items()}
             except (TypeError, ValueError):
                 self._require(False, "logit_bias", "a dict of token ids and numbers")
             self._require(
-                len(self.logit_bias) <= MAX_TOKEN_LIST
-                and all(token >= 0 for token in self.logit_bias)
+                all(token >= 0 for token in self.logit_bias)
                 and all(math.isfinite(bias) and -100 <= bias <= 100 for bias in self.logit_bias.values()),
                 "logit_bias",
-                f"at most {MAX_TOKEN_LIST} token ids with values within [-100, 100]",
+                "a dict of token ids and values within [-100, 100]",
             )
         if self.allowed_token_ids is not None:
             self._token_ids("allowed_token_ids", max_count=None)
@@ -209,10 +210,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     def _strings(self, name: str, max_count: int) -> None:
         items = cast("list[str]", getattr(self, name))
         ok = isinstance(items, list) and len(items) <= max_count and all(isinstance(s, str) and s for s in items)
-        if ok and any("\ud800" <= char <= "\udfff" for item in items for char in item):
-            self._require(False, name, "valid Unicode, without halves of surrogate pairs")
         self._require(ok, name, f"at most {max_count} non-empty strings")
         self._require(sum(map(len, items)) <= MAX_WORDS_CHARS, name, f"at most {MAX_WORDS_CHARS} characters together")
+        if any("\ud800" <= char <= "\udfff" for item in items for char in item):
+            self._require(False, name, "valid Unicode, without halves of surrogate pairs")
 
     def _token_ids(self, name: str, max_count: int | None = MAX_TOKEN_LIST) -> None:
         items = getattr(self, name)

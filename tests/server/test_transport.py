@@ -246,4 +246,6 @@ def test_body_that_is_nested_too_deeply_is_refused(client: httpx.Client, field: 
 def test_body_of_countless_parts_is_refused_at_once(client: httpx.Client):
     parts = b",".join([b'{"type":"text","text":"x"}'] * 60_000)
     response = client.post(URL, content=b'{"messages": [{"role":"user","content":[' + parts + b"]}]}")
-    assert error_of(response)["message"] == "The body has more than 32768 objects."
+    assert error_of(response)["message"] == "The body has more than 32768 objects or lists."
+    response = client.post(URL, content=b'{"messages": [' + b",".join([b"[1]"] * 60_000) + b"]}")
+    assert error_of(response)["message"] == "The body has more than 32768 objects or lists."
