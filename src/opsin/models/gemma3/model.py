@@ -19,7 +19,7 @@ from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.picture_model import RENAMES, PictureModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
-from opsin.models.towers.patches import Patches, in_passes
+from opsin.models.towers.patches import Patches
 from opsin.models.towers.siglip import SiglipTower
 from opsin.models.towers.vit import ViTConfig
 from opsin.types import MediaLayout
@@ -65,11 +65,7 @@ class Gemma3Model(PictureModel):
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
-        every = [tile for item in tiles for tile in item]
-        return in_passes(self._encode, every, [self.tower.config.num_patches] * len(every))
-
-    def _encode(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.projector(self.tower(self.patches(torch.stack(list(tiles)))))
+        return self.patches.in_passes(lambda patches_BPC: self.projector(self.tower(patches_BPC)), tiles)
 
     def forward(
         self,

@@ -18,7 +18,7 @@ from opsin.models.projector import Projector, pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.intern_vit import InternViTConfig, InternViTTower
-from opsin.models.towers.patches import Patches, in_passes
+from opsin.models.towers.patches import Patches
 from opsin.types import MediaLayout
 
 _PROJECTOR_EPS = 1e-5
@@ -76,12 +76,10 @@ class InternVLModel(PictureModel):
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
-        every = [tile for item in tiles for tile in item]
-        return in_passes(self._encode, every, [self.tile.num_patches] * len(every))
+        return self.patches.in_passes(self._encode, tiles)
 
-    def _encode(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
-        hidden_BPD = self.tower(self.patches(torch.stack(list(tiles))))
-        return self.projector(pixel_shuffle(hidden_BPD[:, 1:], self.tile.merge))
+    def _encode(self, patches_BPC: torch.Tensor) -> torch.Tensor:
+        return self.projector(pixel_shuffle(self.tower(patches_BPC)[:, 1:], self.tile.merge))
 
 
 class NormedProjector(Projector):

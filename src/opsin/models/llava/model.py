@@ -17,7 +17,7 @@ from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.clip import ClipTower
-from opsin.models.towers.patches import Patches, in_passes
+from opsin.models.towers.patches import Patches
 from opsin.models.towers.siglip import SiglipTower
 from opsin.types import MediaLayout
 
@@ -90,12 +90,10 @@ class LlavaModel(PictureModel):
 
     def encode_tiles(self, tiles: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Features of every tile of every item, (B, P, D), in as few passes as can be."""
-        every = [tile for item in tiles for tile in item]
-        num_patches = self.tower.config.num_patches
-        return in_passes(self._encode, every, [num_patches] * len(every))
+        return self.patches.in_passes(self._encode, tiles)
 
-    def _encode(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
-        hidden_BPD = self.tower(self.patches(torch.stack(list(tiles))))
+    def _encode(self, patches_BPC: torch.Tensor) -> torch.Tensor:
+        hidden_BPD = self.tower(patches_BPC)
         if self.drop_first:
             # CLIP's class token. HF drops SigLIP's first patch too, and checkpoints were trained so.
             hidden_BPD = hidden_BPD[:, 1:]

@@ -52,6 +52,15 @@ class Patches:
         patches_PC = self.kernels.patchify(tiles_BYX3, self.patch_size, self.norm_table_3, self.dtype)
         return patches_PC.unflatten(0, (len(tiles_BYX3), -1))
 
+    def in_passes(
+        self, run: Callable[[torch.Tensor], torch.Tensor], tiles: Sequence[Sequence[torch.Tensor]]
+    ) -> torch.Tensor:
+        """What ``run`` makes of the patches of all items' equal tiles, (tiles, patches, values) in each pass."""
+        every = [tile for item in tiles for tile in item]
+        height, width, _ = every[0].shape
+        num_patches = (height // self.patch_size) * (width // self.patch_size)
+        return in_passes(lambda some: run(self(torch.stack(list(some)))), every, [num_patches] * len(every))
+
     def normalise(self, picture_YX3: torch.Tensor) -> torch.Tensor:
         """uint8 (height, width, 3) to float32 (3, height, width), for views that are made of the normalised pixels."""
         return torch.stack([self.norm_table_3[:, c].take(picture_YX3[..., c].long()) for c in range(3)])
