@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from opsin import AsyncLLM
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
-from tests.server.conftest import NAME, chat, data_url, serving, user
+from tests.server.conftest import NAME, chat, data_url, run_async, serving, user
 
 URL = "/v1/chat/completions"
 
@@ -263,3 +263,16 @@ def test_request_template_is_used_where_trusted(engine: AsyncLLM):
         assert client.post("/detokenize", json={"tokens": tokens}).json()["prompt"].endswith("user!")
         for path in ("/etc/hostname", "/nowhere"):
             assert refused(client, chat(chat_template=path))["param"] == "chat_template"
+
+
+def test_content_format_is_the_servers(engine: AsyncLLM):
+    template = "{% for part in messages[0].content %}{{ part if part is string else 'PART' }}{% endfor %}"
+    body = {"messages": user("ab"), "chat_template": template, "max_tokens": 1}
+    counts: list[int] = []
+    for form in ("string", "openai"):
+        config = ServerConfig(trust_request_chat_template=True, chat_template_content_format=form)  # type: ignore[arg-type]
+        app = create_app(engine, config, model=NAME)
+        with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+            counts.append(client.post("/tokenize", json=body).json()["count"])
+    plain = len(run_async(engine.tokenize("ab")))
+    assert counts == [plain, len(run_async(engine.tokenize("PART")))]

@@ -39,6 +39,9 @@ class ServerConfig:
         False, "Let requests bring a chat_template; a template is a program, so only for callers that you trust."
     )
 
+    chat_template_content_format: Literal["auto", "string", "openai"] = setting(
+        "auto", "Whether the chat template takes content as text or as parts; 'auto' asks it."
+    )
     tool_call_parser: Literal["auto", "hermes", "mistral"] = setting(
         "auto", "How the model writes tool calls by itself; 'auto' reads it from the chat template."
     )

@@ -105,6 +105,7 @@ class ServerState:
                 self.engine_id(name),
                 priority=request.priority or 0,
                 chat_template=request.chat_template,
+                chat_template_content_format=self.config.chat_template_content_format,
                 isolate_template=True,
                 chat_template_kwargs=request.chat_template_kwargs,
                 tools=tools,
