@@ -19,11 +19,13 @@ from tests.server.test_engine_process import CHAT, serving
 @pytest.mark.slow
 def test_flood_of_pictures_breaks_nothing_and_leaves_nothing_behind():
     with soak.serving() as server:
-        result = asyncio.run(soak.run(server, requests=24, clients=4, solo=1, seed=0))
+        result = asyncio.run(soak.run(server, requests=48, clients=8, solo=4, seed=0))
     assert result["errors"] == 0, result["first_error"]
     assert result["left_over"] == {}
     assert result["health_ms"]["p50"] < 50
     assert result["canary_gap_ms"]["among_pictures"]["p50"] > 0
+    # Others use the machine as well; in steps that encode all that waits it is twenty and more.
+    assert result["canary_p99_ratio"] < 10
     assert result["loop_lag_above_25_ms"] < 0.2  # on a machine that others use as well; a blocked loop has far more
 
 

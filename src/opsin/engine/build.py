@@ -180,9 +180,12 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside
 
 def _encoder(model: VisionLanguageModel, device: torch.device) -> Encode:
     """What a tower's thread does."""
+    num_threads = max(1, torch.get_num_threads() // 2)
 
     @torch.inference_mode()
     def encode(pixels: Pixels, layout: MediaLayout) -> np.ndarray:
+        # Of the calling thread alone. Two teams that both want all cores would wait for one another at every operation.
+        torch.set_num_threads(num_threads)
         return model.encode([tiles_on_device(pixels, layout, device)], [layout]).float().numpy()
 
     return encode
