@@ -201,6 +201,11 @@ def resolve_device(config: DeviceConfig) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(config.device)
+        if device.type == "cuda" and device.index:  # kernels are launched on the thread's current device
+            raise ConfigError(
+                f"device is {config.device!r}; an engine runs on the first CUDA device that it sees. Set "
+                f"CUDA_VISIBLE_DEVICES={device.index} and leave device out."
+            )
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
