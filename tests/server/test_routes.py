@@ -235,3 +235,32 @@ def test_number_of_more_than_64_bits_is_refused(client: httpx.Client, name: str)
     response = client.post("/v1/chat/completions", json={"messages": user("a"), name: 2**70})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == name
+
+
+def test_model_is_found_by_each_of_its_names(client: httpx.Client):
+    listed = client.get("/v1/models").json()["data"]
+    assert [client.get(f"/v1/models/{card['id']}").json() for card in listed] == listed
+    response = client.get("/v1/models/some/other")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+BAD = "ftp://example.org/x"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/pick", {"choices": ["a", "b"], "question": "q", "image": BAD}, "image"),
+        ("/page/seen", {"image_url": BAD}, "image_url"),
+        ("/rerank", {"query": "a", "documents": ["b", {"content": 5}]}, "documents.1.content"),
+        ("/rerank", {"query": {"content": 5}, "documents": ["b"]}, "query.content"),
+        ("/score", {"text_1": "a", "text_2": ["b", {"content": None}]}, "text_2.1.content"),
+    ],
+)
+def test_error_about_what_became_a_message_names_the_bodys_field(
+    client: httpx.Client, path: str, body: dict[str, Any], param: str
+):
+    response = client.post(path, json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param

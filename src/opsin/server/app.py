@@ -126,7 +126,7 @@ def _add_file(app: FastAPI, path: str) -> None:
 
 
 def _add_gets(app: FastAPI, server: ServerState) -> None:
-    def get(path: str) -> Callable[[Callable[[], Awaitable[Response]]], object]:
+    def get(path: str) -> Callable[[Callable[..., Awaitable[Response]]], object]:
         return app.get(path, response_class=Response)
 
     @get("/v1/models")
@@ -134,6 +134,12 @@ def _add_gets(app: FastAPI, server: ServerState) -> None:
         """The names that the model goes by."""
         length = server.engine.max_model_len
         return json_response(ModelList([ModelCard(name, server.created, server.root, length) for name in server.names]))
+
+    @get("/v1/models/{name:path}")
+    async def retrieve_model(name: str) -> Response:
+        """One of these names."""
+        server.require_model(name)
+        return json_response(ModelCard(name, server.created, server.root, server.engine.max_model_len))
 
     @get("/version")
     async def version() -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
@@ -15,7 +16,7 @@ from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import Pick, PickChoice
 from opsin.server.pooling import pool, usage_of
 from opsin.server.requests import PickRequest
-from opsin.server.state import ServerState, blame
+from opsin.server.state import ServerState, blame, renamed
 from opsin.server.transport import GoneResponse, json_response
 
 
@@ -36,7 +37,7 @@ async def create_pick(http: HTTPRequest, server: ServerState) -> Response:
     async def prepare() -> list[ProcessedRequest]:
         return [await server.prepare_chat(name, request, messages, params, add_generation_prompt=True)]
 
-    with blame("messages"):
+    with renamed("image") if request.messages is None else nullcontext(), blame("messages"):
         outputs = await pool(http, server, prepare, len(request.choices))
     if outputs is None:
         return GoneResponse()

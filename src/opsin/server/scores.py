@@ -17,7 +17,7 @@ from opsin.processing.scoring import pairs
 from opsin.server.answers import RerankDocument, Reranking, RerankResult, ScoreItem, Scores
 from opsin.server.pooling import pool, refuse_truncation, usage_of
 from opsin.server.requests import Request, RerankRequest, ScoreInput, ScoreInputs, ScoreRequest
-from opsin.server.state import ServerState
+from opsin.server.state import ServerState, renamed
 from opsin.server.transport import GoneResponse, json_response
 
 _MAX_INPUTS = 2048
@@ -36,7 +36,12 @@ async def create_score(http: HTTPRequest, server: ServerState) -> Response:
     compared = pairs(len(first), len(second))
     name = server.name_of(http, request, "score")
     outputs = await _vectors(
-        http, server, name, request, [(names[0], item) for item in first], [(names[1], item) for item in second]
+        http,
+        server,
+        name,
+        request,
+        _named(names[0], getattr(request, names[0]), first),
+        _named(names[1], getattr(request, names[1]), second),
     )
     if outputs is None:
         return GoneResponse()
@@ -55,7 +60,7 @@ async def rerank(http: HTTPRequest, server: ServerState) -> Response:
         raise RequestError(f"top_n is {top_n}; it must be at least 0, which is all of them.", param="top_n")
     name = server.name_of(http, request, "rerank")
     outputs = await _vectors(
-        http, server, name, request, [("query", request.query)], [("documents", item) for item in documents]
+        http, server, name, request, [("query", request.query)], _named("documents", request.documents, documents)
     )
     if outputs is None:
         return GoneResponse()
@@ -77,6 +82,10 @@ async def _vectors(
     params = PoolingParams()
 
     async def prepare_one(field: str, item: ScoreInput) -> ProcessedRequest:
+        with renamed(f"{field}.content"):
+            return await read(field, item)
+
+    async def read(field: str, item: ScoreInput) -> ProcessedRequest:
         if isinstance(item, str):
             return await server.prepare(name, request, item, params, field)
         messages = [{"role": "user", "content": item.get("content")}]
@@ -86,6 +95,11 @@ async def _vectors(
         return [await prepare_one(*each) for each in (*first, *second)]
 
     return await pool(http, server, prepare, len(first) + len(second))
+
+
+def _named(field: str, given: ScoreInputs, items: Sequence[ScoreInput]) -> list[tuple[str, ScoreInput]]:
+    """Each input with where it stands in the body."""
+    return [(f"{field}.{i}" if isinstance(given, list) else field, item) for i, item in enumerate(items)]
 
 
 def _scores(

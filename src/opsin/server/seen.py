@@ -18,7 +18,7 @@ from opsin.media.pool import MediaPool
 from opsin.params import PoolingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.requests import Request
-from opsin.server.state import ServerState
+from opsin.server.state import ServerState, renamed
 from opsin.server.transport import ClientGone, GoneResponse, json_response, until_gone
 from opsin.types import MediaLayout
 
@@ -63,7 +63,8 @@ async def see_picture(http: HTTPRequest, server: ServerState) -> Response:
         part = {"type": "image_url", "image_url": {"url": request.image_url}}
         messages = [{"role": "user", "content": [part]}]
         name = server.name_of(http, request, "seen")
-        processed = await server.prepare_chat(name, request, messages, PoolingParams(), add_generation_prompt=True)
+        with renamed("image_url"):
+            processed = await server.prepare_chat(name, request, messages, PoolingParams(), add_generation_prompt=True)
         return await asyncio.to_thread(_look, processed)
 
     try:

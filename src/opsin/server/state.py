@@ -56,10 +56,8 @@ class ServerState:
             HTTPError, RequestError: it cannot be read, or asks for another model.
         """
         request = decode(await read_body(http, self.config.max_body_bytes), kind)
-        if request.model is not None and request.model not in self.names:
-            raise ModelNotFoundError(
-                f"The model {request.model!r} does not exist here. Served: {', '.join(self.names)}.", param="model"
-            )
+        if request.model is not None:
+            self.require_model(request.model)
         if request.chat_template is not None and not self.config.trust_request_chat_template:
             raise RequestError(
                 "This server takes no chat_template from requests (trust_request_chat_template).",
@@ -72,6 +70,17 @@ class ServerState:
             client = http.scope["state"].get("client", "")
             request.messages = self.remembered.resolve(messages, client, request.cache_salt or "")  # type: ignore[attr-defined]
         return request
+
+    def require_model(self, name: str) -> None:
+        """See that the model goes by a name.
+
+        Raises:
+            ModelNotFoundError: it does not.
+        """
+        if name not in self.names:
+            raise ModelNotFoundError(
+                f"The model {name!r:.200} does not exist here. Served: {', '.join(self.names)}.", param="model"
+            )
 
     def name_of(self, http: HTTPRequest, request: Request, prefix: str) -> str:
         """The id of an answer: from the body, from the X-Request-Id header, or a new one."""
@@ -147,6 +156,21 @@ def blame(field: str) -> Iterator[None]:
         yield
     except RequestError as error:
         if error.param in (None, "prompt", "prompt_token_ids", "multi_modal_data"):
+            error.param = field
+        raise
+
+
+@contextmanager
+def renamed(field: str) -> Iterator[None]:
+    """Give errors about the one message that was made of a body's field the field's own name.
+
+    Args:
+        field: what the message's content came from.
+    """
+    try:
+        yield
+    except RequestError as error:
+        if error.param is not None and error.param.startswith("messages"):
             error.param = field
         raise
 
