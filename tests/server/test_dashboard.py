@@ -10,10 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from opsin import AsyncLLM
-from tests.server.conftest import assert_idle, chat, serving
+from opsin.server.app import create_app
+from opsin.server.config import ServerConfig
+from tests.server.conftest import NAME, assert_idle, chat, serving
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "grafana.json"
 PANELS: list[dict[str, Any]] = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
@@ -40,7 +41,8 @@ class Scrape:
 
 
 @pytest.fixture(scope="module")
-def scrape(app: FastAPI, engine: AsyncLLM) -> Iterator[Scrape]:
+def scrape(engine: AsyncLLM) -> Iterator[Scrape]:
+    app = create_app(engine, ServerConfig(served_model_name=(NAME,)), model="root")  # one that counts from 0
     with serving(app) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
         for seed in (101, 101, 102):
             for fields in ({"n": 2}, {"stream": True}):

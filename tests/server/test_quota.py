@@ -99,7 +99,7 @@ def test_openai_client_waits_and_succeeds(engine: AsyncLLM):
             lines = first.iter_lines()
             next(lines)
             assert http.post(URL, json=chat()).status_code == 429
-            client = openai.OpenAI(base_url=f"{address}/v1", api_key="x")
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=60)
             found: list[str | None] = []
 
             def ask() -> None:
