@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -93,6 +95,21 @@ def test_body_that_stops_coming_is_given_up(client: httpx.Client, address: str, 
         answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 408")
     assert b'"request_timeout"' in answer
+
+
+def test_body_that_comes_in_drops_is_given_up(client: httpx.Client, address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transport, "_BODY_IDLE_S", 0.3)
+    start_s = time.monotonic()
+    with connect(address) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        connection.settimeout(0.05)
+        answer = b""
+        while not answer:
+            assert time.monotonic() - start_s < 5
+            connection.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408")
 
 
 def test_client_that_stops_reading_its_stream_is_left(monkeypatch: pytest.MonkeyPatch):

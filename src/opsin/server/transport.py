@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, Self, TypeVar
 
@@ -17,6 +18,7 @@ from opsin.server.errors import BodyTimeoutError, BodyTooLargeError, EncodedBody
 T = TypeVar("T")
 
 _BODY_IDLE_S = 30.0  # a body that stops coming for so long is given up
+_BODY_BYTES_PER_S = 4096  # so is one that, but for such a pause, comes more slowly
 _SEND_IDLE_S = 30.0  # so is a client that stops reading its stream
 _GONE = 499  # nobody reads it; proxies log it so
 
@@ -45,10 +47,14 @@ async def read_body(http: Request, max_bytes: int) -> bytearray:
     if announced.isdecimal() and int(announced) > max_bytes:
         raise too_large
     body = bytearray()
+    begun_s = time.monotonic()
     while True:
+        spare_s = _BODY_IDLE_S + len(body) / _BODY_BYTES_PER_S - (time.monotonic() - begun_s)
         try:
-            message = await asyncio.wait_for(http.receive(), _BODY_IDLE_S)
+            message = await asyncio.wait_for(http.receive(), min(_BODY_IDLE_S, max(spare_s, 0.001)))
         except TimeoutError:
+            if spare_s < _BODY_IDLE_S:
+                raise BodyTimeoutError(f"The body came at less than {_BODY_BYTES_PER_S} bytes a second.") from None
             raise BodyTimeoutError(f"No more of the body came for {_BODY_IDLE_S:g} s.") from None
         if message["type"] == "http.disconnect":
             raise ClientGone
