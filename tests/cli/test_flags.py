@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opsin.cli import flags
+from opsin.cli import flags, main
 from opsin.config import EngineConfig
 from opsin.errors import ConfigError
 
@@ -154,3 +154,9 @@ def test_empty_yaml_gives_no_settings(tmp_path: Path) -> None:
 
 def test_groups_cover_engine_config() -> None:
     assert [group.name for group in flags.config_groups()] == [field.name for field in dataclasses.fields(EngineConfig)]
+
+
+def test_flags_spelt_with_underscores_are_the_same() -> None:
+    parser = main.build_parser()
+    args = flags.parse(parser, ["serve", "a_b", "--max_model_len", "64", "--limit_mm_per_prompt=image=2", "--host=a_b"])
+    assert (args.model, args.max_model_len, args.limit_mm_per_prompt, args.host) == ("a_b", 64, {"image": 2}, "a_b")

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,9 +177,12 @@ def yaml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line whose command may name a YAML file of settings.
 
+    Flags may be spelt with underscores, as in scripts written for vLLM.
+
     Raises:
         ConfigError: that file is wrong.
     """
+    argv = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     args = parser.parse_args(argv)
     if "config" not in args:
         return args
