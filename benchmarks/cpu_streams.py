@@ -87,7 +87,7 @@ def build_checkpoint(folder: Path) -> Path:
                 parameter.normal_(std=1.3 / parameter[0].numel() ** 0.5, generator=generator)
             elif not name.endswith("weight"):
                 parameter.normal_(std=0.02, generator=generator)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     return folder
 
 
