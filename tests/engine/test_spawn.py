@@ -27,7 +27,7 @@ def spawned(folder: Path) -> Iterator[AsyncLLM]:
 
 
 async def last(engine: AsyncLLM, prompt: Any, params: SamplingParams = GREEDY) -> Any:
-    return [output async for output in engine.generate(prompt, params)][-1]
+    return [output async for output in engine.generate(prompt, params, output_kind="final")][-1]
 
 
 def asked(seed: int) -> Any:
