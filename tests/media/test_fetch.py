@@ -23,7 +23,9 @@ from opsin.media.fetch import check_address, check_url, decode_data_url, fetch
 
 BODY = bytes(range(256)) * 20
 PUBLIC = MediaConfig()
-LOOPBACK = MediaConfig(allow_private_media_hosts=True, image_fetch_timeout_s=0.4, max_media_bytes=100_000)
+LOOPBACK = MediaConfig(allow_private_media_hosts=True, image_fetch_timeout_s=20, max_media_bytes=100_000)
+HASTY = MediaConfig(allow_private_media_hosts=True, image_fetch_timeout_s=0.4, max_media_bytes=100_000)
+NEVER_ENDING = ("drip-body", "drip-header", "silent")
 
 
 def ok(body: bytes, *headers: str, length: int | None = None) -> bytes:
@@ -318,8 +320,8 @@ def test_download_returns_the_body(server: Server) -> None:
 )
 def test_misbehaving_server_fails_with_code_in_time(server: Server, path: str, code: str) -> None:
     start = time.monotonic()
-    assert code_of(f"{server.url}/{path}") == code
-    assert time.monotonic() - start < 2
+    assert code_of(f"{server.url}/{path}", HASTY if path in NEVER_ENDING else LOOPBACK) == code
+    assert time.monotonic() - start < 5
 
 
 def test_unreachable_server_fails_with_code() -> None:
@@ -377,7 +379,7 @@ def test_download_leaves_no_descriptor(server: Server) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for path in ("ok", "endless", "status/404", "drip-header"):
         try:
-            fetch(f"{server.url}/{path}", LOOPBACK)
+            fetch(f"{server.url}/{path}", HASTY)
         except MediaError:
             pass
     server.done.set()
