@@ -281,7 +281,7 @@ def test_slow_name_server_counts_against_the_deadline(monkeypatch: pytest.Monkey
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: release.wait(5) and [])
     start = time.monotonic()
-    assert code_of("http://pictures.example/") == "failed_to_download_image"
+    assert code_of("http://pictures.example/", HASTY) == "failed_to_download_image"
     assert time.monotonic() - start < 2
     release.set()
 
@@ -348,7 +348,7 @@ def test_redirect_to_a_private_host_is_refused(server: Server, monkeypatch: pyte
 
 
 def test_tls_to_a_server_without_it_fails_with_code(server: Server) -> None:
-    assert code_of(server.url.replace("http", "https") + "/ok") == "failed_to_download_image"
+    assert code_of(server.url.replace("http", "https") + "/ok", HASTY) == "failed_to_download_image"
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
