@@ -33,6 +33,7 @@ from tests.engine.conftest import picture
 from tests.media import clips
 
 QUICK = Watch(silence_s=0.5, step_s=0.5)
+PATIENT = Watch()
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def engine_that(behaviour: str, watch: Watch = QUICK) -> Iterator[RemoteEngine]:
+def engine_that(behaviour: str, watch: Watch = PATIENT) -> Iterator[RemoteEngine]:
     engine = RemoteEngine(EngineConfig.from_flat({"model": behaviour}), watch)
     try:
         yield engine
@@ -133,7 +134,7 @@ def _encoded(image: Image.Image) -> bytes:
     ],
 )
 def test_process_that_cannot_load_says_why(behaviour: str, error: type[Exception], message: str):
-    with engine_that(behaviour) as engine, pytest.raises(error, match=message):
+    with engine_that(behaviour, QUICK) as engine, pytest.raises(error, match=message):
         engine.wait_until_loaded()
 
 
@@ -143,7 +144,7 @@ def test_process_that_cannot_load_says_why(behaviour: str, error: type[Exception
     ids=lambda b: b.replace(" ", "-"),
 )
 def test_request_of_a_process_that_fails_is_told_and_the_process_replaced(behaviour: str):
-    with engine_that(behaviour) as engine:
+    with engine_that(behaviour, QUICK) as engine:
         engine.wait_until_loaded()
         first = engine.pid
         engine.add([request("one"), request("two")], [])
