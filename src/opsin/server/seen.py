@@ -15,6 +15,7 @@ from opsin.config import MediaConfig
 from opsin.errors import RequestError
 from opsin.media.ops import PixelArray
 from opsin.media.pool import MediaPool
+from opsin.media.source import EncodedPicture, PixelPicture
 from opsin.params import PoolingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.requests import Request
@@ -77,11 +78,11 @@ async def see_picture(http: HTTPRequest, server: ServerState) -> Response:
 def _look(processed: ProcessedRequest) -> Seen:
     """Decode the picture as a media worker does, in one that lives for this picture alone."""
     (item,), (source,) = processed.request.media, processed.sources
-    if not hasattr(source, "decode"):
+    if not isinstance(source, EncodedPicture | PixelPicture):
         raise RequestError("Only pictures can be looked at.", param="image_url")
     plan = item.layout.plan
     with MediaPool(MediaConfig(media_workers=1)) as pool:
-        pool.submit(item.key, source, plan)  # pyright: ignore[reportArgumentType]
+        pool.submit(item.key, source, plan)
         (finished,) = pool.wait()
     if finished.error is not None:
         raise finished.error
