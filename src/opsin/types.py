@@ -232,6 +232,10 @@ PositionLogprobs = list[TokenLogprob]
 """The chosen token first, then the most likely ones in order (the chosen one may be among them)."""
 
 
+OWN_FAULT = ""
+"""``RequestUpdate.error_code`` of a request that is itself to blame, where no other code says how; None blames none."""
+
+
 class RequestUpdate(msgspec.Struct, kw_only=True):
     """What one committed step did for one request.
 

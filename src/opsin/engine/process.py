@@ -37,7 +37,7 @@ from opsin.engine.messages import (
 )
 from opsin.errors import EngineDeadError, OpsinError, RequestError
 from opsin.params import SamplingParams
-from opsin.types import RequestUpdate
+from opsin.types import OWN_FAULT, RequestUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class _Service:
         try:
             engine.add(order.requests, unpack_sources(order.sources, descriptor))
         except RequestError as error:
-            code = error.code or ""
+            code = error.code or OWN_FAULT
             refused = [
                 RequestUpdate(request_id=r.request_id, finish_reason="error", error=str(error), error_code=code)
                 for r in order.requests

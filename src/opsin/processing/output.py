@@ -30,7 +30,7 @@ from opsin.processing.continuations import answer_logprobs, fan_out, pick_reques
 from opsin.processing.detokenizer import Detokenizer, StopStrings
 from opsin.processing.processor import ProcessedRequest
 from opsin.processing.tokenizer import Tokenizer
-from opsin.types import EngineRequest, FinishReason, PositionLogprobs, RequestUpdate
+from opsin.types import OWN_FAULT, EngineRequest, FinishReason, PositionLogprobs, RequestUpdate
 
 AnyOutput = RequestOutput | PoolingRequestOutput
 OutputKind = Literal["final", "cumulative", "delta"]
@@ -384,11 +384,12 @@ def _named(position: PositionLogprobs, tokenizer: Tokenizer) -> dict[int, Logpro
 
 
 def failure_of(update: RequestUpdate) -> OpsinError:
-    """The error that ended a request. One with a code, even an empty one, is its own fault: a broken picture, say."""
+    """The error that ended a request. One with a code, ``OWN_FAULT`` too, is the request's: a broken picture, say."""
     message = update.error or "The request failed."
     if update.error_code == ENGINE_RESTARTED:
         return EngineRestartError(message)
     if update.error_code is None:
         return RequestFailedError(message)
-    kind = MediaError if update.error_code else RequestError
-    return kind(message, code=update.error_code or None)
+    if update.error_code == OWN_FAULT:
+        return RequestError(message)
+    return MediaError(message, code=update.error_code)

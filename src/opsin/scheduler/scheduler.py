@@ -37,6 +37,7 @@ from opsin.scheduler.limits import SchedulerLimits
 from opsin.scheduler.sequence import Grammar, Sequence
 from opsin.scheduler.step import Step
 from opsin.types import (
+    OWN_FAULT,
     EngineRequest,
     FinishReason,
     MediaNeed,
@@ -276,7 +277,7 @@ class Scheduler:
         self._register(seq)
         if reason == "error":
             assert seq.grammar is not None
-            return self._finish(seq, "error", seq.grammar.error, "")  # it is the request that asked for the impossible
+            return self._finish(seq, "error", seq.grammar.error, OWN_FAULT)  # it asked for the impossible
         if reason is not None:
             update = self._finish(seq, reason)
             update.stop_token_id = token if token in seq.request.stop_token_ids and reason == "stop" else None
