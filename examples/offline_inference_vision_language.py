@@ -57,7 +57,7 @@ MODELS = {
         settings={"mm_processor_kwargs": {"size": {"longest_edge": 3 * 364}}},
     ),
     "internvl": Model("OpenGVLab/InternVL3-1B-hf", CHATML, image="<IMG_CONTEXT>", video="<video>"),
-    "llava": Model("llava-hf/llava-1.5-7b-hf", "USER: {media}\n{question}\nASSISTANT:"),
+    "llava": Model("llava-hf/llava-1.5-7b-hf", "USER: {media}\n{question} ASSISTANT:"),
     "llava-next": Model("llava-hf/llava-v1.6-mistral-7b-hf", "[INST] {media}\n{question} [/INST]"),
     "llava-onevision": Model("llava-hf/llava-onevision-qwen2-7b-ov-hf", CHATML),
     "minicpmv": Model("openbmb/MiniCPM-V-2_6", CHATML, image="(<image>./</image>)", video="(<video>./</video>)"),
