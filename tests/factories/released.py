@@ -169,7 +169,7 @@ RELEASED = (
         "idefics3",
         IDEFICS3["smolvlm-256m"],
         _edges("Idefics3ImageProcessor", 2048, 512, 64),
-        0.3,
+        0.26,
     ),
     Released(
         "HuggingFaceTB/SmolVLM2-2.2B-Instruct",

@@ -41,7 +41,9 @@ class Linear(nn.Module):
 
     def pack(self) -> None:
         """Bring the loaded weight into the kernels' own form; call once, after loading."""
-        self.weight = nn.Parameter(self.kernels.pack_linear(self.weight), requires_grad=False)
+        packed = self.kernels.pack_linear(self.weight)
+        if packed is not self.weight:  # a tied head keeps the very parameter, which is counted once
+            self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         return self.kernels.linear(x_TI, self.weight, self.bias)
