@@ -14,8 +14,7 @@ import torch
 
 from opsin import LLM, MediaError, RequestError, SamplingParams
 from opsin.media.ops import make_frames
-from opsin.runner.executor import Pixels
-from opsin.runner.vision import tiles_on_device
+from opsin.runner.tower import cut_tiles
 from tests.engine.conftest import assert_idle, engines_over
 from tests.factories import minicpmv as factory
 from tests.factories.minicpmv import IMAGE, Case, picture
@@ -123,7 +122,7 @@ def encoded(llm: LLM, prompt: Any) -> tuple[list[torch.Tensor], list[tuple[int, 
     for image, layout in zip(prompt["multi_modal_data"]["image"], layouts, strict=True):
         pixels = np.empty(layout.plan.num_bytes, np.uint8)
         make_frames([image], layout.plan, pixels)
-        tiles.append(tiles_on_device(Pixels(pixels), layout, torch.device("cpu")))
+        tiles.append(cut_tiles(torch.from_numpy(pixels), layout))
     with torch.inference_mode():
         features = model.encode(tiles, layouts)
     sizes = [(layout.plan.width, layout.plan.height) for layout in layouts]

@@ -27,8 +27,7 @@ from opsin.models.rule import PixelNorm, Positions
 from opsin.params import SamplingParams
 from opsin.processing.processor import InputProcessor
 from opsin.processing.tokenizer import Tokenizer
-from opsin.runner.executor import Pixels
-from opsin.runner.vision import tiles_on_device
+from opsin.runner.tower import cut_tiles
 from opsin.types import MediaItem, MediaLayout
 
 BLOCK_SIZE = 4
@@ -119,7 +118,7 @@ class Driver:
         for image, layout in zip(images, layouts, strict=True):
             out = np.empty(layout.plan.num_bytes, np.uint8)
             make_tiles(open_picture(image, MediaConfig()).decode(), layout.plan, out)
-            tiles.append(tiles_on_device(Pixels(out), layout, torch.device("cpu")))
+            tiles.append(cut_tiles(torch.from_numpy(out), layout))
         return Encodable(tiles, layouts)
 
     @torch.inference_mode()

@@ -31,7 +31,7 @@ from opsin.runner.executor import Pixels
 from opsin.runner.inline import InlineExecutor
 from opsin.runner.memory import describe, plan_memory
 from opsin.runner.runner import ModelRunner
-from opsin.runner.vision import tiles_on_device
+from opsin.runner.tower import EagerTower
 from opsin.scheduler import Scheduler, SchedulerLimits
 from opsin.types import MediaLayout
 
@@ -181,12 +181,13 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside
 def _encoder(model: VisionLanguageModel, device: torch.device) -> Encode:
     """What a tower's thread does."""
     num_threads = max(1, torch.get_num_threads() // 2)
+    tower = EagerTower(model, device)
 
     @torch.inference_mode()
     def encode(pixels: Pixels, layout: MediaLayout) -> np.ndarray:
         # Of the calling thread alone. Two teams that both want all cores would wait for one another at every operation.
         torch.set_num_threads(num_threads)
-        return model.encode([tiles_on_device(pixels, layout, device)], [layout]).float().numpy()
+        return tower([pixels], [layout]).float().numpy()
 
     return encode
 

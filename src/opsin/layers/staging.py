@@ -6,12 +6,20 @@ own cache, which knows when the device has read it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import torch
 
 _ALIGNMENT = 16
+
+Uploads = list[list[torch.Tensor]]
+"""What each call of ``upload`` returned, in order."""
+
+_noting: ContextVar[Uploads | None] = ContextVar("_noting", default=None)
+_handing_out: ContextVar[Iterator[list[torch.Tensor]] | None] = ContextVar("_handing_out", default=None)
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device, into: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -20,10 +28,44 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device, into: torch.Tenso
     Args:
         into: uint8 on the device, at least ``num_bytes(arrays)`` long; arrays of equal shapes land at equal places.
     """
-    if device.type != "cuda":
+    given = _handing_out.get()
+    if given is not None:
+        return next(given)
+    uploaded = _upload(arrays, device, into)
+    noted = _noting.get()
+    if noted is not None:
+        noted.append(uploaded)
+    return uploaded
+
+
+@contextmanager
+def noting() -> Iterator[Uploads]:
+    """Keep what is uploaded inside, so that the same work can be done again with ``handing_out``."""
+    uploads: Uploads = []
+    token = _noting.set(uploads)
+    try:
+        yield uploads
+    finally:
+        _noting.reset(token)
+
+
+@contextmanager
+def handing_out(uploads: Uploads) -> Iterator[None]:
+    """Inside, nothing is uploaded: calls get what was noted, in order. A CUDA graph can capture no copy from the host
+    whose memory is then used for something else, and work on equal sizes uploads equal numbers."""
+    token = _handing_out.set(iter(uploads))
+    try:
+        yield
+    finally:
+        _handing_out.reset(token)
+
+
+def _upload(arrays: Sequence[np.ndarray], device: torch.device, into: torch.Tensor | None) -> list[torch.Tensor]:
+    on_gpu = device.type == "cuda"
+    if not on_gpu and into is None:
         return [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
     total = num_bytes(arrays)
-    pinned = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+    pinned = torch.empty(total, dtype=torch.uint8, pin_memory=on_gpu)
     host = pinned.numpy()
     begin = 0
     for array in arrays:

@@ -28,6 +28,8 @@ class VisionLanguageModel(Protocol):
 
         Args:
             tiles: per item, its uint8 (height, width, 3) tiles as its plan orders them.
+            layouts: of which only ``numbers`` and ``num_features`` may be read: with equal ones, and tiles of equal
+                sizes, a pass is replayed rather than called again.
 
         Returns:
             (sum of num_features, feature_width) in the items' order, in the model's dtype.

@@ -40,8 +40,41 @@ class _Captured(NamedTuple):
     hidden: torch.Tensor
 
 
+class Recorder:
+    """Captures graphs that never run at the same time, so that all can use one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # one, since cuBLAS keeps a workspace for each
+
+    def record(self, work: Callable[[], torch.Tensor], *, warm_up: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Capture some work.
+
+        Args:
+            warm_up: run it once before, which compiles what is not compiled yet, and lets libraries allocate.
+
+        Returns:
+            The graph, and where each replay leaves its result until another graph of this recorder is replayed.
+        """
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            if warm_up:
+                work()
+            # Not torch.cuda.graph, which collects garbage and empties torch's cache first: half a second each time.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        return graph, result
+
+
 class StepGraphs:
-    """Graphs of one decoder over one cache, all in one pool of memory, since they never run at the same time."""
+    """Graphs of one decoder over one cache."""
 
     def __init__(
         self,
@@ -53,6 +86,7 @@ class StepGraphs:
         max_rows: int,
         max_tokens: int,
         dtype: torch.dtype,
+        recorder: Recorder,
     ) -> None:
         self._model = model
         self._caches = caches
@@ -63,8 +97,7 @@ class StepGraphs:
         self._decode_sizes = decode_sizes(max_rows)
         self._prefill_rows = max_rows + 1  # of which one pads
         self._prefill_sizes = [size for size in _PREFILL_TOKENS if size <= max_tokens]
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(self._device)  # one, since cuBLAS keeps a workspace for each
+        self._recorder = recorder
         self._decode: dict[int, _Captured] = {}
         self._prefill: dict[int, _Captured] = {}
 
@@ -137,7 +170,7 @@ class StepGraphs:
             hidden_BD = self._model.embed(self._table.tokens_SL.view(-1)[at_B])
             return self._model.forward(hidden_BD, positions_AB, attention, self._caches)
 
-        graph, hidden = self._record(forward)
+        graph, hidden = self._recorder.record(forward, warm_up=True)
         return _Captured(graph, packed, inputs, starts_B1, hidden)
 
     def _capture_prefill(self, size: int) -> _Captured:
@@ -176,20 +209,5 @@ class StepGraphs:
             # A copy, since the pass may work in place.
             return self._model.forward(embedded_TD.clone(), positions_AT, attention, self._caches)
 
-        graph, hidden = self._record(forward)
+        graph, hidden = self._recorder.record(forward, warm_up=True)
         return _Captured(graph, packed, inputs, embedded_TD, hidden)
-
-    def _record(self, forward: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            forward()  # compiles what is not compiled yet, and lets libraries allocate
-            # Not torch.cuda.graph, which collects garbage and empties torch's cache first: half a second each time.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                hidden = forward()
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._stream)
-        return graph, hidden

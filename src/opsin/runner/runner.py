@@ -17,12 +17,13 @@ from opsin.layers.staging import upload
 from opsin.models.interface import VisionLanguageModel
 from opsin.params import PoolingParams, SamplingParams
 from opsin.runner.executor import Payload
-from opsin.runner.graphs import StepGraphs
+from opsin.runner.graphs import Recorder, StepGraphs
 from opsin.runner.inputs import RowNumbers, build_inputs, step_arrays, update_blocks, views_of
 from opsin.runner.launched import LaunchedStep
 from opsin.runner.pooling import RowValues, pool, read_row
 from opsin.runner.sampler import SampledTokens, SampleRow, prompt_logprobs, sample
 from opsin.runner.slots import SlotTable
+from opsin.runner.tower import EagerTower, ReplayedTower
 from opsin.runner.vision import VisionStore
 from opsin.types import PositionLogprobs, RowPlan, RowResult, StepPlan
 
@@ -52,7 +53,7 @@ class ModelRunner:
         self._kernels = kernels or select(device)
         self._max_num_seqs = max_num_seqs
         self._graphs: StepGraphs | None = None
-        self.vision = VisionStore(model, device, dtype)
+        self.vision = VisionStore(EagerTower(model, device), device, dtype)
         self._caches: list[LayerCache] = []
         self._slots = SlotTable(
             max_num_seqs=max_num_seqs,
@@ -74,7 +75,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, max_tokens: int) -> None:
-        """From now on replay decode steps, and others of few tokens, where the device and the kernels can.
+        """From now on replay decode steps, others of few tokens, and pictures of sizes that come again, where the
+        device and the kernels can.
 
         ``allocate_kv`` ends that.
 
@@ -82,6 +84,8 @@ class ModelRunner:
             max_tokens: the most that a step has.
         """
         if self.device.type == "cuda" and self._kernels.replayable:
+            recorder = Recorder(self.device)
+            self.vision.tower = ReplayedTower(EagerTower(self.model, self.device), recorder.record)
             self._graphs = StepGraphs(
                 self.model,
                 self._caches,
@@ -90,6 +94,7 @@ class ModelRunner:
                 max_rows=self._max_num_seqs,
                 max_tokens=max_tokens,
                 dtype=self.dtype,
+                recorder=recorder,
             )
             self._graphs.capture_all()
 

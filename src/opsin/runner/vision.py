@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from opsin.layers.staging import upload
-from opsin.models.interface import VisionLanguageModel
 from opsin.runner.executor import Embedding, Payload, Pixels
-from opsin.types import EncodeItem, MediaLayout, RowPlan
+from opsin.runner.tower import Tower
+from opsin.types import EncodeItem, RowPlan
 
 
 class VisionStore:
     """Payloads by media key, features by the scheduler's feature id. The scheduler decides what stays."""
 
-    def __init__(self, model: VisionLanguageModel, device: torch.device, dtype: torch.dtype) -> None:
-        self._model = model
+    def __init__(self, tower: Tower, device: torch.device, dtype: torch.dtype) -> None:
+        self.tower = tower
         self._device = device
         self._dtype = dtype
         self._payloads: dict[bytes, Payload] = {}
@@ -33,7 +33,7 @@ class VisionStore:
 
     def encode(self, items: Sequence[EncodeItem]) -> None:
         """Turn the items' payloads into features: all pictures in one packed pass through the tower."""
-        pictures: list[tuple[EncodeItem, list[torch.Tensor]]] = []
+        items_pixels: list[tuple[EncodeItem, Pixels]] = []
         for item in items:
             payload = self._payloads.pop(item.key)
             if isinstance(payload, Embedding):
@@ -41,14 +41,14 @@ class VisionStore:
                 # A copy, since on a CPU it would be the caller's own memory, who may write to it.
                 self._features[item.feature_id] = given.to(self._dtype, copy=True)
             else:
-                pictures.append((item, tiles_on_device(payload, item.layout, self._device)))
-        if not pictures:
+                items_pixels.append((item, payload))
+        if not items_pixels:
             return
-        packed_MW = self._model.encode([tiles for _, tiles in pictures], [item.layout for item, _ in pictures])
-        parts = packed_MW.split([item.layout.num_features for item, _ in pictures])
-        for (item, _), part_MW in zip(pictures, parts, strict=True):
+        packed_MW = self.tower([pixels for _, pixels in items_pixels], [item.layout for item, _ in items_pixels])
+        parts = packed_MW.split([item.layout.num_features for item, _ in items_pixels])
+        for (item, _), part_MW in zip(items_pixels, parts, strict=True):
             # A slice would keep the whole pack alive after the other items are dropped.
-            self._features[item.feature_id] = part_MW.clone() if len(pictures) > 1 else part_MW
+            self._features[item.feature_id] = part_MW.clone() if len(items_pixels) > 1 else part_MW
 
     def scatter(
         self, hidden_TD: torch.Tensor, rows: Sequence[RowPlan], row_starts: Sequence[int]
@@ -78,11 +78,3 @@ class VisionStore:
     @property
     def num_payloads_held(self) -> int:
         return len(self._payloads)
-
-
-def tiles_on_device(pixels: Pixels, layout: MediaLayout, device: torch.device) -> list[torch.Tensor]:
-    """One upload, then uint8 (height, width, 3) views of it, tile by tile, for every frame of the plan."""
-    (flat,) = upload([pixels.data], device)
-    sizes = layout.plan.tile_sizes * len(layout.plan.frames)
-    parts = flat.split([height * width * 3 for height, width in sizes])
-    return [part.view(height, width, 3) for part, (height, width) in zip(parts, sizes, strict=True)]
