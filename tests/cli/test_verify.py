@@ -12,7 +12,8 @@ import pytest
 
 from opsin.cli import main, verify
 from opsin.cli.oracle import OracleAnswer
-from tests.factories.families import FAMILIES, Family
+from tests.factories.families import FAMILIES
+from tests.factories.family import Family
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

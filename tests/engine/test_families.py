@@ -19,7 +19,8 @@ from opsin import LLM, BeamSearchParams, MediaError, RequestError, SamplingParam
 from opsin.media.ops import make_tiles
 from opsin.types import MediaLayout
 from tests.engine.conftest import assert_idle, engines_over, picture
-from tests.factories.families import FAMILIES, Family, Size
+from tests.factories.families import FAMILIES
+from tests.factories.family import Family, Size
 
 MAX_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)

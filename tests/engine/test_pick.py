@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 from opsin import LLM, AsyncLLM, ContextLengthError, MediaError, PoolingParams, RequestError, SamplingParams
 from opsin.outputs import PickOutput
 from tests.engine.conftest import assert_idle, engines_over, hf_model, picture
-from tests.factories.families import FAMILIES, Family
+from tests.factories.families import FAMILIES
+from tests.factories.family import Family
 
 SHORT = ["A", "B", "?"]  # one token each
 LONG = ["two blue squares", "a red circle", "a red", "Three.", "the lazy dog jumps over the quick brown fox"]

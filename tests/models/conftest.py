@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.factories.families import Family
+from tests.factories.family import Family
 from tests.factory import LlavaShape, session_folder
 
 

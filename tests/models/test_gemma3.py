@@ -15,7 +15,8 @@ from opsin.models.gemma3.rule import Gemma3Rule, pan_and_scan
 from opsin.models.rule import TokenRun
 from opsin.types import Crop
 from tests.factories import hub_configs
-from tests.factories.families import FEATURE_SIZES, GEMMA3
+from tests.factories.families import GEMMA3
+from tests.factories.family import FEATURE_SIZES
 from tests.factories.gemma3 import IMAGE, hf_inputs
 from tests.models.driver import TOLERANCE, Driver, Oracle, Row, meta_model, pictures
 

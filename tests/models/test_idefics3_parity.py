@@ -12,7 +12,7 @@ from opsin.errors import UnsupportedModelError
 from opsin.models.hub import find_model
 from opsin.models.idefics3 import model as idefics3
 from tests.factories.families import IDEFICS3 as FAMILY
-from tests.factories.families import Family
+from tests.factories.family import Family
 from tests.models.driver import TOLERANCE, Driver, Row, meta_model, pictures
 
 Tiny = Callable[[Family, str], Path]

@@ -15,7 +15,7 @@ from opsin.errors import UnsupportedModelError, WeightError
 from opsin.models.hub import find_model
 from opsin.models.internvl import model as internvl
 from tests.factories.families import INTERNVL as FAMILY
-from tests.factories.families import Family
+from tests.factories.family import Family
 from tests.models.driver import TOLERANCE, Driver, Row, copy_with_weights, flip_channels, meta_model, pictures
 
 Tiny = Callable[[Family, str], Path]

@@ -13,7 +13,7 @@ from opsin.models.hub import find_model
 from opsin.models.towers import pixtral
 from opsin.models.towers.qwen_vit import Packing
 from tests.factories.families import MISTRAL3 as FAMILY
-from tests.factories.families import Family
+from tests.factories.family import Family
 from tests.models.driver import TOLERANCE, Driver, Row, meta_model, pictures
 
 Tiny = Callable[[Family, str], Path]

@@ -17,7 +17,8 @@ from opsin.layers.embedding import TokenEmbedding
 from opsin.models.paligemma.rule import PaliGemmaRule
 from opsin.models.rule import PixelNorm
 from tests.factories import hub_configs
-from tests.factories.families import FEATURE_SIZES, PALIGEMMA
+from tests.factories.families import PALIGEMMA
+from tests.factories.family import FEATURE_SIZES
 from tests.factories.paligemma import hf_inputs
 from tests.models.driver import TOLERANCE, Driver, Oracle, Row, meta_model, pictures
 

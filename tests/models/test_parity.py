@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText
 
 from opsin.models.hub import find_model
 from opsin.models.weights import _slots, pack
-from tests.factories.families import Family, over
+from tests.factories.families import over
+from tests.factories.family import Family
 from tests.models.driver import TOLERANCE, Driver, Oracle, Piece, copy_with_weights, meta_model, pictures
 
 Tiny = Callable[[Family, str], Path]

@@ -12,7 +12,8 @@ from opsin.layers.linear import MergedLinear
 from opsin.models.phi3_v import model as phi3_v
 from opsin.models.towers import patches
 from tests.factories import minicpmv
-from tests.factories.families import FAMILIES, Family
+from tests.factories.families import FAMILIES
+from tests.factories.family import Family
 from tests.models.driver import Driver, pictures
 
 SIZES = [(90, 60), (200, 33), (40, 40), (33, 120), (64, 64)]

@@ -18,7 +18,7 @@ from opsin.models.phi3_v import model as phi3_v
 from opsin.models.phi3_v.rule import Phi3VRule, fitted
 from opsin.types import Pad, Resize
 from tests.factories.families import PHI3_V as FAMILY
-from tests.factories.families import Family
+from tests.factories.family import Family
 from tests.factories.phi3_v import Phi3VShape, write_phi3_v
 from tests.models.driver import TOLERANCE, Driver, Row, copy_with_weights, flip_channels, meta_model, pictures
 

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.core_model_loading import revert_weight_conversion
 
 from opsin.models.weights import _slots
-from tests.factories.families import Family, over
+from tests.factories.families import over
+from tests.factories.family import Family
 from tests.models.driver import meta_model
 
 SPELLINGS = ("modules", "hub", "hub of transformers 4")
