@@ -1,4 +1,4 @@
-"""Every family's tower replayed from a CUDA graph gives, for new pictures of known sizes, what it gives when launched."""
+"""Every family's tower replayed from a CUDA graph: for new pictures of known sizes, the features of one launched."""
 
 from __future__ import annotations
 
