@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import json
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,6 +91,13 @@ def add_parser(commands: Commands) -> None:
         section.add_argument(
             "--output-json", metavar="FILE", default=argparse.SUPPRESS, help="Also write the JSON here."
         )
+        section.add_argument("--profile", action="store_true", help="Also say where the time went, stage by stage.")
+        section.add_argument(
+            "--trace",
+            metavar="FILE",
+            default=argparse.SUPPRESS,
+            help="Write what happened when, for Perfetto or chrome://tracing.",
+        )
         section.add_argument("-q", "--quiet", action="store_true", help="Print the result alone.")
         add_engine_flags(kind)
         kind.set_defaults(function=function, parser=kind)
@@ -104,6 +112,7 @@ def execute_latency(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, *, batch_size: int, num_batches: int) -> int:
+    from opsin.cli import tracing
     from opsin.cli.session import Session
 
     params = SamplingParams(temperature=0.0, max_tokens=args.output_len, min_tokens=args.output_len, ignore_eos=True)
@@ -113,9 +122,11 @@ def _measure(args: argparse.Namespace, *, batch_size: int, num_batches: int) -> 
     batches = [[make(batch * batch_size + row) for row in range(batch_size)] for batch in range(num_batches)]
     with Session(engine_settings(args)) as session:
         session.call(_send(session.llm, warmup, params))
-        started = time.perf_counter()
-        timelines = [line for batch in batches for line in session.call(_send(session.llm, batch, params))]
-        elapsed = time.perf_counter() - started
+        watched = tracing.watching() if args.profile or "trace" in args else contextlib.nullcontext()
+        with watched as recorder:
+            started = time.perf_counter()
+            timelines = [line for batch in batches for line in session.call(_send(session.llm, batch, params))]
+            elapsed = time.perf_counter() - started
     report = {
         "command": shlex.join(["opsin", *args.argv]),
         "model": getattr(args, "model", "demo"),
@@ -124,13 +135,29 @@ def _measure(args: argparse.Namespace, *, batch_size: int, num_batches: int) -> 
         **summarise(timelines, elapsed, args.images_per_prompt),
         "environment": environment.collect(),
     }
+    profile = {"profile": tracing.breakdown(recorder)} if recorder is not None and args.profile else {}
+    if recorder is not None and "trace" in args:
+        with _writing("--trace", args.trace) as path:
+            recorder.write(path)
     if "output_json" in args:
-        try:
-            Path(args.output_json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"Cannot write --output-json {args.output_json}: {error.strerror}.") from error
-    print(json.dumps(report) if args.json else environment.table(report))
+        with _writing("--output-json", args.output_json) as path:
+            path.write_text(json.dumps(report | profile, indent=2) + "\n", encoding="utf-8")
+    if args.json:
+        print(json.dumps(report | profile))
+        return 0
+    print(environment.table(report))
+    if profile:
+        print("\n" + tracing.render(profile["profile"]))
     return 0
+
+
+@contextlib.contextmanager
+def _writing(flag: str, path: str) -> Iterator[Path]:
+    """The path to write to; what goes wrong there is the flag's fault."""
+    try:
+        yield Path(path)
+    except OSError as error:
+        raise ConfigError(f"Cannot write {flag} {path}: {error.strerror}.") from error
 
 
 def summarise(timelines: Sequence[Timeline], elapsed_s: float, images_per_prompt: int) -> dict[str, Any]:
