@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from opsin.errors import MediaError, RequestError
+from opsin.media.fetch import decode_data_url
+from opsin.processing.tensor_files import read_tensor_file
 
 _EXTRA_KEYS = {"grid_thw": "{m}_grid_thw", "sizes": "{m}_sizes", "size_list": "{m}_size_list"}
 
@@ -63,6 +65,27 @@ def read_embedding(
     return GivenFeatures(array, digest.digest(), extras or {})
 
 
+def open_embedding(value: Any, width: int, max_bytes: int, param: str) -> GivenFeatures:
+    """The features of one item of a conversation, in any form that a part may have them.
+
+    Args:
+        value: a tensor; text, the base64 of a file that ``tensor_files`` reads; or a dict of these with grids or sizes.
+        max_bytes: of such a file.
+
+    Raises:
+        RequestError, MediaError: it cannot be read, or holds the features of several items.
+    """
+    if isinstance(value, str):
+        value = _decode(value, max_bytes, param)
+    if not isinstance(value, Mapping):
+        return read_embedding(value, width, param)
+    decoded = {k: _decode(v, max_bytes, f"{param}.{k}") if isinstance(v, str) else v for k, v in value.items()}
+    items = read_embeddings("image", decoded, width, param)
+    if len(items) != 1:
+        raise MediaError(f"A part holds the features of one picture; this one has {len(items)}.", param=param)
+    return items[0]
+
+
 def split_embeddings(value: Any, width: int, param: str | None = None) -> list[GivenFeatures]:
     """Items of a tensor (items, features, width), or one of (features, width)."""
     array = _to_array(value, param)
@@ -105,6 +128,17 @@ def read_embeddings(modality: str, data: Mapping[str, Any], width: int, param: s
 
 
 # ------------------------------------------------------------------------------------------------------ inside
+
+
+def _decode(text: str, max_bytes: int, param: str) -> npt.NDArray[Any] | dict[str, npt.NDArray[Any]]:
+    url = text if text[:5].lower() == "data:" else f"data:;base64,{text}"
+    try:
+        return read_tensor_file(decode_data_url(url, max_bytes))
+    except MediaError as error:
+        if error.code == "invalid_base64_image":
+            error = MediaError("The features are not valid base64.", code=error.code)
+        error.param = param
+        raise error from None
 
 
 def _is_tensor(value: Any) -> bool:

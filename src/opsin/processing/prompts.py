@@ -16,7 +16,14 @@ from opsin.errors import RequestError
 from opsin.media.clips import FrameChoice, Probe, VideoSource, is_described, open_video
 from opsin.media.source import PictureSource, open_picture
 from opsin.processing.chat import MediaReference
-from opsin.processing.embeddings import GivenFeatures, is_embedding, read_embedding, read_embeddings, split_embeddings
+from opsin.processing.embeddings import (
+    GivenFeatures,
+    is_embedding,
+    open_embedding,
+    read_embedding,
+    read_embeddings,
+    split_embeddings,
+)
 from opsin.processing.neutral import Rendered
 from opsin.types import Modality
 
@@ -145,7 +152,9 @@ def open_reference(reference: MediaReference, fetched: bytes | None, opener: Ope
     value = reference.value if fetched is None else fetched
     try:
         if reference.is_embedding and value is not None:
-            source: MediaSource = read_embedding(value, opener.feature_width)
+            source: MediaSource = open_embedding(
+                value, opener.feature_width, opener.config.max_media_bytes, reference.param
+            )
         else:
             _require_data(value, reference.modality, reference.param)
             if isinstance(value, str):
