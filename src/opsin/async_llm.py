@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -62,7 +63,14 @@ class AsyncLLM:
         self._begin(config, build_front(config))
 
     @classmethod
-    def spawn(cls, model: str = "demo", *, watch: Watch | None = None, **settings: Unpack[EngineSettings]) -> Self:
+    def spawn(
+        cls,
+        model: str = "demo",
+        *,
+        watch: Watch | None = None,
+        is_unwanted: threading.Event | None = None,
+        **settings: Unpack[EngineSettings],
+    ) -> Self:
         """The same, with the engine in a process of its own: steps and callers never compete for one interpreter.
 
         When that process dies or hangs, the requests that it had fail with ``EngineRestartError``, and it is started
@@ -70,13 +78,14 @@ class AsyncLLM:
 
         Args:
             watch: when the process is given up.
+            is_unwanted: set by whoever does not want to wait for the model any more; the process is then ended.
 
         Raises:
-            As the class does; EngineDeadError: the process died while it loaded the model.
+            As the class does; EngineDeadError: the process died while it loaded the model, or was unwanted.
         """
         config = _config(model, settings)
         llm = cls.__new__(cls)
-        llm._begin(config, spawn_front(config, watch or Watch()))
+        llm._begin(config, spawn_front(config, watch or Watch(), is_unwanted or threading.Event()))
         return llm
 
     def _begin(self, config: EngineConfig, front: Front) -> None:

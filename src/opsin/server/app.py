@@ -9,7 +9,7 @@ import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import opsin
 from opsin.server.admission import Admission
@@ -153,13 +153,13 @@ def _add_gets(app: FastAPI, server: ServerState) -> None:
 
     @get("/ready")
     async def ready() -> Response:
-        """200: requests are taken; 503 while the engine is started again, and once the server drains."""
-        return Response(status_code=200 if server.engine.is_ready and not server.admission.is_draining else 503)
+        """200: requests are taken; 503 while the engine is started (again), and once the server drains."""
+        return _probe("The server is shutting down." if server.admission.is_draining else _engine_trouble(server))
 
     @get("/health")
     async def health() -> Response:
         """200: the engine runs; 503 otherwise."""
-        return Response(status_code=200 if server.engine.is_ready else 503)
+        return _probe(_engine_trouble(server))
 
     @get("/metrics")
     async def metrics() -> Response:
@@ -167,6 +167,16 @@ def _add_gets(app: FastAPI, server: ServerState) -> None:
         engine = server.engine
         text = server.metrics.text(engine.stats(), engine.histograms(), engine.is_ready)
         return Response(text, media_type="text/plain; version=0.0.4")
+
+
+def _engine_trouble(server: ServerState) -> str | None:
+    if server.engine.is_ready:
+        return None
+    return "The engine is being started again." if server.engine.is_running else "The engine has stopped."
+
+
+def _probe(trouble: str | None) -> Response:
+    return Response() if trouble is None else PlainTextResponse(trouble, 503)
 
 
 async def _raise_in_form(http: HTTPRequest, error: Exception) -> Response:

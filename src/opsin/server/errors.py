@@ -64,6 +64,10 @@ class OverloadedError(HTTPError):
     """The queue is full, or the server is about to stop."""
 
 
+class LoadingError(HTTPError):
+    """The server has just been started."""
+
+
 class Row(NamedTuple):
     """One line of the map.
 
@@ -90,6 +94,7 @@ TABLE = (
     Row(EncodedBodyError, 415, "invalid_request_error", "unsupported_content_encoding"),
     Row(RateLimitedError, 429, "rate_limit_error", "rate_limit_exceeded"),
     Row(OverloadedError, 503, "service_unavailable_error", "server_is_overloaded"),
+    Row(LoadingError, 503, "service_unavailable_error", "model_loading", retry_after_s=5),
     Row(EngineRestartError, 503, "service_unavailable_error", "engine_restarting", retry_after_s=5),
     Row(EngineDeadError, 503, "service_unavailable_error", "engine_stopped"),
     Row(RequestFailedError, 500, "server_error", "request_failed"),
