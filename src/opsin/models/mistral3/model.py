@@ -136,6 +136,8 @@ class MergingLinear(Linear):
     """Checkpoints hold the weight for blocks that are laid out value by value, a block's patches within each; it is
     turned once, when the weights are packed, to take them patch by patch."""
 
+    may_be_quantized = False
+
     def pack(self) -> None:
         width = self.weight.shape[0]
         turned = self.weight.view(width, width, -1).transpose(1, 2).flatten(1)
