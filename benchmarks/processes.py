@@ -58,8 +58,9 @@ def lines_until(process: subprocess.Popen[str], deadline_s: float) -> Iterator[s
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read(stream: IO[str]) -> None:
-        for line in stream:
-            lines.put(line.rstrip("\n"))
+        with stream:
+            for line in stream:
+                lines.put(line.rstrip("\n"))
         lines.put(None)
 
     threading.Thread(target=read, args=(process.stdout,), daemon=True).start()
