@@ -96,8 +96,8 @@ PLAIN, EVERYTHING = Mask(), Mask(6, visible=True, whole=True, softcap=5.0)
 FOR_DECODES = (PLAIN, Mask(24), Mask(24, softcap=5.0))  # no such step has ranges to see
 FOR_ALL = (*FOR_DECODES, Mask(visible=True), Mask(6, visible=True), Mask(6, visible=True, whole=True))
 # Each combination of heads, height of a block and mask compiles a kernel, which takes a second or more. So the heads of
-# Qwen2-VL-2B meet all masks, and those of its 7B, of a tower and of Phi-3-vision the plain one, which is what they have,
-# and once everything together.
+# Qwen2-VL-2B meet all masks; those of its 7B, of a tower and of Phi-3-vision meet the plain one, which they have, and
+# once everything together.
 HEADS = [(28, 4, 128, torch.bfloat16), (16, 16, 80, torch.bfloat16), (8, 8, 96, torch.float32)]
 ATTENTIONS = [
     *((12, 2, 128, torch.bfloat16, name, FOR_DECODES if name.startswith("decode") else FOR_ALL) for name in ROWS),
