@@ -1,8 +1,9 @@
 """config.json of checkpoints on the hub, in the spelling of the transformers that wrote them.
 
 The hub is out of reach here. Found equal to copies in public code: those of both Phi-3-visions (code that exports them
-to ONNX) and of Qwen3-VL-4B (diffusion models that read text with it), and InternVL's towers (the script that converts
-them). The shape of Gemma 3's is that of copies of its sisters. The others were not compared with a copy.
+to ONNX), of Qwen3-VL-4B (diffusion models that read text with it) and of Pixtral (transformers' own tests), and those
+of InternVL's towers (the script that converts them). The shape of Gemma 3's is that of copies of its sisters. The
+others were not compared with a copy.
 """
 
 from __future__ import annotations
