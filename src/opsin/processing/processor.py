@@ -351,7 +351,7 @@ class InputProcessor:
         return not (bos and rendered.text.startswith(bos))
 
     def _media_item(self, item: MediaInput, prompt: Prompt) -> MediaItem:
-        source, options = item.source, prompt.processor_options
+        source, options = item.source, {**prompt.processor_options, **item.options}
         if isinstance(source, GivenFeatures):
             layout = self.rule.embedding_layout(item.modality, len(source.data), source.extras)
         else:
