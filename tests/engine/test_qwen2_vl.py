@@ -43,10 +43,8 @@ def test_most_pixels_are_said_per_engine_request_and_picture(tmp_path: Path):
             return outputs[0].prompt_token_ids.count(image_token_id)
 
         assert features(llm.generate(prompt, once, use_tqdm=False)) == 9 + 9 + 9
-        for given, expected in (
-            ({"max_pixels": 4 * unit}, 4 + 4 + 4),
-            ([None, own, {"max_pixels": 4 * unit}], 9 + 1 + 4),
-        ):
+        four = {"max_pixels": 4 * unit}
+        for given, expected in ((four, 4 + 4 + 4), ([None, own, four], 9 + 1 + 4)):
             asked = prompt | {"mm_processor_kwargs": given}
             assert features(llm.generate(asked, once, use_tqdm=False)) == expected
         content: Any = [part, part | {"mm_processor_kwargs": own}]
