@@ -39,6 +39,8 @@ from opsin.server.requests import (
     ScoreRequest,
     TokenizeRequest,
 )
+from opsin.server.response_input import ResponsesRequest
+from opsin.server.responses import create_response, find_response
 from opsin.server.scores import create_score, rerank
 from opsin.server.seen import SeenRequest, see_picture
 from opsin.server.state import ServerState
@@ -50,6 +52,7 @@ Handler = Callable[[HTTPRequest, ServerState], Awaitable[Response]]
 
 _POSTS: Sequence[tuple[str, Handler, type[msgspec.Struct]]] = (
     ("/v1/chat/completions", create_chat_completion, ChatCompletionRequest),
+    ("/v1/responses", create_response, ResponsesRequest),
     ("/v1/completions", create_completion, CompletionRequest),
     ("/v1/embeddings", create_embeddings, EmbeddingRequest),
     ("/page/seen", see_picture, SeenRequest),
@@ -91,6 +94,8 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
     for path, handler, body in _POSTS:
         _add_post(app, server, path, handler, body)
     _add_gets(app, server)
+    for path, method in (("", "GET"), ("", "DELETE"), ("/input_items", "GET"), ("/cancel", "POST")):
+        app.add_api_route("/v1/responses/{name}" + path, find_response, methods=[method])
     for path in FILES:
         _add_file(app, path)
     app.openapi = _documented(app.openapi)

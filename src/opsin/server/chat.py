@@ -62,11 +62,20 @@ async def answer_chat(
     params = sampling_params(request, server.engine.get_default_sampling_params(max_tokens=None))
     use = tool_use(request, server.tool_parser)
     use.apply_to(params)
+    if request.reasoning_effort is not None:
+        effort = {"reasoning_effort": request.reasoning_effort}
+        request.chat_template_kwargs = effort | (request.chat_template_kwargs or {})
 
     async def prepare() -> list[ProcessedRequest]:
         return [
             await server.prepare_chat(
-                name, request, request.messages, params, add_generation_prompt=True, tools=use.tools
+                name,
+                request,
+                request.messages,
+                params,
+                add_generation_prompt=True,
+                tools=use.tools,
+                documents=request.documents,
             )
         ]
 

@@ -36,6 +36,10 @@ class ModelNotFoundError(HTTPError):
     """Another model is served."""
 
 
+class ResponseNotFoundError(HTTPError):
+    """A response of before is asked for, and none is kept."""
+
+
 class RouteNotFoundError(HTTPError):
     """There is nothing under this path."""
 
@@ -87,6 +91,7 @@ TABLE = (
     Row(RequestError, 400, "invalid_request_error", None),
     Row(UnauthorizedError, 401, "invalid_request_error", "invalid_api_key"),
     Row(ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    Row(ResponseNotFoundError, 404, "invalid_request_error", "response_not_found"),
     Row(RouteNotFoundError, 404, "invalid_request_error", "route_not_found"),
     Row(MethodNotAllowedError, 405, "invalid_request_error", "method_not_allowed"),
     Row(BodyTimeoutError, 408, "invalid_request_error", "request_timeout"),
