@@ -108,6 +108,8 @@ TABLE = (
 """The first row whose class the error is an instance of."""
 
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
+_MAX_MESSAGE_CHARS = 1000  # messages name what was given, and what was given may be 64 MiB
+_MAX_PARAM_CHARS = 200
 
 
 class ErrorDetail(msgspec.Struct):
@@ -140,8 +142,15 @@ def describe(error: BaseException, request_id: str) -> tuple[int, ErrorBody, dic
     elif row.error is EngineDeadError:
         message = "The engine has stopped; the server must be started again."
     else:
-        message = _ADDRESS.sub("0x...", str(error))
+        message = _ADDRESS.sub("0x...", _shortened(str(error), _MAX_MESSAGE_CHARS))
     code = row.code or getattr(error, "code", None)
-    body = ErrorBody(ErrorDetail(message, row.type, getattr(error, "param", None), code))
+    param = getattr(error, "param", None)
+    body = ErrorBody(ErrorDetail(message, row.type, param and _shortened(param, _MAX_PARAM_CHARS), code))
     headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
     return row.status, body, {**headers, **getattr(error, "headers", {})}
+
+
+def _shortened(text: str, max_chars: int) -> str:
+    """The beginning and the end, where what to do stands."""
+    half = max_chars // 2
+    return text if len(text) <= max_chars else f"{text[:half]} ... {text[-half:]}"

@@ -7,6 +7,7 @@ import hmac
 import logging
 import re
 import time
+import traceback
 import uuid
 from collections.abc import Iterable, Mapping
 
@@ -134,9 +135,16 @@ class Gate:
 
 
 def log_failure(error: Exception, name: str) -> None:
-    """Put into the log what a client is not told of its request."""
-    if not isinstance(error, OpsinError) or isinstance(error, EngineDeadError):
+    """Put into the log what a client is not told of its request: where it failed, and of what.
+
+    The texts of errors that nobody foresaw may quote the request, so they are for the level of debugging alone.
+    """
+    if isinstance(error, EngineDeadError):
         logger.error("Request %s failed.", name, exc_info=error)
+    elif not isinstance(error, OpsinError):
+        where = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("Request %s failed: %s\n%s", name, type(error).__name__, where)
+        logger.debug("Request %s failed.", name, exc_info=error)
 
 
 async def _answer(send: Send, error: Exception, request_id: str) -> str:
