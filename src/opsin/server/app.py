@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 
 import opsin
 from opsin.server.admission import Admission
-from opsin.server.answers import ModelCard, ModelList, Version
+from opsin.server.answers import Load, ModelCard, ModelList, Version
 from opsin.server.chat import create_chat_completion
 from opsin.server.client import EngineClient
 from opsin.server.completions import create_completion
@@ -162,9 +162,16 @@ def _add_gets(app: FastAPI, server: ServerState) -> None:
         return _probe("The server is shutting down." if server.admission.is_draining else _engine_trouble(server))
 
     @get("/health")
+    @get("/ping")
+    @app.post("/ping", include_in_schema=False)
     async def health() -> Response:
         """200: the engine runs; 503 otherwise."""
         return _probe(_engine_trouble(server))
+
+    @get("/load")
+    async def load() -> Response:
+        """How many answers run or wait."""
+        return json_response(Load(server.admission.num_admitted))
 
     @get("/metrics")
     async def metrics() -> Response:

@@ -30,7 +30,7 @@ from opsin.server.transport import ClientGone
 
 logger = logging.getLogger(__name__)
 
-PROBES = frozenset({"/health", "/live", "/ready"})
+PROBES = frozenset({"/health", "/live", "/ping", "/ready"})
 """What orchestrators ask without a key."""
 
 OPEN = PROBES | page.FILES.keys()
