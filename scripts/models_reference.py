@@ -113,7 +113,7 @@ def feature_keys(rule: Any) -> str:
     offers: Mapping[str, Mapping[str, Any]] = {
         "alone": {},
         "`image_grid_thw`": {"image_grid_thw": layout.numbers},
-        "`image_sizes`": {"image_size": (HEIGHT, WIDTH)},
+        "`image_sizes`": {"image_sizes": (HEIGHT, WIDTH)},
     }
     taken: list[str] = []
     for key, extras in offers.items():

@@ -81,7 +81,7 @@ def test_sources_are_what_they_were_on_the_other_side():
     sources: list[Any] = [
         open_picture(_encoded(picture(1)), config),
         open_picture(picture(2, width=31, height=17).convert("RGBA"), config),
-        read_embedding(np.arange(12, dtype=np.float16).reshape(3, 4), 4, extras={"image_size": (3, 4)}),
+        read_embedding(np.arange(12, dtype=np.float16).reshape(3, 4), 4, extras={"image_sizes": (3, 4)}),
     ]
     arrived: list[Any] = unpack_sources(*pack_sources(sources))
     assert [source.digest for source in arrived] == [source.digest for source in sources]

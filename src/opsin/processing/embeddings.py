@@ -30,7 +30,8 @@ class GivenFeatures:
 
     Attributes:
         data: (features, feature width), float32 or float16.
-        extras: what was given beside them, as plain numbers: ``image_grid_thw`` (t, h, w), ``image_size`` (w, h).
+        extras: what was given beside them, as plain numbers: ``image_grid_thw`` (t, h, w), ``image_sizes``, two
+            numbers in the order that the family's processor gives them: (h, w) but for MiniCPM-V's.
         digest: BLAKE2b-256 of the numbers.
     """
 
@@ -197,7 +198,7 @@ def _read_extras(
             isinstance(r, Sequence) and len(r) == length and all(type(n) is int and n > 0 for n in r) for r in rows
         ):
             raise RequestError(f"{key} must have {length} positive whole numbers per item.", param=f"{param}.{key}")
-        name = f"{modality}_grid_thw" if kind == "grid_thw" else f"{modality}_size"
+        name = f"{modality}_grid_thw" if kind == "grid_thw" else f"{modality}_sizes"
         extras = extras or [{} for _ in rows]
         if len(extras) != len(rows):
             raise RequestError(f"{key} has {len(rows)} rows, expected {len(extras)}.", param=f"{param}.{key}")
