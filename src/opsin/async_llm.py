@@ -25,6 +25,7 @@ from opsin.engine.thread import FrontThread
 from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
 from opsin.media.fetcher import Fetcher
+from opsin.media.ops import PixelArray
 from opsin.media.pool import default_num_workers
 from opsin.outputs import PickOutput, PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
@@ -43,6 +44,7 @@ T = TypeVar("T")
 P = TypeVar("P", SamplingParams, PoolingParams)
 
 _NUM_READERS = 4
+_NUM_WAITERS = 4  # for what a media worker does, which may take until its deadline and must not hold up the readers
 
 
 class AsyncLLM:
@@ -94,6 +96,7 @@ class AsyncLLM:
         self._ids = itertools.count()
         self._fetcher = Fetcher(self.config.media)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="opsin-read")
+        self._waiters = ThreadPoolExecutor(_NUM_WAITERS, thread_name_prefix="opsin-wait")
         self._thread = FrontThread(front)
 
     def __enter__(self) -> Self:
@@ -248,8 +251,20 @@ class AsyncLLM:
         """
         chat = await self._beside(lambda: self._front.inputs.render_chat(messages, **options))
         fetched = await self._fetch(chat.media)
-        prompt = await self._beside(lambda: self._front.open_chat(chat, fetched, mm_processor_kwargs, cache_salt))
+        waits = any(reference.modality == "video" for reference in chat.media)
+        prompt = await self._beside(
+            lambda: self._front.open_chat(chat, fetched, mm_processor_kwargs, cache_salt),
+            self._waiters if waits else self._readers,
+        )
         return await self._process(prompt, params, request_id, priority)
+
+    async def look(self, processed: ProcessedRequest) -> PixelArray:
+        """What the model sees of the only picture that ``prepare_chat`` opened: its tiles, one behind the other.
+
+        Raises:
+            RequestError, MediaError: there is no such picture, or it cannot be decoded.
+        """
+        return await self._beside(lambda: self._front.inputs.make_tiles(processed), self._waiters)
 
     async def stream(
         self, processed: ProcessedRequest, output_kind: OutputKind = "cumulative"
@@ -359,7 +374,8 @@ class AsyncLLM:
         """Abort what runs, stop the thread and the media workers, and free the device's memory."""
         self._thread.stop()
         self._fetcher.close()
-        self._readers.shutdown(wait=False)  # what they still make is refused when it is posted
+        for threads in (self._readers, self._waiters):
+            threads.shutdown(wait=False)  # what they still make is refused when it is posted
 
     # -------------------------------------------------------------------------- on the caller's side
 
@@ -371,10 +387,10 @@ class AsyncLLM:
                 return output
         raise EngineDeadError("The engine stopped before the request was answered.")
 
-    async def _beside(self, work: Callable[[], T]) -> T:
+    async def _beside(self, work: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
         """Do something neither on the event loop nor on the engine's thread."""
         self.require_running()
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+        return await asyncio.get_running_loop().run_in_executor(threads or self._readers, work)
 
     async def _process(
         self, prompt: Prompt, params: SamplingParams | PoolingParams, request_id: str | None, priority: int

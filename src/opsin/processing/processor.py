@@ -21,8 +21,9 @@ from opsin.config import MediaConfig
 from opsin.errors import ContextLengthError, RequestError
 from opsin.media.clips import EncodedVideo, FrameChoice, FrameSequence, VideoSource
 from opsin.media.fetch import decode_frames_url
+from opsin.media.ops import PixelArray
 from opsin.media.prober import VideoProber
-from opsin.media.source import PictureSource
+from opsin.media.source import EncodedPicture, PictureSource
 from opsin.models.rule import MediaRule, Placeholder
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing import expand as expansion
@@ -282,6 +283,18 @@ class InputProcessor:
         text = prompt.rendered.text if prompt.rendered is not None else None
         answers = self._answers(prompt, len(ids), params) if isinstance(params, PoolingParams) else []
         return ProcessedRequest(request, [prompt.media[i].source for i in order], text, answers)
+
+    def make_tiles(self, processed: ProcessedRequest) -> PixelArray:
+        """What the model sees of the only picture of a request: its tiles, as ``item.layout.plan`` has them.
+
+        Raises:
+            RequestError: it shows something else.
+            MediaError: the picture cannot be decoded.
+        """
+        items, sources = processed.request.media, processed.sources
+        if len(items) != 1 or not isinstance(sources[0], EncodedPicture):
+            raise RequestError("Only one picture can be looked at.")
+        return self._probe.make_tiles(sources[0], items[0].layout.plan)
 
     def close(self) -> None:
         """Stop the processes that read videos' headers."""
