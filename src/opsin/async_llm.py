@@ -45,6 +45,7 @@ P = TypeVar("P", SamplingParams, PoolingParams)
 
 _NUM_READERS = 4
 _NUM_WAITERS = 4  # for what a media worker does, which may take until its deadline and must not hold up the readers
+_NUM_COMPILERS = 2
 
 
 class AsyncLLM:
@@ -97,6 +98,7 @@ class AsyncLLM:
         self._fetcher = Fetcher(self.config.media)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="opsin-read")
         self._waiters = ThreadPoolExecutor(_NUM_WAITERS, thread_name_prefix="opsin-wait")
+        self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, thread_name_prefix="opsin-grammar")
         self._thread = FrontThread(front)
 
     def __enter__(self) -> Self:
@@ -374,7 +376,7 @@ class AsyncLLM:
         """Abort what runs, stop the thread and the media workers, and free the device's memory."""
         self._thread.stop()
         self._fetcher.close()
-        for threads in (self._readers, self._waiters):
+        for threads in (self._readers, self._waiters, self._compilers):
             threads.shutdown(wait=False)  # what they still make is refused when it is posted
 
     # -------------------------------------------------------------------------- on the caller's side
@@ -396,7 +398,11 @@ class AsyncLLM:
         self, prompt: Prompt, params: SamplingParams | PoolingParams, request_id: str | None, priority: int
     ) -> ProcessedRequest:
         name = f"async-{next(self._ids)}" if request_id is None else request_id
-        return await self._beside(lambda: self._front.inputs.process(name, prompt, params, priority=priority))
+        inputs = self._front.inputs
+        form, grammars = params.structured_outputs if isinstance(params, SamplingParams) else None, inputs.grammars
+        if form is not None and grammars is not None and not grammars.is_known(form):  # some take seconds
+            await asyncio.get_running_loop().run_in_executor(self._compilers, grammars.check, form)
+        return await self._beside(lambda: inputs.process(name, prompt, params, priority=priority))
 
     async def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
         """The bytes behind each reference that is a URL; the first that fails ends the wait."""

@@ -8,7 +8,7 @@ from opsin.config import EngineConfig
 from opsin.engine.checkpoint import Checkpoint, find
 from opsin.engine.front import Front
 from opsin.engine.remote import RemoteEngine, Watch
-from opsin.processing.grammar import GrammarCompiler
+from opsin.processing.grammar_prober import GrammarProber
 from opsin.processing.output import OutputProcessor
 
 
@@ -24,7 +24,8 @@ def spawn_front(config: EngineConfig, watch: Watch, is_unwanted: threading.Event
     try:
         checkpoint = Checkpoint.open(config)
         engine.wait_until_loaded(is_unwanted)
-        grammars = GrammarCompiler(checkpoint.tokenizer, engine.facts.spec.vocab_size)
+        tokenizer = checkpoint.tokenizer
+        grammars = GrammarProber(tokenizer.to_json(), engine.facts.spec.vocab_size, tokenizer.eos_token_ids)
         inputs = checkpoint.processor(config, engine.facts, grammars)
     except BaseException:
         engine.close()

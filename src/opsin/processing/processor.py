@@ -31,7 +31,7 @@ from opsin.processing.chat import ChatPrompt, MediaReference, render_chat
 from opsin.processing.continuations import derive_seed, spelled
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.expand import Expanded, Written
-from opsin.processing.grammar import GrammarCompiler
+from opsin.processing.grammar import GrammarCheck
 from opsin.processing.jinja import ContentFormat, find_template
 from opsin.processing.model_templates import ModelTemplates
 from opsin.processing.neutral import ControlStrings, Rendered
@@ -88,11 +88,11 @@ class InputProcessor:
         family: str = "",
         folder: Path | None = None,
         chat_template: str | None = None,
-        grammars: GrammarCompiler | None = None,
+        grammars: GrammarCheck | None = None,
         vector_sizes: VectorSizes | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._grammars = grammars
+        self.grammars = grammars
         self._vector_sizes = vector_sizes or VectorSizes(spec.hidden_size)
         self.rule = rule
         self.spec = spec
@@ -249,9 +249,9 @@ class InputProcessor:
                 f"priority is {priority!r:.100}; it must be a whole number of 64 bits.", param="priority"
             )
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
-            if self._grammars is None:
+            if self.grammars is None:
                 raise RequestError("This engine takes no structured_outputs.", param="structured_outputs")
-            self._grammars.compile(params.structured_outputs)  # here, where it holds up nobody's step
+            self.grammars.check(params.structured_outputs)
         self._check_limits([item.modality for item in prompt.media], "multi_modal_data")
         items = [self._media_item(item, prompt) for item in prompt.media]
         expanded, order = self._expand(prompt, items, params)
@@ -297,8 +297,10 @@ class InputProcessor:
         return self._probe.make_tiles(sources[0], items[0].layout.plan)
 
     def close(self) -> None:
-        """Stop the processes that read videos' headers."""
+        """Stop the processes that read videos' headers and compile grammars."""
         self._probe.close()
+        if self.grammars is not None:
+            self.grammars.close()
 
     # ------------------------------------------------------------------------------------------------- inside
 
