@@ -16,7 +16,7 @@ import os
 import time
 from pathlib import Path
 
-from benchmarks.soak import Seen, Server, canary, serving
+from soak import Seen, Server, canary, serving
 
 
 async def run(server: Server, streams: int, clients: int) -> dict[str, float]:

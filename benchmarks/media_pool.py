@@ -1,78 +1,112 @@
-"""Pictures per second through the media pool: worker processes against the one background thread.
+"""Pictures to pixels: milliseconds of a core by stage, and pictures per second through the media pool.
 
-    python benchmarks/media_pool.py --workers 2
+    python benchmarks/media_pool.py [--workers 1,2] [--width 1024 --height 768] [--json FILE]
 
-Decodes a photo-like JPEG and makes one 336 x 336 CLIP view of it, over and over.
+Photo-like JPEGs become what Qwen2-VL makes of them: sides rounded to multiples of 28 by a bicubic resize, which for
+1024x768 makes 1036x756. The stages are run one by one on this thread; the pool runs all of them in its workers, and
+bytes go in and pixels come out through shared memory. "0 workers" is the pool's one background thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import json
+import shlex
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
+from opsin.cli import environment
+from opsin.cli.synthetic import photo
 from opsin.config import MediaConfig
+from opsin.media.ops import make_frames
 from opsin.media.pool import MediaPool
-from opsin.media.source import PictureSource, open_encoded
-from opsin.types import Crop, PixelPlan, Resize, View
+from opsin.media.source import EncodedPicture, open_encoded
+from opsin.types import PixelPlan, Resize, View
+
+_NUM_PICTURES = 16
+_ROUNDS = 5
+_QWEN_UNIT = 28
 
 
-def photo_like_jpeg(width: int, height: int) -> bytes:
-    """Blurred noise over coarse blobs: about the file size of a photograph, at quality 85."""
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 64, width // 64, 3), dtype=np.uint8))
-    blobs = coarse.resize((width, height), Image.Resampling.BICUBIC)
-    noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    Image.blend(blobs, noise.filter(ImageFilter.GaussianBlur(1)), 0.25).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
+def qwen_plan(width: int, height: int) -> PixelPlan:
+    """The whole picture, with sides that are multiples of 28."""
+    sides = [max(1, round(side / _QWEN_UNIT)) * _QWEN_UNIT for side in (width, height)]
+    return PixelPlan(width, height, (View(ops=(Resize(sides[0], sides[1]),), height=sides[1], width=sides[0]),))
 
 
-def clip_plan(width: int, height: int, edge: int = 336) -> PixelPlan:
-    """Short edge to ``edge``, then the middle square: what LLaVA-1.5 makes of a picture."""
-    scale = edge / min(width, height)
-    resized = Resize(int(width * scale), int(height * scale))
-    crop = Crop((resized.width - edge) // 2, (resized.height - edge) // 2, edge, edge)
-    return PixelPlan(width=width, height=height, views=(View(ops=(resized, crop), height=edge, width=edge),))
+def stages(sources: list[EncodedPicture], datas: list[bytes], plan: PixelPlan) -> dict[str, float]:
+    """Milliseconds per picture on one core: the least of some rounds."""
+    config = MediaConfig()
+    decoded = [source.decode() for source in sources]
+    (view,) = plan.views
+    out = np.empty(plan.num_bytes, np.uint8)
+    resized = [picture.resize((view.width, view.height), Image.Resampling.BICUBIC) for picture in decoded]
+    return {
+        "open (header, digest)": _least_ms([lambda data=data: open_encoded(data, config) for data in datas]),
+        "decode": _least_ms([source.decode for source in sources]),
+        "resize": _least_ms(
+            [lambda p=p: p.resize((view.width, view.height), Image.Resampling.BICUBIC) for p in decoded]
+        ),
+        "copy out": _least_ms([lambda p=p: np.copyto(out, np.asarray(p).reshape(-1)) for p in resized]),
+        "all": _least_ms([lambda s=s: make_frames([s.decode()], plan, out) for s in sources]),
+    }
 
 
-def pictures_per_second(pool: MediaPool, source: PictureSource, plan: PixelPlan, count: int) -> float:
-    start = time.perf_counter()
+def pictures_per_second(pool: MediaPool, sources: list[EncodedPicture], plan: PixelPlan, count: int) -> float:
+    begun_s = time.perf_counter()
     for job_id in range(count):
-        pool.submit(job_id, source, plan)
+        pool.submit(job_id, sources[job_id % len(sources)], plan)
     done = 0
     while done < count:
         finished = pool.wait()
         assert all(item.error is None for item in finished)
         done += len(finished)
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - begun_s)
+
+
+def _least_ms(calls: list[Callable[[], object]]) -> float:
+    rounds: list[float] = []
+    for _ in range(_ROUNDS):
+        begun_s = time.perf_counter()
+        for call in calls:
+            call()
+        rounds.append((time.perf_counter() - begun_s) / len(calls))
+    return round(1e3 * min(rounds), 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--workers", default="0,1,2", help="comma-separated")
+    parser.add_argument("--count", type=int, default=300, help="pictures through the pool")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--height", type=int, default=768)
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
 
-    data = photo_like_jpeg(arguments.width, arguments.height)
-    plan = clip_plan(arguments.width, arguments.height)
-    print(f"{arguments.width} x {arguments.height} JPEG, {len(data) / 1000:.0f} kB, to 336 x 336")
-    for workers in (0, arguments.workers):
-        config = MediaConfig(media_workers=workers)
-        source = open_encoded(data, config)
-        with MediaPool(config) as pool:
-            start = time.perf_counter()
-            pictures_per_second(pool, source, plan, 1)
-            first_s = time.perf_counter() - start
-            pictures_per_second(pool, source, plan, 4 * max(1, workers))  # every worker has started
-            rate = pictures_per_second(pool, source, plan, arguments.count)
-        place = "one thread in process" if workers == 0 else f"{workers} worker processes"
-        print(f"{place}: {rate:.0f} pictures/s (the first one after {1000 * first_s:.0f} ms)")
+    datas = [photo(args.width, args.height, seed) for seed in range(_NUM_PICTURES)]
+    plan = qwen_plan(args.width, args.height)
+    sources = [open_encoded(data, MediaConfig()) for data in datas]
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "picture": f"{args.width}x{args.height}, {sum(map(len, datas)) // len(datas)} bytes on average",
+        "ms_per_picture": stages(sources, datas, plan),
+        "pictures_per_s": {},
+    }
+    for workers in map(int, args.workers.split(",")):
+        with MediaPool(MediaConfig(media_workers=workers)) as pool:
+            pictures_per_second(pool, sources, plan, 4 * max(1, workers))  # every worker has started
+            rate = pictures_per_second(pool, sources, plan, args.count)
+        report["pictures_per_s"][f"{workers} workers"] = round(rate, 1)
+    print(environment.table(report))
+    if args.json:
+        report["environment"] = environment.collect()
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

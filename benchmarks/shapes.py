@@ -99,6 +99,31 @@ def _qwen2_vl(hidden: int, inner: int, heads: int, kv_heads: int, vocab: int, ti
     }
 
 
+def _qwen25_vl_7b() -> dict[str, Any]:
+    config = _qwen2_vl(3584, 18944, 28, 4, 152064, tied=False)
+    return config | {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "max_position_embeddings": 128000,
+        "vision_config": {
+            "depth": 32,
+            "hidden_act": "silu",
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
 def _llava_7b() -> dict[str, Any]:
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -166,6 +191,10 @@ _LLAVA_PROCESSOR = {
 }
 
 
+def _qwen_pictures(name: str) -> dict[str, Any]:
+    return _QWEN_PICTURES | ({"processor_class": "Qwen2_5_VLProcessor"} if name.startswith("qwen25") else {})
+
+
 def _qwen2_vl_half_b() -> dict[str, Any]:
     """Qwen2-0.5B behind a tower of ViT-B's shape, 0.6 B together; nobody publishes it, a CPU runs it."""
     config = _qwen2_vl(896, 4864, 14, 2, 151936, tied=True)
@@ -179,6 +208,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2vl-0.6b": _qwen2_vl_half_b(),
     "qwen2vl-2b": _qwen2_vl(1536, 8960, 12, 2, 151936, tied=True),
     "qwen2vl-7b": _qwen2_vl(3584, 18944, 28, 4, 152064, tied=False),
+    "qwen25vl-7b": _qwen25_vl_7b(),
     "llava-7b": _llava_7b(),
 }
 
@@ -190,6 +220,8 @@ def _shrink(name: str, config: dict[str, Any]) -> None:
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2 if name.startswith("llava") else 1}
     if name.startswith("llava"):
         vision["num_hidden_layers"] = 2
+    elif name.startswith("qwen25"):
+        vision |= {"depth": 2, "out_hidden_size": 256, "fullatt_block_indexes": [1]}
     else:
         vision |= {"depth": 2, "hidden_size": 256}
 
@@ -207,7 +239,7 @@ def write_shape(folder: Path, name: str, *, tiny: bool = False) -> Path:
     end, pad = ("</s>", "<pad>") if is_llava else ("<|im_end|>", "<|endoftext|>")
     files: dict[str, Any] = {
         "config.json": config,
-        "preprocessor_config.json": _LLAVA_PICTURES if is_llava else _QWEN_PICTURES,
+        "preprocessor_config.json": _LLAVA_PICTURES if is_llava else _qwen_pictures(name),
         "generation_config.json": {"do_sample": False, "eos_token_id": signs[end], "pad_token_id": signs[pad]},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast" if is_llava else "Qwen2Tokenizer",

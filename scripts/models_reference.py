@@ -52,7 +52,20 @@ VERIFIED = f"""\
 Tiny random checkpoints with the features of the real ones run in opsin and in the code named here: token ids of
 prompts, pixels, features, logits and greedy tokens agree, for one picture and several, in batches and alone, in chunks,
 with a prefix from the cache. {TRANSFORMERS} is run beside opsin; *recorded* answers were made once by code that is not
-in transformers. On a GPU the greedy tokens are compared again (`tests/gpu`).
+in transformers. On a GPU greedy tokens and log-probabilities are compared again (`tests/gpu`).
+"""
+ELSEWHERE = """\
+### Where others differ
+
+- *Text behind a video* (Qwen2-VL, Qwen2.5-VL) goes on behind the highest position of the video, time included, as in
+  training, in the papers, in vLLM and in transformers 4. From 5.0 transformers counts the longer side alone, and so
+  answers otherwise where a video takes more positions in time than in space.
+- *Embeddings of videos* are taken by Qwen2-VL and Qwen2.5-VL (`video_embeds`, `video_grid_thw`). Qwen3-VL's prompts
+  hold the time of every frame, which features do not tell: give it the video, or its frames as pictures.
+- *PaliGemma 2* is right in transformers from 5.23: earlier ones leave out soft caps, of attention until 5.20, and until
+  5.17 count what is generated as prompt. `opsin verify` compares with the one that is installed.
+- *Long factors* (Phi-3-vision) are chosen by the longest context that an engine may run, so that no answer depends on
+  another's length; the published code turns to them once a prompt is that long.
 """
 CHECKPOINTS = """\
 ## Checkpoints
@@ -62,6 +75,10 @@ Those whose configs are in the tests. Of each, every tensor has a place, by name
 random weights. *Not run* on released weights means that we know of no such run: the comparisons above were made on
 random weights; `opsin verify MODEL` makes one on your machine. Other checkpoints of these architectures load as well,
 and a config that asks for what is not implemented is refused.
+
+Of `MiniCPMV`, every version but 2.6 is. MiniCPM-V 2.5 gives its tower other positions (those of a single row of
+patches), puts all slices of a picture into one pair of tags, and is a Llama; 4.0 has 2.6's pictures and is a Llama, but
+nothing published was at hand to compare it with. 4.5 and later have another resampler, or none.
 """
 
 
@@ -96,7 +113,7 @@ def feature_keys(rule: Any) -> str:
     offers: Mapping[str, Mapping[str, Any]] = {
         "alone": {},
         "`image_grid_thw`": {"image_grid_thw": layout.numbers},
-        "`image_sizes`": {"image_size": (HEIGHT, WIDTH)},
+        "`image_sizes`": {"image_sizes": (HEIGHT, WIDTH)},
     }
     taken: list[str] = []
     for key, extras in offers.items():
@@ -177,7 +194,7 @@ def reference() -> str:
     names = sorted({family.folder for family in MODELS})
     verified = [(f"`{name}`", against(name), tests_of(name)) for name in names]
     lines = [INTRODUCTION, TAKES, *table(takes, list(families(facts)))]
-    lines += [VERIFIED, *table(("family", "against", "tests"), verified)]
+    lines += [VERIFIED, *table(("family", "against", "tests"), verified), ELSEWHERE]
     lines += [CHECKPOINTS, *table(sizes, list(checkpoints(facts)))]
     return "\n".join(lines).rstrip() + "\n"
 

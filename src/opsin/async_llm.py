@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +25,7 @@ from opsin.engine.thread import FrontThread
 from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
 from opsin.media.fetcher import Fetcher
+from opsin.media.ops import PixelArray
 from opsin.media.pool import default_num_workers
 from opsin.outputs import PickOutput, PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
@@ -42,6 +44,8 @@ T = TypeVar("T")
 P = TypeVar("P", SamplingParams, PoolingParams)
 
 _NUM_READERS = 4
+_NUM_WAITERS = 4  # for what a media worker does, which may take until its deadline and must not hold up the readers
+_NUM_COMPILERS = 2
 
 
 class AsyncLLM:
@@ -62,7 +66,14 @@ class AsyncLLM:
         self._begin(config, build_front(config))
 
     @classmethod
-    def spawn(cls, model: str = "demo", *, watch: Watch | None = None, **settings: Unpack[EngineSettings]) -> Self:
+    def spawn(
+        cls,
+        model: str = "demo",
+        *,
+        watch: Watch | None = None,
+        is_unwanted: threading.Event | None = None,
+        **settings: Unpack[EngineSettings],
+    ) -> Self:
         """The same, with the engine in a process of its own: steps and callers never compete for one interpreter.
 
         When that process dies or hangs, the requests that it had fail with ``EngineRestartError``, and it is started
@@ -70,13 +81,14 @@ class AsyncLLM:
 
         Args:
             watch: when the process is given up.
+            is_unwanted: set by whoever does not want to wait for the model any more; the process is then ended.
 
         Raises:
-            As the class does; EngineDeadError: the process died while it loaded the model.
+            As the class does; EngineDeadError: the process died while it loaded the model, or was unwanted.
         """
         config = _config(model, settings)
         llm = cls.__new__(cls)
-        llm._begin(config, spawn_front(config, watch or Watch()))
+        llm._begin(config, spawn_front(config, watch or Watch(), is_unwanted or threading.Event()))
         return llm
 
     def _begin(self, config: EngineConfig, front: Front) -> None:
@@ -85,6 +97,8 @@ class AsyncLLM:
         self._ids = itertools.count()
         self._fetcher = Fetcher(self.config.media)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="opsin-read")
+        self._waiters = ThreadPoolExecutor(_NUM_WAITERS, thread_name_prefix="opsin-wait")
+        self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, thread_name_prefix="opsin-grammar")
         self._thread = FrontThread(front)
 
     def __enter__(self) -> Self:
@@ -239,8 +253,20 @@ class AsyncLLM:
         """
         chat = await self._beside(lambda: self._front.inputs.render_chat(messages, **options))
         fetched = await self._fetch(chat.media)
-        prompt = await self._beside(lambda: self._front.open_chat(chat, fetched, mm_processor_kwargs, cache_salt))
+        waits = any(reference.modality == "video" for reference in chat.media)
+        prompt = await self._beside(
+            lambda: self._front.open_chat(chat, fetched, mm_processor_kwargs, cache_salt),
+            self._waiters if waits else self._readers,
+        )
         return await self._process(prompt, params, request_id, priority)
+
+    async def look(self, processed: ProcessedRequest) -> PixelArray:
+        """What the model sees of the only picture that ``prepare_chat`` opened: its tiles, one behind the other.
+
+        Raises:
+            RequestError, MediaError: there is no such picture, or it cannot be decoded.
+        """
+        return await self._beside(lambda: self._front.inputs.make_tiles(processed), self._waiters)
 
     async def stream(
         self, processed: ProcessedRequest, output_kind: OutputKind = "cumulative"
@@ -350,7 +376,8 @@ class AsyncLLM:
         """Abort what runs, stop the thread and the media workers, and free the device's memory."""
         self._thread.stop()
         self._fetcher.close()
-        self._readers.shutdown(wait=False)  # what they still make is refused when it is posted
+        for threads in (self._readers, self._waiters, self._compilers):
+            threads.shutdown(wait=False)  # what they still make is refused when it is posted
 
     # -------------------------------------------------------------------------- on the caller's side
 
@@ -362,16 +389,20 @@ class AsyncLLM:
                 return output
         raise EngineDeadError("The engine stopped before the request was answered.")
 
-    async def _beside(self, work: Callable[[], T]) -> T:
+    async def _beside(self, work: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
         """Do something neither on the event loop nor on the engine's thread."""
         self.require_running()
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+        return await asyncio.get_running_loop().run_in_executor(threads or self._readers, work)
 
     async def _process(
         self, prompt: Prompt, params: SamplingParams | PoolingParams, request_id: str | None, priority: int
     ) -> ProcessedRequest:
         name = f"async-{next(self._ids)}" if request_id is None else request_id
-        return await self._beside(lambda: self._front.inputs.process(name, prompt, params, priority=priority))
+        inputs = self._front.inputs
+        form, grammars = params.structured_outputs if isinstance(params, SamplingParams) else None, inputs.grammars
+        if form is not None and grammars is not None and not grammars.is_known(form):  # some take seconds
+            await asyncio.get_running_loop().run_in_executor(self._compilers, grammars.check, form)
+        return await self._beside(lambda: inputs.process(name, prompt, params, priority=priority))
 
     async def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
         """The bytes behind each reference that is a URL; the first that fails ends the wait."""

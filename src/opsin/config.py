@@ -41,9 +41,16 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     try:
         return msgspec.convert(str(value) if isinstance(value, Path) else value, kind)
     except msgspec.ValidationError as error:
-        if typing.get_origin(kind) is Literal:
-            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(typing.get_args(kind))}.") from None
+        if choices := _choices(kind):
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.") from None
         raise ConfigError(f"{name} is {value!r}: {str(error)[0].lower()}{str(error)[1:]}.") from None
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """What a setting may be that is one of several words, or left open; empty for other kinds."""
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    return next((typing.get_args(part) for part in typing.get_args(kind) if typing.get_origin(part) is Literal), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +64,11 @@ class ModelConfig:
         "auto", "Weights and activations; 'auto' is bfloat16 where the hardware has it, else float32."
     )
     load_format: Literal["auto", "safetensors", "dummy"] = setting("auto", "'dummy' fills the weights at random.")
+    quantization: Literal["fp8"] | None = setting(
+        None,
+        "'fp8' stores the linear layers of a half-precision checkpoint in 8 bits and multiplies them so; checkpoints "
+        "that are FP8 already say it themselves.",
+    )
     max_model_len: int | None = setting(
         None, "Longest prompt plus answer, in tokens; the model's own limit by default."
     )
@@ -232,7 +244,7 @@ class EngineConfig:
 _WITHOUT_COUNTERPART = frozenset(
     """
     cpu_offload_gb disable_custom_all_reduce disable_log_stats distributed_executor_backend enable_chunked_prefill
-    enable_lora max_seq_len_to_capture pipeline_parallel_size quantization speculative_config swap_space tokenizer_mode
+    enable_lora max_seq_len_to_capture pipeline_parallel_size speculative_config swap_space tokenizer_mode
     """.split()
 )
 _RUNNER_OF_TASK = {"auto": "auto", "generate": "generate", "embed": "pooling", "embedding": "pooling"}
@@ -267,6 +279,7 @@ class EngineSettings(TypedDict, total=False):
     revision: str | None
     dtype: DType
     load_format: Literal["auto", "safetensors", "dummy"]
+    quantization: Literal["fp8"] | None
     max_model_len: int | None
     chat_template: str | None
     hf_overrides: Mapping[str, Any]

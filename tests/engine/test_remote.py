@@ -34,6 +34,7 @@ from tests.media import clips
 
 QUICK = Watch(silence_s=0.5, step_s=0.5)
 PATIENT = Watch()
+WANTED = threading.Event()
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def steps_until(engine: RemoteEngine, condition: Callable[[list[RequestUpdate]],
 def test_sources_cross_to_the_process_and_answers_come_back():
     sources = [open_picture(picture(i), MediaConfig()) for i in range(2)]
     with engine_that("answers") as engine:
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
         assert engine.facts == fake_process.FACTS
         assert engine.is_ready
         engine.add([request("a-0"), request("a-1")], sources)
@@ -80,7 +81,7 @@ def test_sources_are_what_they_were_on_the_other_side():
     sources: list[Any] = [
         open_picture(_encoded(picture(1)), config),
         open_picture(picture(2, width=31, height=17).convert("RGBA"), config),
-        read_embedding(np.arange(12, dtype=np.float16).reshape(3, 4), 4, extras={"image_size": (3, 4)}),
+        read_embedding(np.arange(12, dtype=np.float16).reshape(3, 4), 4, extras={"image_sizes": (3, 4)}),
     ]
     arrived: list[Any] = unpack_sources(*pack_sources(sources))
     assert [source.digest for source in arrived] == [source.digest for source in sources]
@@ -111,7 +112,7 @@ def test_videos_are_what_they_were_on_the_other_side():
 def test_sources_leave_no_descriptors_behind():
     sources = [open_picture(picture(3), MediaConfig())]
     with engine_that("answers") as engine:
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
         before = len(os.listdir("/proc/self/fd"))
         for i in range(20):
             engine.add([request(str(i))], sources)
@@ -135,7 +136,7 @@ def _encoded(image: Image.Image) -> bytes:
 )
 def test_process_that_cannot_load_says_why(behaviour: str, error: type[Exception], message: str):
     with engine_that(behaviour, QUICK) as engine, pytest.raises(error, match=message):
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_process_that_cannot_load_says_why(behaviour: str, error: type[Exception
 )
 def test_request_of_a_process_that_fails_is_told_and_the_process_replaced(behaviour: str):
     with engine_that(behaviour, QUICK) as engine:
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
         first = engine.pid
         engine.add([request("one"), request("two")], [])
         updates = steps_until(engine, lambda updates: len(updates) == 2)
@@ -163,7 +164,7 @@ def test_request_of_a_process_that_fails_is_told_and_the_process_replaced(behavi
 
 def test_process_that_says_nothing_is_not_ready_long_before_it_is_given_up():
     with engine_that("falls silent", Watch(silence_s=60)) as engine:
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
         engine.add([request("one")], [])
         begun = time.monotonic()
         assert steps_until(engine, lambda _: not engine.is_ready) == []
@@ -174,7 +175,7 @@ def test_process_that_says_nothing_is_not_ready_long_before_it_is_given_up():
 def test_process_that_does_not_read_holds_nobody_up(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(remote, "_CLOSE_S", 0.2)
     with engine_that("stops reading", Watch()) as engine:
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
         large = EngineRequest(request_id="large", prompt_token_ids=list(range(200_000)), params=SamplingParams())
         begun = time.monotonic()
         for _ in range(20):
@@ -184,7 +185,7 @@ def test_process_that_does_not_read_holds_nobody_up(monkeypatch: pytest.MonkeyPa
 
 def test_process_that_goes_on_dying_is_given_up():
     with engine_that("dies", Watch(max_deaths=2)) as engine:
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
         engine.add([request("one")], [])
         steps_until(engine, lambda _: engine.is_ready and engine.stats()["num_engine_restarts_total"] == 1)
         engine.add([request("two")], [])
@@ -194,7 +195,7 @@ def test_process_that_goes_on_dying_is_given_up():
 
 def test_front_that_stood_still_itself_does_not_blame_the_process(monkeypatch: pytest.MonkeyPatch):
     with engine_that("answers") as engine:
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
         now = time.monotonic
         monkeypatch.setattr(remote.time, "monotonic", lambda: now() + 100)
         for _ in range(5):
@@ -205,7 +206,7 @@ def test_front_that_stood_still_itself_does_not_blame_the_process(monkeypatch: p
 
 def test_closing_ends_the_process():
     with engine_that("answers") as engine:
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
         pid = engine.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -217,7 +218,7 @@ def test_request_that_cannot_be_sent_leaves_nothing_behind():
     impossible = request("huge")
     impossible.priority = 2**70
     with engine_that("answers") as engine:
-        engine.wait_until_loaded()
+        engine.wait_until_loaded(WANTED)
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(OverflowError):
             engine.add([impossible], sources)

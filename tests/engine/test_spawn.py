@@ -15,7 +15,10 @@ import pytest
 
 from opsin import AsyncLLM, SamplingParams
 from opsin.errors import EngineRestartError, MediaError, RequestError, UnsupportedModelError
+from opsin.params import StructuredOutputsParams
+from opsin.processing import grammar_prober
 from tests.engine.conftest import picture
+from tests.processing.test_grammar_prober import ENDLESS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 
@@ -90,6 +93,29 @@ def test_leaving_a_stream_aborts_there_and_facts_are_known_here(spawned: AsyncLL
     assert spawned.memory_plan.kv_bytes > 0
     assert spawned.picture_tokens(64, 48) > 0
     assert spawned.histograms()["iteration_tokens"].total > 0
+
+
+def test_form_that_takes_for_ever_to_compile_costs_its_own_request_alone(
+    spawned: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(grammar_prober, "MAX_CPU_S", 0.6)
+    hostile = [
+        SamplingParams(structured_outputs=StructuredOutputsParams(json=ENDLESS, whitespace_pattern=f"[ ]{{0,{i + 1}}}"))
+        for i in range(6)  # more than there are threads of any kind
+    ]
+
+    async def run() -> None:
+        waiting = [asyncio.create_task(last(spawned, "Hello", params)) for params in hostile]
+        await asyncio.sleep(0)
+        for seed in (1, 2):
+            assert (await last(spawned, asked(seed))).finished
+        assert not any(task.done() for task in waiting)
+        refusals = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(error, RequestError) and "to compile" in str(error) for error in refusals), refusals
+        form = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes"]))
+        assert (await last(spawned, "Hello", form)).outputs[0].text == "yes"
+
+    asyncio.run(run())
 
 
 def test_process_that_is_killed_is_replaced_and_answers_alike(spawned: AsyncLLM):

@@ -1,4 +1,10 @@
-"""config.json of checkpoints on the hub, in the spelling of the transformers that wrote them."""
+"""config.json of checkpoints on the hub, in the spelling of the transformers that wrote them.
+
+The hub is out of reach here. Found equal to copies in public code: those of both Phi-3-visions (code that exports them
+to ONNX), of Qwen3-VL-4B (diffusion models that read text with it) and of Pixtral (transformers' own tests), and those
+of InternVL's towers (the script that converts them). The shape of Gemma 3's is that of copies of its sisters. The
+others were not compared with a copy.
+"""
 
 from __future__ import annotations
 
@@ -485,7 +491,6 @@ IDEFICS3: dict[str, dict[str, Any]] = {
     },
 }
 
-# Those of the two Phi-3.5 checkpoints have factors of their own, which no shape depends on and which are not at hand.
 _PHI3_LONG_FACTOR = """
     1.0299999713897705 1.0499999523162842 1.0499999523162842 1.0799999237060547 1.2299998998641968
     1.2299998998641968 1.2999999523162842 1.4499999284744263 1.5999999046325684 1.6499998569488525
@@ -507,6 +512,34 @@ _PHI3_SHORT_FACTOR = """
     2.3999999999999995 2.6499999999999986 2.6999999999999984 2.8999999999999977 2.9499999999999975
     3.049999999999997 3.049999999999997 3.049999999999997
     """
+_PHI3_5_LONG_FACTOR = """
+    1.0800000429153442 1.1100000143051147 1.1399999856948853 1.340000033378601 1.5899999141693115
+    1.600000023841858 1.6200000047683716 2.620000123977661 3.2300000190734863 3.2300000190734863
+    4.789999961853027 7.400000095367432 7.700000286102295 9.09000015258789 12.199999809265137 17.670000076293945
+    24.46000099182129 28.57000160217285 30.420001983642578 30.840002059936523 32.590003967285156
+    32.93000411987305 42.320003509521484 44.96000289916992 50.340003967285156 50.45000457763672
+    57.55000305175781 57.93000411987305 58.21000289916992 60.1400032043457 62.61000442504883 62.62000274658203
+    62.71000289916992 63.1400032043457 63.1400032043457 63.77000427246094 63.93000411987305 63.96000289916992
+    63.970001220703125 64.02999877929688 64.06999969482422 64.08000183105469 64.12000274658203 64.41000366210938
+    64.4800033569336 64.51000213623047 64.52999877929688 64.83999633789062
+    """
+_PHI3_5_SHORT_FACTOR = """
+    1.08 1.1 1.1300000000000001 1.2800000000000002 1.3100000000000003 1.4500000000000004 1.4500000000000004
+    1.9500000000000008 2.030000000000001 2.4299999999999926 2.5699999999999896 2.9499999999999815
+    3.729999999999965 3.869999999999962 4.189999999999955 4.43999999999995 4.6399999999999455 4.979999999999938
+    5.159999999999934 5.279999999999932 5.759999999999922 5.889999999999919 5.889999999999919 5.969999999999917
+    6.089999999999915 6.2799999999999105 6.7699999999999 6.8899999999998975 7.109999999999893 7.129999999999892
+    7.179999999999891 7.289999999999889 7.339999999999888 7.559999999999883 7.619999999999882 7.69999999999988
+    7.879999999999876 7.879999999999876 7.879999999999876 7.939999999999875 7.949999999999875 7.979999999999874
+    8.19999999999987 8.439999999999864 8.469999999999864 8.589999999999861 8.809999999999857 8.999999999999853
+    """
+
+
+def _phi3_factors(long: str, short: str) -> dict[str, Any]:
+    factors = {"long_factor": long, "short_factor": short}
+    return {"type": "su", **{name: [float(factor) for factor in given.split()] for name, given in factors.items()}}
+
+
 _PHI3_V: dict[str, Any] = {
     "_attn_implementation": "flash_attention_2",
     "_name_or_path": "Phi-3-vision-128k-instruct",
@@ -544,11 +577,7 @@ _PHI3_V: dict[str, Any] = {
     "original_max_position_embeddings": 4096,
     "rms_norm_eps": 1e-05,
     "resid_pdrop": 0.0,
-    "rope_scaling": {
-        "long_factor": [float(factor) for factor in _PHI3_LONG_FACTOR.split()],
-        "short_factor": [float(factor) for factor in _PHI3_SHORT_FACTOR.split()],
-        "type": "su",
-    },
+    "rope_scaling": _phi3_factors(_PHI3_LONG_FACTOR, _PHI3_SHORT_FACTOR),
     "rope_theta": 10000.0,
     "sliding_window": 131072,
     "tie_word_embeddings": False,
@@ -557,10 +586,16 @@ _PHI3_V: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 32064,
 }
+_PHI3_5_V = _PHI3_V | {
+    "_name_or_path": "Phi-3.5-vision-instruct",
+    "pad_token_id": 32000,
+    "rope_scaling": _phi3_factors(_PHI3_5_LONG_FACTOR, _PHI3_5_SHORT_FACTOR),
+    "sliding_window": 262144,
+}
 PHI3_V: dict[str, dict[str, Any]] = {
     "phi-3-vision-128k": _PHI3_V,
-    "phi-3.5-vision": _PHI3_V | {"_name_or_path": "Phi-3.5-vision-instruct", "sliding_window": 262144},
-    "vlm2vec-full": _PHI3_V | {"_name_or_path": "microsoft/Phi-3.5-vision-instruct", "sliding_window": 262144},
+    "phi-3.5-vision": _PHI3_5_V,
+    "vlm2vec-full": _PHI3_5_V | {"_name_or_path": "microsoft/Phi-3.5-vision-instruct"},
 }
 
 _SIGLIP_PALIGEMMA: dict[str, Any] = {

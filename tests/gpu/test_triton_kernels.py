@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -80,18 +81,37 @@ ROWS = {  # (query length, context length) per row
     "chunk": [(20, 90), (64, 700)],
     "mixed": [(1, 300), (1, 17), (100, 100), (30, 260), (1, 64)],
 }
-# Few combinations, since each compiles several kernels: those of Qwen2-VL 2B and 7B, of a tower's and of Phi-3's heads.
-HEADS = [
-    (12, 2, 128, torch.bfloat16),
-    (28, 4, 128, torch.bfloat16),
-    (16, 16, 80, torch.bfloat16),
-    (8, 8, 96, torch.float32),
+
+
+class Mask(NamedTuple):
+    """What an attention may be asked beside its rows; ``visible`` and ``whole`` of ten tokens of each long row."""
+
+    window: int | None = None
+    visible: bool = False
+    whole: bool = False
+    softcap: float | None = None
+
+
+PLAIN, EVERYTHING = Mask(), Mask(6, visible=True, whole=True, softcap=5.0)
+FOR_DECODES = (PLAIN, Mask(24), Mask(24, softcap=5.0))  # no such step has ranges to see
+FOR_ALL = (*FOR_DECODES, Mask(visible=True), Mask(6, visible=True), Mask(6, visible=True, whole=True))
+# Each combination of heads, height of a block and mask compiles a kernel, which takes a second or more. So the heads of
+# Qwen2-VL-2B meet all masks; those of its 7B, of a tower and of Phi-3-vision meet the plain one, which they have, and
+# once everything together.
+HEADS = [(28, 4, 128, torch.bfloat16), (16, 16, 80, torch.bfloat16), (8, 8, 96, torch.float32)]
+ATTENTIONS = [
+    *((12, 2, 128, torch.bfloat16, name, FOR_DECODES if name.startswith("decode") else FOR_ALL) for name in ROWS),
+    *((*heads, name, (PLAIN, EVERYTHING) if name == "mixed" else (PLAIN,)) for heads in HEADS for name in ROWS),
 ]
 
 
-@pytest.mark.parametrize(("heads", "kv", "size", "dtype"), HEADS, ids=str)
-@pytest.mark.parametrize("name", ROWS)
-def test_paged_attention_equals_reference(kernels: Any, dtype: torch.dtype, heads: int, kv: int, size: int, name: str):
+@pytest.mark.parametrize(
+    ("heads", "kv", "size", "dtype", "name", "masks"),
+    [pytest.param(*case, id="-".join(map(str, case[:-1]))) for case in ATTENTIONS],
+)
+def test_paged_attention_equals_reference(
+    kernels: Any, heads: int, kv: int, size: int, dtype: torch.dtype, name: str, masks: Sequence[Mask]
+):
     rows, page = ROWS[name], 16
     query_lens = tuple(q for q, _ in rows)
     context_lens = tuple(c for _, c in rows)
@@ -111,11 +131,7 @@ def test_paged_attention_equals_reference(kernels: Any, dtype: torch.dtype, head
             at = starts[row] + 5
             visible_end[at : at + 10] = first + 10
             visible_begin[at : at + 10] = first
-    cases = (
-        *((None, None, None, None), (24, None, None, None), (None, visible_end, None, None)),
-        *((6, visible_end, None, None), (6, visible_end, visible_begin, None), (24, None, None, 5.0)),
-    )
-    for window, visible, begin, softcap in cases:
+    for mask in masks:
         cache = LayerCache(*(rand(num_blocks, page, kv, size, dtype=dtype, seed=s) for s in (3, 4)))
         inputs = AttentionInputs(
             query_start_B1=torch.tensor(starts, dtype=torch.int32, device="cuda"),
@@ -124,16 +140,16 @@ def test_paged_attention_equals_reference(kernels: Any, dtype: torch.dtype, head
             slot_mapping_T=(tables[owner, positions // page] * page + positions % page).cuda(),
             query_lens=query_lens,
             context_lens=context_lens,
-            visible_end_T=None if visible is None else visible.int().cuda(),
-            visible_begin_T=None if begin is None else begin.int().cuda(),
+            visible_end_T=visible_end.int().cuda() if mask.visible else None,
+            visible_begin_T=visible_begin.int().cuda() if mask.whole else None,
         )
         twin = LayerCache(cache.key.clone(), cache.value.clone())
         kernels.write_kv(k, v, cache, inputs.slot_mapping_T)
         reference.write_kv(k, v, twin, inputs.slot_mapping_T)
         assert torch.equal(cache.key, twin.key)
         assert torch.equal(cache.value, twin.value)
-        got = kernels.paged_attention(q, k, v, cache, inputs, size**-0.5, window, softcap)
-        assert_close(got, reference.paged_attention(q, k, v, twin, inputs, size**-0.5, window, softcap))
+        got = kernels.paged_attention(q, k, v, cache, inputs, size**-0.5, mask.window, mask.softcap)
+        assert_close(got, reference.paged_attention(q, k, v, twin, inputs, size**-0.5, mask.window, mask.softcap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -404,7 +404,10 @@ def test_download_leaves_no_descriptor(server: Server) -> None:
         ("data:image/png;base64,%2B%2F%2B%2F", b"\xfb\xff\xbf"),
         ("data:image/png,%00A%ff", b"\0A\xff"),
         ("data:,", b""),
+        ("data:;base64,QUI%3d%0A%0d%20", b"AB"),
+        ("data:;base64,QUI=" + " =" * 300_000, b"AB"),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_data_url_is_decoded_whatever_its_type(url: str, expected: bytes) -> None:
     assert fetch(url, PUBLIC) == expected
@@ -417,6 +420,8 @@ def test_data_url_is_decoded_whatever_its_type(url: str, expected: bytes) -> Non
         ("data:image/png;base64,QUJDR", "invalid_base64_image"),
         ("data:image/png;base64,QQ==QQ==", "invalid_base64_image"),
         ("data:image/png;base64,ä", "invalid_base64_image"),
+        ("data:image/png;base64,%51UJD", "invalid_base64_image"),  # nobody escapes letters
+        ("data:image/png;base64," + "%41" * 100_000, "invalid_base64_image"),
         ("data:image/png;base64", "invalid_image_url"),
         ("data:image/png;base64," + "A" * 140_000, "image_file_too_large"),
         ("data:image/png;base64," + "A" * 500_000, "image_file_too_large"),
@@ -426,6 +431,13 @@ def test_data_url_is_decoded_whatever_its_type(url: str, expected: bytes) -> Non
 )
 def test_bad_data_url_fails_with_code(url: str, code: str) -> None:
     assert code_of(url) == code
+
+
+def test_bytes_sent_as_so_many_percents_are_refused_unread() -> None:
+    with pytest.raises(MediaError, match="Send it as base64") as refusal:
+        fetch("data:image/png," + "%41" * 400_000, MediaConfig())
+    assert refusal.value.code == "invalid_image_url"
+    assert fetch("data:image/png," + "%41" * 300_000, MediaConfig()) == b"A" * 300_000
 
 
 @pytest.fixture

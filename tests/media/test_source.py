@@ -19,7 +19,7 @@ from PIL import BmpImagePlugin, Image, ImageOps
 
 from opsin.config import MediaConfig
 from opsin.errors import MediaError
-from opsin.media.source import EncodedPicture, open_picture
+from opsin.media.source import EncodedPicture, open_picture, read_regular_file
 from opsin.media.wire import carry_out
 from opsin.types import PixelPlan
 
@@ -230,6 +230,53 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     answer, kib = done.stdout.decode().splitlines()
     assert answer == expected
     assert int(kib) < 20 * 1024
+
+
+JPEG = encode(photo(24, 16), "JPEG")
+SHORT_PNG = encode(photo(24, 16))
+SEGMENT = b"\xff\xe1\xff\xff" + bytes(65533)
+
+
+@pytest.mark.parametrize(
+    ("data", "is_read"),
+    [
+        (JPEG[:2] + b"\xff" * 10_000 + JPEG[2:], True),
+        (JPEG[:2] + b"\xff" * 30_000 + JPEG[2:], False),
+        (JPEG[:2] + b"\xff\xfe\0\2" * 15_000 + JPEG[2:], False),
+        (SHORT_PNG[:33] + png_chunk(b"tEXt", b"a\0b") * 1000 + SHORT_PNG[33:], True),
+        (SHORT_PNG[:33] + png_chunk(b"tEXt", b"a\0b") * 15_000 + SHORT_PNG[33:], False),
+        (JPEG[:2] + SEGMENT * 64 + JPEG[2:], True),
+        (JPEG[:2] + SEGMENT * 130 + JPEG[2:], False),
+    ],
+    ids=["fillers", "many fillers", "comments", "texts", "many texts", "megabytes", "many megabytes"],
+)
+def test_header_is_read_up_to_a_length_that_takes_no_time(data: bytes, is_read: bool) -> None:
+    if is_read:
+        assert open_picture(data, CONFIG).decode().size == (24, 16)
+    else:
+        assert code_of(data) == "image_parse_error"
+
+
+def test_picture_of_many_pieces_is_read_to_its_end() -> None:
+    image = photo(400, 300)
+    plain = encode(image)
+    data, at = plain[:33], 33
+    while at < len(plain):  # the same picture, its pixels in pieces of 10 bytes each
+        length = int.from_bytes(plain[at : at + 4], "big")
+        body = plain[at + 8 : at + 8 + length]
+        kind = plain[at + 4 : at + 8]
+        data += b"".join(png_chunk(kind, body[i : i + 10]) for i in range(0, len(body), 10)) or png_chunk(kind, body)
+        at += 12 + length
+    assert len(data) > 2 * len(plain)
+    assert np.array_equal(np.asarray(open_picture(data, CONFIG).decode()), np.asarray(image))
+
+
+def test_file_swapped_for_a_link_after_the_check_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "allowed").mkdir()
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "allowed" / "x").symlink_to(tmp_path / "secret")
+    with pytest.raises(MediaError, match="leads out of the allowed folder"):
+        read_regular_file(tmp_path / "allowed" / "x", 100, beneath=tmp_path / "allowed")
 
 
 def test_lack_of_memory_is_not_blamed_on_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:

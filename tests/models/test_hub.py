@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
+import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from opsin.errors import ConfigError
 from opsin.models.hub import find_model
@@ -103,6 +106,10 @@ def hub(checkpoint, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
                 return self.send(json.dumps(info).encode(), body=body)
             if path.startswith("/api/models/tiny/gated"):
                 return self.fail(403, "GatedRepo")
+            if path.startswith("/api/models/tiny/token"):
+                return self.fail(401, "")
+            if path.startswith("/api/models/tiny/broken"):
+                return self.fail(500, "")
             if path.startswith(f"/tiny/llava/resolve/{SHA}/") and name in contents:
                 return self.send(contents[name], body=body)
             return self.fail(404, "RepoNotFound")
@@ -134,9 +141,24 @@ def hub(checkpoint, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     thread.join()
 
 
-def ask(endpoint: str, home: Path, name: str, *, revision: str | None = None, offline: bool = False) -> str:
-    """Find a model in a process of its own, since huggingface_hub reads its settings when imported."""
+def ask(
+    endpoint: str,
+    home: Path,
+    name: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    first: str = "",
+    **variables: str,
+) -> str:
+    """Find a model in a process of its own, since huggingface_hub reads its settings when imported.
+
+    Args:
+        first: a statement to begin with.
+        variables: of the environment.
+    """
     code = (
+        f"{first}\n"
         "from opsin.errors import ConfigError\n"
         "from opsin.models.hub import find_model\n"
         "try:\n"
@@ -152,6 +174,7 @@ def ask(endpoint: str, home: Path, name: str, *, revision: str | None = None, of
         "HF_HUB_OFFLINE": "1" if offline else "0",
         "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": "src",
+        **variables,
     }
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -186,7 +209,50 @@ def test_find_model_hub_errors_say_what_to_do(hub, tmp_path):
     assert "give its folder as the model" in ask(endpoint, tmp_path, "tiny/llava", offline=True)
 
 
-def test_find_model_hub_unreachable_says_so(tmp_path):
-    message = ask("http://127.0.0.1:9", tmp_path, "tiny/llava")
-    assert "the hub cannot be reached" in message
+@pytest.mark.parametrize(
+    ("endpoint", "name", "variables", "said"),
+    [
+        ("http://127.0.0.1:9", "tiny/llava", {}, "http://127.0.0.1:9 refused the connection. Check the network"),
+        ("http://hub.invalid", "tiny/llava", {}, "http://hub.invalid cannot be found (its name does not resolve)"),
+        ("https://{hub}", "tiny/llava", {}, "has a certificate that cannot be verified. Check the network"),
+        ("http://{hub}", "tiny/llava", {"HTTP_PROXY": "http://127.0.0.1:9"}, "Check the network"),
+        ("http://{hub}", "tiny/token", {}, "refused the token (HTTP 401). Log in with `hf auth login`"),
+        ("http://{hub}", "tiny/broken", {}, "answered with HTTP status 500. Try again later."),
+        ("http://{hub}", "tiny/llava", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE keeps the hub from being asked."),
+        ("http://{hub}", "tiny/gated", {}, "is gated: accept its terms"),
+        ("http://{hub}", "tiny/absent", {}, "has no model 'tiny/absent'"),
+    ],
+    ids=["refused", "dns", "tls", "proxy", "token", "broken", "offline", "gated", "absent"],
+)
+def test_find_model_hub_that_fails_is_told_in_one_line(
+    hub: tuple[str, list[str]], tmp_path: Path, endpoint: str, name: str, variables: dict[str, str], said: str
+):
+    address = hub[0].removeprefix("http://")
+    message = ask(endpoint.format(hub=address), tmp_path, name, **variables)
+    assert message.startswith(f"ConfigError {name} ") or "absent" in name
+    assert said in message
     assert "give its folder as the model" in message
+    assert message.count("\n") == 1
+    assert "Error:" not in message  # no exception's own words
+
+
+def test_find_model_hub_that_does_not_answer_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    def download(*_: object, **__: object) -> None:  # the real client tries for minutes
+        try:
+            raise httpx.ConnectTimeout("the handshake\ntimed out")
+        except httpx.ConnectTimeout as error:
+            raise errors.LocalEntryNotFoundError("Got: ConnectTimeout\nAn error happened") from error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ConfigError) as refusal:
+        find_model("tiny/slow")
+    assert "did not answer in time. Check the network" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_find_model_full_disk_is_told_as_such(hub: tuple[str, list[str]], tmp_path: Path):
+    # Writing beyond this limit fails as it does where a disk is full, without root's help to make one.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+    message = ask(hub[0], tmp_path, "tiny/llava", first=limit)
+    assert "it cannot be written there: File too large. Make room, or set HF_HOME" in message
+    assert message.count("\n") == 1

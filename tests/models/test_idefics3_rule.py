@@ -215,7 +215,7 @@ def test_embedding_layout_takes_an_overview_or_all_tiles_of_a_size() -> None:
     rule = make_rule()
     assert rule.embedding_layout("image", NUM_FEATURES, {}).numbers == (0, 0)
     tiled = rule.layout("image", 90, 40, 1, {})
-    layout = rule.embedding_layout("image", tiled.num_features, {"image_size": (40, 90)})
+    layout = rule.embedding_layout("image", tiled.num_features, {"image_sizes": (40, 90)})
     assert (layout.numbers, layout.num_features, layout.plan.views) == (tiled.numbers, tiled.num_features, ())
     assert rule.expand("image", 1, layout) == rule.expand("image", 1, tiled)
     with pytest.raises(RequestError, match="image_sizes"):

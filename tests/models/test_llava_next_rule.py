@@ -230,10 +230,10 @@ def test_video_is_refused() -> None:
 def test_embedding_layout_counts_features_where_the_size_is_known() -> None:
     rule = make_rule()
     assert rule.embedding_layout("image", 5, {}).num_features == 5
-    layout = rule.embedding_layout("image", 34, {"image_size": (20, 64)})
+    layout = rule.embedding_layout("image", 34, {"image_sizes": (20, 64)})
     assert (layout.num_features, layout.plan.views, layout.num_patches) == (34, (), 0)
     with pytest.raises(RequestError, match="has 34 features"):
-        rule.embedding_layout("image", 33, {"image_size": (20, 64)})
+        rule.embedding_layout("image", 33, {"image_sizes": (20, 64)})
     with pytest.raises(RequestError, match="image_grid_thw"):
         rule.embedding_layout("image", 34, {"image_grid_thw": (1, 2, 2)})
 

@@ -132,7 +132,7 @@ def test_embedding_layout_is_the_picture_s_without_its_pixels(max_slices: int, r
     rule = read_rule()
     for width, height in ((90, 70), (30, 30), (200, 33), (33, 200), (640, 480), (64, 64)):
         layout = lay_out(rule, width, height, max_slice_nums=max_slices)
-        given = rule.embedding_layout("image", layout.num_features, {"image_size": (width, height)})
+        given = rule.embedding_layout("image", layout.num_features, {"image_sizes": (width, height)})
         assert given.numbers == layout.numbers
         assert written(rule, given) == written(rule, layout)
         assert (given.plan.views, given.num_patches) == ((), 0)
@@ -147,11 +147,11 @@ def test_embedding_that_no_picture_of_its_size_gives_is_refused(read_rule: ReadR
         (12, (30, 30), "there are none"),
     ):
         with pytest.raises(RequestError, match=words):
-            rule.embedding_layout("image", num_features, {"image_size": size})
+            rule.embedding_layout("image", num_features, {"image_sizes": size})
     for modality, extras in (
         ("image", {}),
         ("image", {"image_grid_thw": (1, 2, 2)}),
-        ("video", {"image_size": (9, 7)}),
+        ("video", {"image_sizes": (9, 7)}),
     ):
         with pytest.raises(RequestError, match="image_size_list"):
             rule.embedding_layout(modality, 28, extras)  # type: ignore[arg-type]

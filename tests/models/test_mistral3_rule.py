@@ -179,11 +179,11 @@ def test_embedding_layout_ends_rows_by_the_picture_s_size() -> None:
     rule = make_rule()
     made = rule.layout("image", 90, 40, 1, {})
     for size in ((40, 90), (48, 96)):  # of the picture, or as Hugging Face's processor made it
-        layout = rule.embedding_layout("image", made.num_features, {"image_size": size})
+        layout = rule.embedding_layout("image", made.num_features, {"image_sizes": size})
         assert (layout.numbers, layout.plan.views, layout.num_patches) == (made.numbers, (), 0)
         assert rule.expand("image", 1, layout) == rule.expand("image", 1, made)
     with pytest.raises(RequestError, match="has 18 features"):
-        rule.embedding_layout("image", 17, {"image_size": (40, 90)})
+        rule.embedding_layout("image", 17, {"image_sizes": (40, 90)})
     with pytest.raises(RequestError, match="image_sizes"):
         rule.embedding_layout("image", 18, {})
     with pytest.raises(RequestError, match="image_grid_thw"):

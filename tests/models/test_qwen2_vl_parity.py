@@ -21,7 +21,7 @@ def test_qwen2_vl_missing_tower_weight_is_named(tiny, tmp_path):
     folder = tiny(FAMILY, "qwen2")
     weights = load_file(folder / "model.safetensors")
     del weights["visual.blocks.1.attn.qkv.bias"]
-    with pytest.raises(WeightError, match=r"tower\.blocks\.1\.attn\.q\.bias"):
+    with pytest.raises(WeightError, match=r"tower\.blocks\.1\.attn\.q_proj\.bias"):
         Driver(copy_with_weights(folder, tmp_path, weights))
 
 

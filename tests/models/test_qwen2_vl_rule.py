@@ -310,7 +310,7 @@ def test_embedding_layout_keeps_the_grid() -> None:
 
 @pytest.mark.parametrize(
     "extras",
-    [{}, {"image_size": (3, 3)}, *({"image_grid_thw": g} for g in [(1, 4, 4), (2, 2, 6), (1, 3, 8), (1, 24, 1)])],
+    [{}, {"image_sizes": (3, 3)}, *({"image_grid_thw": g} for g in [(1, 4, 4), (2, 2, 6), (1, 3, 8), (1, 24, 1)])],
 )
 def test_embedding_layout_without_a_fitting_grid_is_refused(extras: Mapping[str, Any]) -> None:
     with pytest.raises(RequestError, match="image_grid_thw"):

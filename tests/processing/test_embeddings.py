@@ -22,9 +22,9 @@ def test_rows_of_several_items_are_shared_out_by_their_grids() -> None:
 def test_sizes_are_taken_under_either_name(key: str) -> None:
     data = {"image_embeds": torch.zeros(2, 3, WIDTH), key: [(640, 480), (10, 20)]}
     items = read_embeddings("image", data, WIDTH, PARAM)
-    assert [item.extras for item in items] == [{"image_size": (640, 480)}, {"image_size": (10, 20)}]
+    assert [item.extras for item in items] == [{"image_sizes": (640, 480)}, {"image_sizes": (10, 20)}]
     (single,) = read_embeddings("image", {"image_embeds": torch.zeros(1, 3, WIDTH), key: [640, 480]}, WIDTH, PARAM)
-    assert single.extras == {"image_size": (640, 480)}
+    assert single.extras == {"image_sizes": (640, 480)}
 
 
 @pytest.mark.parametrize(

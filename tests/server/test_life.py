@@ -239,6 +239,7 @@ def test_metrics_are_in_prometheus_format(client: httpx.Client):
 
 
 def test_unforeseen_failure_is_logged_and_tells_nothing(engine: AsyncLLM, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
     failing = Failing(engine, ZeroDivisionError("/srv/secret 0x7f00deadbeef"), 0)
     app = create_app(failing, ServerConfig(), model=NAME)  # type: ignore[arg-type]
     with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
@@ -247,4 +248,6 @@ def test_unforeseen_failure_is_logged_and_tells_nothing(engine: AsyncLLM, caplog
     assert "find-me" in response.json()["error"]["message"]
     assert "secret" not in response.text
     assert "ZeroDivisionError" in caplog.text
+    assert "in _run" in caplog.text  # where it failed
     assert "find-me" in caplog.text
+    assert "secret" not in caplog.text  # an error's text may quote the request

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -17,6 +21,9 @@ from opsin.server.page import FILES
 from opsin.server.seen import Grid, token_grid
 from opsin.types import MediaLayout, PixelPlan, View
 from tests.server.conftest import NAME, data_url, serving
+
+if TYPE_CHECKING:
+    from tests.factory import LlavaShape
 
 PICTURES = Path(__file__).resolve().parents[2] / "src" / "opsin" / "demo" / "pictures"
 ASKED = "How many circles are there?"
@@ -52,6 +59,42 @@ def test_seen_shows_the_tiles_and_their_tokens(client: httpx.Client):
 @pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "file:///etc/passwd", "nothing"])
 def test_seen_bad_picture_is_a_400(client: httpx.Client, url: str):
     assert client.post("/page/seen", json={"image_url": url}).status_code == 400
+
+
+def test_seen_broken_picture_is_blamed_on_its_field(client: httpx.Client):
+    whole = data_url(1)
+    response = client.post("/page/seen", json={"image_url": whole[: len(whole) // 8 * 4]})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("image_parse_error", "image_url")
+
+
+def test_seen_keeps_one_process_and_the_servers_deadline(tiny_llava: Callable[[LlavaShape], Path]):
+    from tests.factory import LlavaShape
+
+    with AsyncLLM(str(tiny_llava(LlavaShape(num_kv_heads=2))), media_workers=1, media_decode_timeout_s=2) as engine:
+        app = create_app(engine, ServerConfig(), model=NAME)
+        with serving(app) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+
+            def seen(seed: int) -> httpx.Response:
+                return client.post("/page/seen", json={"image_url": data_url(seed)})
+
+            assert seen(1).status_code == 200
+            (worker,) = engine._front.inputs._probe._idle
+            assert seen(2).status_code == 200
+            assert [w.process.pid for w in engine._front.inputs._probe._idle] == [worker.process.pid]
+            os.kill(worker.process.pid, signal.SIGSTOP)
+            stuck: list[httpx.Response] = []
+            waiting = threading.Thread(target=lambda: stuck.append(seen(3)))
+            waiting.start()
+            while engine._front.inputs._probe._idle:
+                time.sleep(0.001)
+            assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
+            waiting.join(30)
+            error = stuck[0].json()["error"]
+            assert error["message"] == "Decoding the picture timed out after 2 s."
+            assert (stuck[0].status_code, error["code"], error["param"]) == (400, "image_parse_error", "image_url")
+            assert seen(3).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,34 @@ def test_remembered_oldest_names_are_forgotten_first():
     assert [resolve(None, name) for name in "acd"] == ["a" * 10_000, "c" * 40_000, "d" * 40_000]
 
 
+def test_remembered_names_of_one_client_push_out_no_other_clients():
+    remembered = RememberedMedia(max_bytes=1_000_000)
+
+    def resolve(url: str | None, uuid: str, client: str, salt: str = "") -> Any:
+        (message,) = remembered.resolve([{"role": "user", "content": [part(url, uuid)]}], client, salt)
+        return message["content"][0]["image_url"]["url"]
+
+    for i in range(4):
+        resolve("q" * 40_000, f"{i}", "quiet")
+        resolve("s" * 40_000, f"{i}", "loud", "small")
+    for i in range(1000):
+        resolve("l" * 50_000, f"{i}", "loud", "large")
+    assert len(remembered) > 15
+    for i in range(4):
+        assert resolve(None, f"{i}", "quiet") == "q" * 40_000
+        assert resolve(None, f"{i}", "loud", "small") == "s" * 40_000
+    assert resolve(None, "999", "loud", "large") == "l" * 50_000
+    with pytest.raises(RequestError):
+        resolve(None, "0", "loud", "large")
+
+
+def test_remembered_salts_without_number_are_forgotten_like_names():
+    remembered = RememberedMedia()
+    for i in range(1000):
+        remembered.resolve([{"role": "user", "content": [part("x", "u")]}], "", f"{i}")
+    assert len(remembered) == 256
+
+
 @pytest.mark.parametrize("content", [None, "text", ["text"], [{"type": "text", "text": "x"}], [5]])
 def test_remembered_messages_without_names_stay_as_they_are(content: Any):
     message = {"role": "user", "content": content}

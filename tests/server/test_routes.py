@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 import opsin
 from opsin import AsyncLLM, PoolingParams, SamplingParams
@@ -264,3 +265,20 @@ def test_error_about_what_became_a_message_names_the_bodys_field(
     response = client.post(path, json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_load_counts_what_is_answered_and_ping_is_health(client: httpx.Client, app: FastAPI):
+    assert client.get("/load").json() == {"server_load": 0}
+    with app.state.server.admission.enter(3):
+        assert client.get("/load").json() == {"server_load": 3}
+    assert [client.request(method, "/ping").status_code for method in ("GET", "POST")] == [200, 200]
+
+
+def test_tokens_take_a_place_like_answers(client: httpx.Client, app: FastAPI):
+    admission = app.state.server.admission
+    with admission.enter(admission._capacity):
+        for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+            response = client.post(path, json=body)
+            assert response.status_code == 503
+            assert int(response.headers["Retry-After"]) >= 1
+    assert client.post("/tokenize", json={"prompt": "x"}).status_code == 200

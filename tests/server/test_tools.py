@@ -250,3 +250,10 @@ def test_tokenize_counts_the_tools_of_a_conversation(engine: AsyncLLM):
         used = client.post("/v1/chat/completions", json=chat).json()["usage"]["prompt_tokens"]
         assert client.post("/tokenize", json={**body, "tools": [SHOW]}).json()["count"] == used
         assert client.post("/tokenize", json=body).json()["count"] < used
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_call_with_a_number_that_json_lacks_is_text(number: str):
+    text = f'<tool_call>{{"name": "f", "arguments": {{"x": {number}}}}}</tool_call>'
+    parser = TaggedCalls()
+    assert [*parser.feed(text), *parser.finish()] == [text]

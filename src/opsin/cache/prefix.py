@@ -55,7 +55,7 @@ class BlockHasher:
         hasher = blake2b(self._chain[-1] if self._chain else self._parent, digest_size=DIGEST_BYTES)
         hasher.update(array("i", tokens).tobytes())
         self._add_spans(hasher, start, end)
-        self._add_ranges(hasher, start, end)
+        self._add_ranges(hasher, end)
         hasher.update(self._unusual_positions(start, end))
         self._chain.append(hasher.digest())
 
@@ -73,7 +73,7 @@ class BlockHasher:
                 break
             self._next_span += 1
 
-    def _add_ranges(self, hasher: blake2b, start: int, end: int) -> None:
+    def _add_ranges(self, hasher: blake2b, end: int) -> None:
         ranges = self._request.bidirectional
         while self._next_range < len(ranges) and ranges[self._next_range][0] < end:
             hasher.update(struct.pack("<c2q", b"r", *ranges[self._next_range]))

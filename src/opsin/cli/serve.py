@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import threading
 import typing
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from opsin.errors import ConfigError, RequestError
 from opsin.server.config import ServerConfig
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from opsin.cli.flags import Commands
 
 SERVING_DEFAULTS: Mapping[str, Any] = {
@@ -77,18 +80,28 @@ def execute(args: argparse.Namespace) -> int:
     config = server_config(args)
     settings = serving_settings(engine_settings(args), os.environ)
     listener = listen(config)  # first: a busy port should not cost the loading of a model
-    try:
+    url = url_of(listener)
+
+    def load(is_unwanted: threading.Event) -> FastAPI:
         from opsin.async_llm import AsyncLLM
         from opsin.engine.remote import Watch
         from opsin.server.app import create_app
 
         watch = Watch(silence_s=config.engine_silence_s, step_s=config.engine_step_timeout_s)
-        with AsyncLLM.spawn(**settings, watch=watch) as engine:
-            app = create_app(engine, config, model=settings.get("model", "demo"))
-            listener.listen()  # what connects from here on waits its turn, so the banner is true when it is read
-            lines = [picture_line(engine.picture_tokens), banner(url_of(listener), config, app.state.server.names[0])]
-            print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
-            run(app, listener)
+        engine = AsyncLLM.spawn(**settings, watch=watch, is_unwanted=is_unwanted)
+        try:
+            return create_app(engine, config, model=settings.get("model", "demo"))
+        except BaseException:
+            engine.shutdown()
+            raise
+
+    def announce(app: FastAPI) -> None:
+        server = app.state.server
+        lines = [picture_line(server.engine.picture_tokens), banner(url, config, server.names[0])]
+        print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
+
+    try:
+        run(listener, load, announce)
     finally:
         listener.close()
         if config.uds is not None:

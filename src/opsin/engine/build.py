@@ -103,6 +103,7 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside
         dtype=dtype,
         max_model_len=config.model.max_model_len,
         load_format=config.model.load_format,
+        quantization=config.model.quantization,
         seed=config.model.seed,
     )
     spec = model.spec

@@ -11,7 +11,7 @@ from opsin.config import EngineConfig, ModelConfig
 from opsin.engine.engine import EngineFacts
 from opsin.models import Family, resolve
 from opsin.models.hub import ModelFiles, find_model
-from opsin.processing.grammar import GrammarCompiler
+from opsin.processing.grammar import GrammarCheck
 from opsin.processing.jinja import read_template
 from opsin.processing.pooling import VectorSizes
 from opsin.processing.processor import InputProcessor
@@ -39,7 +39,7 @@ class Checkpoint:
         rule = family.load_rule().from_hf(files.config, files.processor, tokenizer)
         return cls(files, family, tokenizer, rule)
 
-    def processor(self, config: EngineConfig, facts: EngineFacts, grammars: GrammarCompiler) -> InputProcessor:
+    def processor(self, config: EngineConfig, facts: EngineFacts, grammars: GrammarCheck) -> InputProcessor:
         """What makes requests for an engine.
 
         Args:

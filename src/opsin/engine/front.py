@@ -89,15 +89,18 @@ class Front:
             for ref, data in zip(chat.media, fetched, strict=True)
         ]
         self._check_num_pixels(media)
+        given = [item.source.data.data for item in media if isinstance(item.source, GivenFeatures)]
+        self.check_num_bytes([*fetched, *given])
         return self._with_options(self.inputs.chat_prompt(chat, media, cache_salt=cache_salt), mm_processor_kwargs)
 
-    def check_num_bytes(self, fetched: Iterable[bytes | None]) -> None:
+    def check_num_bytes(self, fetched: Iterable[bytes | memoryview | None]) -> None:
         """Hold the files of one conversation to their common limit.
 
         Raises:
             MediaError: ``image_file_too_large``.
         """
-        total, limit = sum(len(data) for data in fetched if data is not None), self._media.max_request_media_bytes
+        total = sum(memoryview(data).nbytes for data in fetched if data is not None)
+        limit = self._media.max_request_media_bytes
         if limit is not None and total > limit:
             raise MediaError(
                 f"The pictures have more than {limit} bytes together (max_request_media_bytes). Send fewer or smaller "

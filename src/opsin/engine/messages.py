@@ -162,4 +162,4 @@ def _unpacked(head: SourceHead, data: bytes) -> MediaSource:
         return FrameSequence([PixelPicture(a, size, head.digest, head.alpha) for a in array], head.clip, head.digest)
     if head.kind == "pixels":
         return PixelPicture(array, (head.shape[1], head.shape[0]), head.digest, head.alpha)
-    return GivenFeatures(array, head.digest, head.extras)
+    return GivenFeatures(array.copy(), head.digest, head.extras)  # one that may be written to, as torch asks

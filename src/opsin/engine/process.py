@@ -22,6 +22,7 @@ import msgspec
 from opsin.engine.build import build_engine
 from opsin.engine.channel import EngineEnd
 from opsin.engine.checkpoint import Checkpoint
+from opsin.engine.grammars import GrammarThreads
 from opsin.engine.local import LocalEngine
 from opsin.engine.messages import (
     Abort,
@@ -36,7 +37,6 @@ from opsin.engine.messages import (
     unpack_sources,
 )
 from opsin.errors import EngineDeadError, OpsinError, RequestError
-from opsin.params import SamplingParams
 from opsin.types import OWN_FAULT, RequestUpdate
 
 logger = logging.getLogger(__name__)
@@ -139,31 +139,26 @@ class _Service:
             self._send(News(refused))
 
     def _listen(self, engine: LocalEngine) -> None:
+        grammars = GrammarThreads(engine.grammars, lambda order: self._order(engine, order))
         try:
             while True:
                 body, descriptor = self._end.receive()
                 order = _decoder.decode(body)
                 assert not isinstance(order, Load)
                 if isinstance(order, Add):
-                    self._compile(engine, order)
-                self._orders.put((order, descriptor))
-                engine.wake()
+                    grammars.take((order, descriptor))
+                elif not grammars.abort(order.request_id):
+                    self._order(engine, (order, None))
         except EOFError:
-            self._orders.put(None)
-            engine.wake()
+            self._order(engine, None)
             _leave()
         except Exception:  # our own bug; but a process that listens no more would be taken for a healthy one
             logger.exception("The engine process does not understand its front.")
             os._exit(1)
 
-    def _compile(self, engine: LocalEngine, order: Add) -> None:
-        """Have a grammar compiled here, where it holds up nobody's step; what is wrong with it is found by ``add``."""
-        params = order.requests[0].params
-        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
-            try:
-                engine.grammars.compile(params.structured_outputs)
-            except RequestError:
-                logger.debug("A grammar cannot be compiled.")
+    def _order(self, engine: LocalEngine, order: _Order | None) -> None:
+        self._orders.put(order)
+        engine.wake()
 
     def _beat(self) -> None:
         try:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -172,14 +173,16 @@ class RemoteEngine:
 
     # ----------------------------------------------------------------------------------------------- start
 
-    def wait_until_loaded(self) -> None:
+    def wait_until_loaded(self, is_unwanted: threading.Event) -> None:
         """Wait for the first process.
 
         Raises:
             ConfigError, UnsupportedModelError, WeightError: what the process says of its model.
-            EngineDeadError: it ended without a word.
+            EngineDeadError: it ended without a word, or is unwanted.
         """
         while self._state is _State.LOADING:
+            if is_unwanted.is_set():
+                raise EngineDeadError("The engine was given up while it loaded the model.")
             self._listen(_LOOK_S)
 
     def _start(self) -> None:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import threading
+
 from opsin.config import EngineConfig
 from opsin.engine.checkpoint import Checkpoint, find
 from opsin.engine.front import Front
 from opsin.engine.remote import RemoteEngine, Watch
-from opsin.processing.grammar import GrammarCompiler
+from opsin.processing.grammar_prober import GrammarProber
 from opsin.processing.output import OutputProcessor
 
 
-def spawn_front(config: EngineConfig, watch: Watch) -> Front:
+def spawn_front(config: EngineConfig, watch: Watch, is_unwanted: threading.Event) -> Front:
     """Start the engine process, and open the tokenizer beside it.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
-        EngineDeadError: the process ended while it loaded the model.
+        EngineDeadError: the process ended while it loaded the model, or nobody wants it any more.
     """
     find(config.model)  # downloads, with its progress bars; and says at once what is not supported
     engine = RemoteEngine(config, watch)
     try:
         checkpoint = Checkpoint.open(config)
-        engine.wait_until_loaded()
-        grammars = GrammarCompiler(checkpoint.tokenizer, engine.facts.spec.vocab_size)
+        engine.wait_until_loaded(is_unwanted)
+        tokenizer = checkpoint.tokenizer
+        grammars = GrammarProber(tokenizer.to_json(), engine.facts.spec.vocab_size, tokenizer.eos_token_ids)
         inputs = checkpoint.processor(config, engine.facts, grammars)
     except BaseException:
         engine.close()

@@ -8,9 +8,7 @@ all the same, and pictures packed into one pass are faster.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from opsin.engine.histogram import SHORT_SECONDS, Histogram
+from opsin.engine.nice import be_nice
 from opsin.errors import EngineDeadError
 from opsin.runner.executor import Embedding, Pixels
 from opsin.types import MediaLayout
@@ -25,8 +24,6 @@ from opsin.types import MediaLayout
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[Pixels, MediaLayout], np.ndarray]
-
-_NICENESS = 5  # above the engine's: a third of its share of a core that both want
 
 
 class TowerThread:
@@ -85,7 +82,7 @@ class TowerThread:
             self._thread.join()
 
     def _run(self) -> None:
-        _be_nice()
+        be_nice()
         while (task := self._take()) is not None:
             key, pixels, layout = task
             begun = time.monotonic()
@@ -109,9 +106,3 @@ class TowerThread:
                 return None
             key = next(iter(self._waiting))
             return key, *self._waiting.pop(key)
-
-
-def _be_nice() -> None:
-    thread = threading.get_native_id()
-    with contextlib.suppress(AttributeError, OSError):  # on Linux a thread has a niceness of its own
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)

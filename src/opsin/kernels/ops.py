@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels.quantized import QuantizedRows
 
 
 class PackLinear(Protocol):
@@ -22,6 +23,25 @@ class PackLinear(Protocol):
 class Linear(Protocol):
     def __call__(self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
         """x @ weight.T + bias; ``weight_OI`` as ``pack_linear`` returned it."""
+        ...
+
+
+class QuantizeRows(Protocol):
+    def __call__(self, x_TI: torch.Tensor) -> QuantizedRows:
+        """e4m3 with a scale for each row, by the row's largest value."""
+        ...
+
+
+class QuantizedLinear(Protocol):
+    def __call__(
+        self,
+        x: QuantizedRows,
+        weight_OI: torch.Tensor,
+        scale_O: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """x @ (weight * scale).T + bias in ``dtype``; the weight is e4m3, both its sizes multiples of 16."""
         ...
 
 
@@ -157,6 +177,8 @@ class Kernels:
 
     pack_linear: PackLinear
     linear: Linear
+    quantize_rows: QuantizeRows
+    quantized_linear: QuantizedLinear
     rms_norm: RmsNorm
     layer_norm: LayerNorm
     activation: Activation

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.kernels.ops import Kernels
+from opsin.kernels.quantized import quantize_rows, quantized_linear
 
 
 def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
@@ -304,6 +305,8 @@ def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 KERNELS = Kernels(
     pack_linear=pack_linear,
     linear=linear,
+    quantize_rows=quantize_rows,
+    quantized_linear=quantized_linear,
     rms_norm=rms_norm,
     layer_norm=layer_norm,
     activation=activation,

@@ -14,11 +14,17 @@ from opsin.kernels import Kernels
 
 
 class Placement(NamedTuple):
-    """Where a layer lives and what computes it."""
+    """Where a layer lives and what computes it.
+
+    Attributes:
+        defers_linears: linear layers get memory for their weights by ``Linear.allocate`` alone, once it is known how
+            each is stored.
+    """
 
     kernels: Kernels
     device: torch.device
     dtype: torch.dtype
+    defers_linears: bool = False
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised weight."""

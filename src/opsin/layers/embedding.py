@@ -30,6 +30,8 @@ class TokenEmbedding(nn.Module):
 class LMHead(Linear):
     """Hidden states to logits. A tied head shares the embedding's weight and has none of its own to load."""
 
+    may_be_quantized = False
+
     def __init__(
         self, place: Placement, hidden_size: int, vocab_size: int, *, tied_to: TokenEmbedding | None = None
     ) -> None:
@@ -39,4 +41,5 @@ class LMHead(Linear):
         self.checkpoint_shape = None
         self.is_tied = tied_to is not None
         self.weight = place.parameter(vocab_size, hidden_size) if tied_to is None else tied_to.weight
+        self.weight_scale = None
         self.bias = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
+from opsin.kernels.quantized import FP8, FP8_UNIT
 from opsin.layers import Placement
 
 ShardAxis = Literal["out", "in"]
@@ -17,10 +18,14 @@ class Linear(nn.Module):
     """y = x @ weight.T + bias.
 
     Attributes:
+        may_be_quantized: False where something is done to the weight before it is multiplied, or quality forbids it.
         shard: the axis to split over ranks: 'out' features (outputs stay apart), 'in' features (outputs are summed),
             or None for a copy on each.
         checkpoint_shape: the weight's shape in checkpoints where it is not (out, in), as for a convolution.
+        weight_scale: float32 (out,), what the rows of a quantised (e4m3) weight are multiplied by; else None.
     """
+
+    may_be_quantized: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -34,19 +39,40 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.kernels = place.kernels
+        self.place = place
         self.shard = shard
         self.checkpoint_shape = checkpoint_shape
-        self.weight = place.parameter(out_features, in_features)
+        where = place._replace(device=torch.device("meta")) if place.defers_linears else place
+        self.weight = where.parameter(out_features, in_features)
+        self.weight_scale: nn.Parameter | None = None
         self.bias = place.parameter(out_features) if bias else None
+
+    @property
+    def is_quantizable(self) -> bool:
+        """Whether kernels for quantised weights take this layer: both sizes are multiples of 16."""
+        fits = all(size % FP8_UNIT == 0 for size in self.weight.shape)
+        return self.may_be_quantized and self.checkpoint_shape is None and fits
+
+    def allocate(self, *, quantized: bool) -> None:
+        """Give a deferred weight its memory, in the model's dtype or as e4m3 with scales."""
+        if quantized:
+            self.weight_scale = self.place._replace(dtype=torch.float32).parameter(self.weight.shape[0])
+        place = self.place._replace(dtype=FP8) if quantized else self.place
+        self.weight = place.parameter(*self.weight.shape)
 
     def pack(self) -> None:
         """Bring the loaded weight into the kernels' own form; call once, after loading."""
+        if self.weight_scale is not None:  # as it is, rows one after the other, it is the form that the products want
+            return
         packed = self.kernels.pack_linear(self.weight)
         if packed is not self.weight:  # a tied head keeps the very parameter, which is counted once
             self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        return self.kernels.linear(x_TI, self.weight, self.bias)
+        if self.weight_scale is None:
+            return self.kernels.linear(x_TI, self.weight, self.bias)
+        rows = self.kernels.quantize_rows(x_TI)
+        return self.kernels.quantized_linear(rows, self.weight, self.weight_scale, self.bias, x_TI.dtype)
 
 
 class MergedLinear(Linear):

@@ -1,20 +1,28 @@
-"""Reads videos' headers in worker processes, which may hang or crash on hostile bytes and take nothing along."""
+"""What a front asks of worker processes of its own: videos' headers, and a picture's tiles to show.
+
+They may hang or crash on hostile bytes, and take nothing along.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from socket import socket
 
 import msgspec
+import numpy as np
 
 from opsin.config import MediaConfig
 from opsin.errors import MediaError, RequestFailedError
+from opsin.media.ops import PixelArray
+from opsin.media.source import EncodedPicture, Noun
 from opsin.media.spawn import START_TIMEOUT_S, start_worker
 from opsin.media.video import VideoFormat, VideoHeader, read_video_header
-from opsin.media.wire import Probe, Reply, allocate, receive, send
+from opsin.media.wire import Job, Probe, Reply, allocate, carry_out, receive, send
+from opsin.types import PixelPlan
 
 _MAX_WORKERS = 4  # so that a few files that take their time hold up nobody else
 
@@ -50,17 +58,39 @@ class VideoProber:
         max_pixels = self._config.max_image_pixels
         if self._config.media_workers == 0:
             return read_video_header(data, format, max_pixels=max_pixels)
-        with self._places:
-            worker = self._take()
-            try:
-                reply = self._ask(worker, Probe(format, max_pixels, len(data)), data)
-            except BaseException:
-                worker.close()
-                raise
-            self._give_back(worker)
+        descriptor = _shared(data)
+        try:
+            reply = self._reply_to(Probe(format, max_pixels, len(data)), [descriptor], "video")
+        finally:
+            os.close(descriptor)
         if reply.header is None:
             raise MediaError(reply.error or "The video cannot be read.", code=reply.code)
         return reply.header
+
+    def make_tiles(self, source: EncodedPicture, plan: PixelPlan) -> PixelArray:
+        """The tiles of a picture, one behind the other; what ``MediaPool`` makes, for one caller who waits.
+
+        Raises:
+            MediaError: it cannot be decoded, or it took longer than ``media_decode_timeout_s``.
+            RequestFailedError: workers do not start.
+        """
+        if self._config.media_workers == 0:
+            tiles = np.empty(plan.num_bytes, np.uint8)
+            reply = carry_out(lambda: source.frames(plan.frames), plan, tiles)
+        else:
+            descriptors = [_shared(source.data)]
+            try:
+                descriptor, memory = allocate(plan.num_bytes)
+                descriptors.append(descriptor)
+                job = Job(plan, source.header, None, source.alpha, len(source.data))
+                reply = self._reply_to(job, descriptors, "picture")
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            tiles = np.frombuffer(memory, np.uint8)
+        if reply.error is not None:
+            raise MediaError(reply.error, code=reply.code)
+        return tiles
 
     def close(self) -> None:
         """Stop the processes that are idle; those at work stop when they are done."""
@@ -90,20 +120,33 @@ class VideoProber:
                 return
         worker.close()
 
-    def _ask(self, worker: _Worker, probe: Probe, data: bytes) -> Reply:
-        descriptor, memory = allocate(len(data))
+    def _reply_to(self, message: Probe | Job, descriptors: Sequence[int], noun: Noun) -> Reply:
+        with self._places:
+            worker = self._take()
+            try:
+                reply = self._ask(worker, message, descriptors, noun)
+            except BaseException:
+                worker.close()
+                raise
+            self._give_back(worker)
+            return reply
+
+    def _ask(self, worker: _Worker, message: Probe | Job, descriptors: Sequence[int], noun: Noun) -> Reply:
+        code = "video_parse_error" if noun == "video" else "image_parse_error"
         try:
-            memory[:] = data
-            memory.close()
             worker.connection.settimeout(self._config.media_decode_timeout_s)
-            send(worker.connection, probe, [descriptor])
+            send(worker.connection, message, descriptors)
             return receive(worker.connection, Reply)[0]
         except TimeoutError:
-            raise MediaError(
-                f"Reading the video's header timed out after {self._config.media_decode_timeout_s:g} s.",
-                code="video_parse_error",
-            ) from None
+            what = "Reading the video's header" if noun == "video" else "Decoding the picture"
+            raise MediaError(f"{what} timed out after {self._config.media_decode_timeout_s:g} s.", code=code) from None
         except (EOFError, OSError, msgspec.MsgspecError):
-            raise MediaError("The decoder died on this video.", code="video_parse_error") from None
-        finally:
-            os.close(descriptor)
+            raise MediaError(f"The decoder died on this {noun}.", code=code) from None
+
+
+def _shared(data: bytes) -> int:
+    """A descriptor of shared memory that holds the bytes."""
+    descriptor, memory = allocate(len(data))
+    memory[:] = data
+    memory.close()
+    return descriptor

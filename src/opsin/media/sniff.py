@@ -7,6 +7,7 @@ believed. Formats outside ``FORMATS`` are refused unparsed.
 from __future__ import annotations
 
 import io
+import math
 import re
 from typing import IO, Literal, get_args
 
@@ -28,6 +29,9 @@ ImageFormat = Literal["JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF"]
 FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
 
 _ORIENTATION_TAG = 0x0112
+_MAX_HEADER_READS = 20_000  # a few hundred are usual; Pillow reads fillers byte by byte
+_MAX_HEADER_BYTES = 2**23  # phones put depth maps of some megabytes before the pixels
+_MAX_PNG_CHUNKS = 2**16
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -89,13 +93,37 @@ def open_lazily(data: bytes | IO[bytes], format: ImageFormat) -> ImageFile.Image
     Raises:
         MediaError: ``image_parse_error``.
     """
-    stream = io.BytesIO(data) if isinstance(data, bytes) else data
+    stream = _HeaderFile(data, format) if isinstance(data, bytes) else data
     try:
-        return _PLUGINS[format](stream)
+        image = _PLUGINS[format](stream)
     except Image.DecompressionBombError:
         raise MediaError("The picture has too many pixels.", code="image_too_large") from None
     except Exception:  # parsers meet hostile bytes here, and raise anything at all; their texts may hold addresses
         raise MediaError(f"The {format} picture's header cannot be read.", code="image_parse_error") from None
+    if isinstance(stream, _HeaderFile):
+        stream.end_header()
+    return image
+
+
+class _HeaderFile(io.BytesIO):
+    """A file whose header may be so long, in so many pieces: a hostile one would keep the parser busy for a minute."""
+
+    def __init__(self, data: bytes, format: ImageFormat) -> None:
+        super().__init__(data)
+        self._num_reads_left: float = _MAX_HEADER_READS
+        self._num_bytes_left: float = math.inf if format == "WebP" else _MAX_HEADER_BYTES  # libwebp wants it whole
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self._num_reads_left -= 1
+        self._num_bytes_left -= len(data)
+        if min(self._num_reads_left, self._num_bytes_left) < 0:
+            raise ValueError("the header is too long")
+        return data
+
+    def end_header(self) -> None:
+        """From here on it is pixels."""
+        self._num_reads_left = self._num_bytes_left = math.inf
 
 
 def read_header(data: bytes, *, max_pixels: int, max_bytes: int) -> ImageHeader:
@@ -162,7 +190,9 @@ def _orientation(image: ImageFile.ImageFile, data: bytes, format: ImageFormat) -
 def _png_exif(data: bytes) -> bytes | None:
     """The eXIf chunk, which may come after the pixels, where Pillow would only find it by decoding them."""
     position = 8
-    while position + 8 <= len(data):
+    for _ in range(_MAX_PNG_CHUNKS):
+        if position + 8 > len(data):
+            break
         length = int.from_bytes(data[position : position + 4], "big")
         if data[position + 4 : position + 8] == b"eXIf":
             return b"Exif\0\0" + data[position + 8 : position + 8 + length]

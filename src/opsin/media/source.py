@@ -11,6 +11,7 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -197,8 +198,11 @@ def _array_to_rgb(array: npt.NDArray[np.uint8], alpha: AlphaMode) -> npt.NDArray
     return np.ascontiguousarray(array[:, :, :3])
 
 
-def read_regular_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+def read_regular_file(path: str | os.PathLike[str], max_bytes: int, *, beneath: Path | None = None) -> bytes:
     """Read a regular file whole, opened once and checked by its descriptor; never blocks on a pipe or a device.
+
+    Args:
+        beneath: the folder, without links, that the file must be in, whatever became of the path since it was checked.
 
     Raises:
         MediaError: ``invalid_image_url`` where it cannot be read, ``image_file_too_large``.
@@ -212,6 +216,8 @@ def read_regular_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise MediaError("The picture's path is not that of a regular file.", code="invalid_image_url")
+        if beneath is not None and not Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_relative_to(beneath):
+            raise MediaError("The picture's path leads out of the allowed folder.", code="invalid_image_url")
         check_num_bytes(status.st_size, max_bytes)
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read(max_bytes + 1)

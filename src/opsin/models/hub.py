@@ -6,8 +6,11 @@ hub's own cache. Pickled weights are never downloaded.
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,6 +20,8 @@ from opsin.errors import ConfigError
 
 DEMO = "demo"
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_OF_THE_DISK = (OSError, PermissionError)  # not those of sockets and TLS, which have numbers of their own
 _USE_A_FOLDER = "Or download the model elsewhere and give its folder as the model."
 
 
@@ -110,12 +115,55 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
             + _USE_A_FOLDER
         ) from error
     except errors.HFValidationError as error:
-        raise ConfigError(f"{model!r} is neither a folder nor a Hugging Face id: {error}") from error
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"{model} is not in the local cache, and the hub cannot be reached ({type(error).__name__}: {error}). "
+        raise ConfigError(f"{model!r} is neither a folder nor a Hugging Face id: {_line(error)}") from error
+    except Exception as error:  # the client's own errors, those of whatever HTTP library it uses, and the disk's
+        raise ConfigError(f"{model} cannot be had: it is not whole in the local cache, and {_why(error)}") from error
+
+
+def _why(error: BaseException) -> str:
+    """What kept the hub's client from downloading, and what to do about it, in one line."""
+    links = list(_chain(error))
+    names = {kind.__name__ for link in links for kind in type(link).__mro__}
+    hub = os.environ.get("HF_ENDPOINT", "the hub")
+    statuses = [link.response.status_code for link in links if getattr(link, "response", None) is not None]  # type: ignore[attr-defined]
+    if "OfflineModeIsEnabled" in names:
+        return "HF_HUB_OFFLINE keeps the hub from being asked. Unset it. " + _USE_A_FOLDER
+    if 401 in statuses:
+        return f"{hub} refused the token (HTTP 401). Log in with `hf auth login`, or correct HF_TOKEN. " + _USE_A_FOLDER
+    if statuses:
+        return f"{hub} answered with HTTP status {statuses[0]}. Try again later. " + _USE_A_FOLDER
+    of_the_system = [link for link in links if isinstance(link, OSError) and type(link) in _OF_THE_DISK]
+    disk = next((link for link in of_the_system if link.errno in _DISK_ERRORS), None)
+    if disk is not None:
+        return (
+            f"it cannot be written there: {disk.strerror}. Make room, or set HF_HOME to a folder on another disk. "
             + _USE_A_FOLDER
-        ) from error
+        )
+    if any(isinstance(link, socket.gaierror) for link in links) or "Name or service not known" in str(error):
+        what = "cannot be found (its name does not resolve)"
+    elif "ProxyError" in names:
+        what = "cannot be reached through the proxy"
+    elif names & {"TimeoutError", "TimeoutException", "Timeout"}:
+        what = "did not answer in time"
+    elif "SSLError" in names:
+        what = "has a certificate that cannot be verified"
+    elif "ConnectionRefusedError" in names or "Connection refused" in str(error):
+        what = "refused the connection"
+    else:
+        what = f"cannot be reached ({_line(links[-1])})"
+    return f"{hub} {what}. Check the network, and HF_ENDPOINT and the proxy's variables if set. " + _USE_A_FOLDER
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text:.200}"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

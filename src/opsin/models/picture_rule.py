@@ -116,7 +116,7 @@ def given_size(extras: Mapping[str, Any]) -> tuple[int, int] | None:
     Raises:
         RequestError: something else is given beside them.
     """
-    unknown = sorted(set(extras) - {"image_size"})
+    unknown = sorted(set(extras) - {"image_sizes"})
     if unknown:
         raise RequestError(
             f"Image embeddings of this model come alone or with image_sizes; got {', '.join(unknown)} beside them.",
@@ -124,5 +124,5 @@ def given_size(extras: Mapping[str, Any]) -> tuple[int, int] | None:
         )
     if not extras:
         return None
-    height, width = extras["image_size"]
+    height, width = extras["image_sizes"]
     return width, height

@@ -227,6 +227,18 @@ def read_size(settings: Mapping[str, Any], key: Literal["size", "crop_size"]) ->
     return entries
 
 
+def read_longest_size(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Either {"longest_edge"} or {"height", "width"}. ``ValueError`` where it is neither."""
+    size = settings["size"]
+    entries = dict(cast(Mapping[str, Any], size)) if isinstance(size, Mapping) else {}
+    is_size = set(entries) in ({"longest_edge"}, {"height", "width"})
+    if not is_size or not all(type(n) is int and n >= 1 for n in entries.values()):
+        raise ValueError(
+            f"size is {size!r}; it must be {{'longest_edge': n}} or {{'height': n, 'width': n}}, at least 1."
+        )
+    return entries
+
+
 def square_view(settings: Mapping[str, Any], edge: int, width: int, height: int) -> View:
     """The whole picture, resized to the square that the tower takes, as processors do it that have no crop and no pad.
 

@@ -21,14 +21,17 @@ from torch import nn
 from tqdm import tqdm
 
 from opsin.errors import WeightError
+from opsin.kernels.quantized import FP8, quantize_rows
 from opsin.layers.embedding import LMHead
 from opsin.layers.linear import Linear, MergedLinear
 from opsin.layers.norm import RMSNorm
+from opsin.models.quantization import STORED_DTYPE, quantized_linears
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_NAMES = 12
+_ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,10 @@ class WeightTable:
         """A table whose ``unused`` says for each submodule what of its own names it leaves out."""
         return cls(renames, tuple(rf"{path}\.{pattern}" for path, patterns in unused.items() for pattern in patterns))
 
+    def without(self, unused: Sequence[str]) -> WeightTable:
+        """The same, with more patterns of tensors that count for nothing."""
+        return WeightTable(self.renames, (*self.unused, *unused))
+
     def rename(self, name: str) -> str:
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name, count=1)
@@ -59,11 +66,21 @@ class WeightTable:
 
 @dataclass(slots=True)
 class _Slot:
-    """A place for one checkpoint tensor: a parameter, or some rows of one."""
+    """A place for one checkpoint tensor: a parameter, or some rows of one.
+
+    Attributes:
+        parts: the names of the smallest pieces that it covers.
+        scale: of an e4m3 weight, the place of its rows' scales.
+    """
 
     target: torch.Tensor
     shape: tuple[int, ...]
-    parts: frozenset[str]  # the names of the smallest pieces that it covers
+    parts: frozenset[str]
+    scale: _Slot | None = None
+
+    def covers(self, dtype: str) -> frozenset[str]:
+        """The parts that a tensor of this dtype fills: a weight that is quantised here brings its scales along."""
+        return self.parts | self.scale.parts if self.scale is not None and dtype in _FLOATS else self.parts
 
 
 def _slots(model: nn.Module) -> dict[str, _Slot]:
@@ -85,6 +102,9 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
                 for part, target in zip(parts, rows, strict=True):
                     slots[part] = _Slot(target, tuple(target.shape), frozenset({part}))
             slots[name] = _Slot(parameter.data, shape, frozenset(parts))
+    for name, slot in slots.items():
+        if slot.target.dtype == FP8:
+            slot.scale = slots[f"{name}_scale"]
     return slots
 
 
@@ -110,12 +130,25 @@ def load_weights(model: nn.Module, folder: Path, table: WeightTable, *, progress
                 if not table.is_unused(target_name):
                     unused.append(name)
                 continue
-            if not slot.parts <= missing:
+            parts = slot.covers(stored.get_dtype())
+            if not parts <= missing:
                 raise WeightError(f"{path.name} repeats {name!r}, which was already loaded. Remove one of the two.")
             _copy(slot, stored, name, path)
-            missing -= slot.parts
+            missing -= parts
     if missing or unused:
         raise WeightError(_mismatch(missing, unused, folder))
+
+
+def stored_dtypes(folder: Path, table: WeightTable) -> dict[str, str]:
+    """safetensors' names of the dtypes of a checkpoint's tensors, by the tensors' renamed names.
+
+    Raises:
+        WeightError: a file is absent or unreadable.
+    """
+    cpu = torch.device("cpu")
+    return {
+        table.rename(name): stored.get_dtype() for path in weight_files(folder) for name, stored in _open(path, cpu)
+    }
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -170,17 +203,33 @@ def _open(path: Path, device: torch.device) -> Iterator[tuple[str, Any]]:
 
 def _copy(slot: _Slot, stored: Any, name: str, path: Path) -> None:
     dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
-    if dtype not in _FLOATS:
+    is_quantized = slot.scale is not None
+    if dtype not in _FLOATS and not (is_quantized and dtype == STORED_DTYPE):
         raise WeightError(
             f"{name!r} in {path.name} has dtype {dtype}; expected one of {', '.join(sorted(_FLOATS))}. "
-            "Quantised checkpoints are not supported."
+            "Of quantised checkpoints, FP8 ones are supported if config.json says how they were made."
         )
-    if shape != slot.shape:
+    is_scale = name.endswith("weight_scale")
+    if shape != slot.shape and not (is_scale and shape in ((), (1,), (*slot.shape, 1))):
         raise WeightError(
             f"{name!r} in {path.name} has shape {shape}; the config asks for {slot.shape}. "
             "config.json and weights do not belong together."
         )
-    slot.target.copy_((stored[:] if shape else stored[...]).view(slot.target.shape))
+    value = stored[:] if shape else stored[...]
+    if is_scale:  # of a whole tensor, or of each row
+        slot.target.copy_(value.flatten())
+    elif slot.scale is not None and dtype in _FLOATS:
+        _quantize(value, slot.target, slot.scale.target)
+    else:
+        slot.target.copy_(value.view(slot.target.shape))
+
+
+def _quantize(value_OI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor) -> None:
+    """In pieces, since float32 takes four times the room of what is made of it."""
+    for value, weight, scale in zip(*(x.split(_ROWS_AT_ONCE) for x in (value_OI, weight_OI, scale_O)), strict=True):
+        rows = quantize_rows(value.to(weight.device))
+        weight.copy_(rows.values_TI)
+        scale.copy_(rows.scale_T1.squeeze(1))
 
 
 def _mismatch(missing: Iterable[str], unused: Sequence[str], folder: Path) -> str:
@@ -200,13 +249,20 @@ def _some(names: Sequence[str]) -> str:
 def fill_randomly(model: nn.Module, seed: int) -> None:
     """Deterministic random weights, made on the device: norms 1, biases 0, matrices of a scale that keeps activations.
 
-    A parameter's values depend on the seed, its name and its shape alone.
+    A parameter's values depend on the seed, its name, its shape and the model's dtype alone; a quantised weight's are
+    what it would have held, quantised.
     """
+    dtypes = {f"{path}.weight": module.place.dtype for path, module in quantized_linears(model)}
     for name, parameter in model.named_parameters():
+        if name.endswith("weight_scale"):
+            continue
         if parameter.dim() > 1 or not name.endswith(("weight", "bias")):
             generator = torch.Generator(parameter.device).manual_seed(seed ^ zlib.crc32(name.encode()))
             bound = (3.0 / parameter.shape[-1]) ** 0.5
-            parameter.data.uniform_(-bound, bound, generator=generator)
+            values = torch.empty_like(parameter, dtype=dtypes[name]) if name in dtypes else parameter.data
+            values.uniform_(-bound, bound, generator=generator)
+            if name in dtypes:
+                _quantize(values, parameter.data, model.get_parameter(f"{name}_scale").data)
         else:
             parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
 

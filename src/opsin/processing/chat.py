@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 from opsin.errors import RequestError
 from opsin.processing.jinja import ContentFormat
@@ -44,6 +44,7 @@ class MediaReference:
         value: a URL (any ``str``), a picture object, encoded bytes, an embedding; None where only ``uuid`` is given.
         is_embedding: ``value`` holds features, not a picture.
         param: where it stood in the request, for error messages.
+        options: settings of the picture processor for this item, over the request's.
     """
 
     modality: Modality
@@ -51,6 +52,7 @@ class MediaReference:
     param: str
     uuid: str | None = None
     is_embedding: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatOptions(TypedDict, total=False):
@@ -217,7 +219,14 @@ def _part(part: Any, path: str) -> _Part:
     value = _media_value(part, kind, typeless, path)
     if value is None and uuid is None:
         raise RequestError(f"A part of type {kind!r} must have a value under {kind!r}.", param=path)
-    return MediaReference(modality, value, f"{path}.{kind}", uuid, is_embedding=kind == "image_embeds")
+    options = part.get("mm_processor_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise RequestError(
+            f"mm_processor_kwargs of a part must be an object, got {_kind(options)}.",
+            param=f"{path}.mm_processor_kwargs",
+        )
+    is_embedding = kind == "image_embeds"
+    return MediaReference(modality, value, f"{path}.{kind}", uuid, is_embedding, cast("Mapping[str, Any]", options))
 
 
 def _media_value(part: Mapping[str, Any], kind: str, typeless: bool, path: str) -> Any:

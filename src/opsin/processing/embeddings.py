@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from opsin.errors import MediaError, RequestError
+from opsin.media.fetch import decode_data_url
+from opsin.processing.tensor_files import read_tensor_file
 
 _EXTRA_KEYS = {"grid_thw": "{m}_grid_thw", "sizes": "{m}_sizes", "size_list": "{m}_size_list"}
 
@@ -28,7 +30,8 @@ class GivenFeatures:
 
     Attributes:
         data: (features, feature width), float32 or float16.
-        extras: what was given beside them, as plain numbers: ``image_grid_thw`` (t, h, w), ``image_size`` (w, h).
+        extras: what was given beside them, as plain numbers: ``image_grid_thw`` (t, h, w), ``image_sizes``, two
+            numbers in the order that the family's processor gives them: (h, w) but for MiniCPM-V's.
         digest: BLAKE2b-256 of the numbers.
     """
 
@@ -61,6 +64,27 @@ def read_embedding(
     digest.update(f"{array.dtype.str} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array).data.cast("B"))
     return GivenFeatures(array, digest.digest(), extras or {})
+
+
+def open_embedding(value: Any, width: int, max_bytes: int, param: str) -> GivenFeatures:
+    """The features of one item of a conversation, in any form that a part may have them.
+
+    Args:
+        value: a tensor; text, the base64 of a file that ``tensor_files`` reads; or a dict of these with grids or sizes.
+        max_bytes: of such a file.
+
+    Raises:
+        RequestError, MediaError: it cannot be read, or holds the features of several items.
+    """
+    if isinstance(value, str):
+        value = _decode(value, max_bytes, param)
+    if not isinstance(value, Mapping):
+        return read_embedding(value, width, param)
+    decoded = {k: _decode(v, max_bytes, f"{param}.{k}") if isinstance(v, str) else v for k, v in value.items()}
+    items = read_embeddings("image", decoded, width, param)
+    if len(items) != 1:
+        raise MediaError(f"A part holds the features of one picture; this one has {len(items)}.", param=param)
+    return items[0]
 
 
 def split_embeddings(value: Any, width: int, param: str | None = None) -> list[GivenFeatures]:
@@ -105,6 +129,17 @@ def read_embeddings(modality: str, data: Mapping[str, Any], width: int, param: s
 
 
 # ------------------------------------------------------------------------------------------------------ inside
+
+
+def _decode(text: str, max_bytes: int, param: str) -> npt.NDArray[Any] | dict[str, npt.NDArray[Any]]:
+    url = text if text[:5].lower() == "data:" else f"data:;base64,{text}"
+    try:
+        return read_tensor_file(decode_data_url(url, max_bytes))
+    except MediaError as error:
+        if error.code == "invalid_base64_image":
+            error = MediaError("The features are not valid base64.", code=error.code)
+        error.param = param
+        raise error from None
 
 
 def _is_tensor(value: Any) -> bool:
@@ -163,7 +198,7 @@ def _read_extras(
             isinstance(r, Sequence) and len(r) == length and all(type(n) is int and n > 0 for n in r) for r in rows
         ):
             raise RequestError(f"{key} must have {length} positive whole numbers per item.", param=f"{param}.{key}")
-        name = f"{modality}_grid_thw" if kind == "grid_thw" else f"{modality}_size"
+        name = f"{modality}_grid_thw" if kind == "grid_thw" else f"{modality}_sizes"
         extras = extras or [{} for _ in rows]
         if len(extras) != len(rows):
             raise RequestError(f"{key} has {len(rows)} rows, expected {len(extras)}.", param=f"{param}.{key}")

@@ -1,8 +1,9 @@
 """Structured outputs: which tokens may come next, for answers that must be JSON, match a pattern, or be one of a few.
 
 llguidance (an extra) does the parsing: it walks the tokens as a trie against the grammar, so that the mask of a step
-takes microseconds to a few milliseconds, and it bounds its own work by counted steps, so that no grammar can hold the
-engine up. Masks are made when a token is committed, while the device runs the next step.
+takes microseconds to a few milliseconds, and it bounds a step's work by counting, so that no grammar can hold the
+engine up once it is compiled. Compiling has no such bound: what comes from afar is compiled by ``GrammarProber`` first.
+Masks are made when a token is committed, while the device runs the next step.
 """
 
 # llguidance is not typed.
@@ -10,13 +11,19 @@ engine up. Masks are made when a token is committed, while the device runs the n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
 
 from opsin.errors import RequestError
 from opsin.params import StructuredOutputsParams
-from opsin.processing.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from opsin.processing.tokenizer import Tokenizer
 
 _MAX_COMPILED = 64
 _MAX_DEPTH = 100
@@ -62,8 +69,30 @@ class Grammar:
         return f"structured_outputs cannot be followed any further: {_first_line(self._matcher.get_error())}."
 
 
+class GrammarCheck(Protocol):
+    """Says whether a constraint can be followed. Any thread may call it."""
+
+    def check(self, params: StructuredOutputsParams) -> None:
+        """See that it can be followed.
+
+        Raises:
+            RequestError: it is malformed or too large, uses what llguidance lacks, or llguidance is not installed.
+        """
+        ...
+
+    def is_known(self, params: StructuredOutputsParams) -> bool:
+        """``check`` would answer at once."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held."""
+        ...
+
+
 class GrammarCompiler:
-    """Makes the grammars of one model's requests. Any thread may call it.
+    """Makes the grammars of one model's requests, and is their ``GrammarCheck`` where nobody need be feared.
+
+    Any thread may call it. llguidance lets other threads run while it compiles, however long that takes.
 
     Args:
         vocab_size: of the logits, which may be wider than the tokenizer's.
@@ -74,41 +103,82 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._vocabulary: Any = None
-        self._compiled: dict[str, Any] = {}
+        self._compiled: dict[bytes, Any] = {}  # the one used last is the last
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """A grammar at its start.
 
         Raises:
-            RequestError: it is malformed or too large, uses what llguidance lacks, or llguidance is not installed.
+            RequestError: as ``check``.
         """
-        text = _grammar_text(params)
-        matcher = self._compiled.get(text)
-        if matcher is None:
-            matcher = self._compile(text)
-            with self._lock:
-                if len(self._compiled) >= _MAX_COMPILED:
-                    del self._compiled[next(iter(self._compiled))]
-                self._compiled[text] = matcher
-        grammar = Grammar(matcher.deep_copy())
-        if grammar.error is not None:
-            raise RequestError(grammar.error, param="structured_outputs")
-        return grammar
-
-    def _compile(self, text: str) -> Any:
-        llguidance = _import()
+        key = key_of(params)
         with self._lock:
-            if self._vocabulary is None:  # about a second for 150,000 tokens
-                self._vocabulary = llguidance.LLTokenizer(
-                    self._tokenizer.to_json(),
-                    n_vocab=self._vocab_size,
-                    eos_token=sorted(self._tokenizer.eos_token_ids) or None,
-                )
-        matcher = llguidance.LLMatcher(self._vocabulary, text, log_level=0)
-        if matcher.is_error():
-            reason = _first_line(matcher.get_error())
-            raise RequestError(f"structured_outputs is not usable: {reason}.", param="structured_outputs")
-        return matcher
+            matcher = self._compiled.pop(key, None)
+            if matcher is not None:
+                self._compiled[key] = matcher
+        if matcher is None:
+            matcher = compile_matcher(self._read_vocabulary(), params)
+            with self._lock:
+                self._compiled[key] = matcher
+                if len(self._compiled) > _MAX_COMPILED:
+                    del self._compiled[next(iter(self._compiled))]
+        return start(matcher)
+
+    def check(self, params: StructuredOutputsParams) -> None:
+        self.compile(params)
+
+    def is_known(self, params: StructuredOutputsParams) -> bool:
+        return key_of(params) in self._compiled
+
+    def close(self) -> None:
+        with self._lock:
+            self._compiled.clear()
+
+    def _read_vocabulary(self) -> Any:
+        with self._lock:
+            if self._vocabulary is None:
+                ends = self._tokenizer.eos_token_ids
+                self._vocabulary = read_vocabulary(self._tokenizer.to_json(), self._vocab_size, ends)
+            return self._vocabulary
+
+
+def key_of(params: StructuredOutputsParams) -> bytes:
+    """Names a constraint: equal ones alike, others differently."""
+    return hashlib.sha256(msgspec.msgpack.encode(params)).digest()
+
+
+def read_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: Iterable[int]) -> Any:
+    """What ``compile_matcher`` needs of a model; takes about a second for 150,000 tokens.
+
+    Raises:
+        RequestError: llguidance is not installed.
+    """
+    return _import().LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=sorted(eos_token_ids) or None)
+
+
+def compile_matcher(vocabulary: Any, params: StructuredOutputsParams) -> Any:
+    """Compile a constraint. There are small ones that take hours: integers that are multiples of a large prime, say.
+
+    Raises:
+        RequestError: as ``GrammarCheck.check``.
+    """
+    matcher = _import().LLMatcher(vocabulary, _grammar_text(params), log_level=0)
+    if matcher.is_error():
+        reason = _first_line(matcher.get_error())
+        raise RequestError(f"structured_outputs is not usable: {reason}.", param="structured_outputs")
+    return matcher
+
+
+def start(matcher: Any) -> Grammar:
+    """The grammar of one answer, from what was compiled for all that want the same.
+
+    Raises:
+        RequestError: there is no first token.
+    """
+    grammar = Grammar(matcher.deep_copy())
+    if grammar.error is not None:
+        raise RequestError(grammar.error, param="structured_outputs")
+    return grammar
 
 
 def _grammar_text(params: StructuredOutputsParams) -> str:

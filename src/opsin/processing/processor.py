@@ -21,8 +21,9 @@ from opsin.config import MediaConfig
 from opsin.errors import ContextLengthError, RequestError
 from opsin.media.clips import EncodedVideo, FrameChoice, FrameSequence, VideoSource
 from opsin.media.fetch import decode_frames_url
+from opsin.media.ops import PixelArray
 from opsin.media.prober import VideoProber
-from opsin.media.source import PictureSource
+from opsin.media.source import EncodedPicture, PictureSource
 from opsin.models.rule import MediaRule, Placeholder
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing import expand as expansion
@@ -30,7 +31,7 @@ from opsin.processing.chat import ChatPrompt, MediaReference, render_chat
 from opsin.processing.continuations import derive_seed, spelled
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.expand import Expanded, Written
-from opsin.processing.grammar import GrammarCompiler
+from opsin.processing.grammar import GrammarCheck
 from opsin.processing.jinja import ContentFormat, find_template
 from opsin.processing.model_templates import ModelTemplates
 from opsin.processing.neutral import ControlStrings, Rendered
@@ -87,11 +88,11 @@ class InputProcessor:
         family: str = "",
         folder: Path | None = None,
         chat_template: str | None = None,
-        grammars: GrammarCompiler | None = None,
+        grammars: GrammarCheck | None = None,
         vector_sizes: VectorSizes | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._grammars = grammars
+        self.grammars = grammars
         self._vector_sizes = vector_sizes or VectorSizes(spec.hidden_size)
         self.rule = rule
         self.spec = spec
@@ -248,9 +249,9 @@ class InputProcessor:
                 f"priority is {priority!r:.100}; it must be a whole number of 64 bits.", param="priority"
             )
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
-            if self._grammars is None:
+            if self.grammars is None:
                 raise RequestError("This engine takes no structured_outputs.", param="structured_outputs")
-            self._grammars.compile(params.structured_outputs)  # here, where it holds up nobody's step
+            self.grammars.check(params.structured_outputs)
         self._check_limits([item.modality for item in prompt.media], "multi_modal_data")
         items = [self._media_item(item, prompt) for item in prompt.media]
         expanded, order = self._expand(prompt, items, params)
@@ -283,9 +284,23 @@ class InputProcessor:
         answers = self._answers(prompt, len(ids), params) if isinstance(params, PoolingParams) else []
         return ProcessedRequest(request, [prompt.media[i].source for i in order], text, answers)
 
+    def make_tiles(self, processed: ProcessedRequest) -> PixelArray:
+        """What the model sees of the only picture of a request: its tiles, as ``item.layout.plan`` has them.
+
+        Raises:
+            RequestError: it shows something else.
+            MediaError: the picture cannot be decoded.
+        """
+        items, sources = processed.request.media, processed.sources
+        if len(items) != 1 or not isinstance(sources[0], EncodedPicture):
+            raise RequestError("Only one picture can be looked at.")
+        return self._probe.make_tiles(sources[0], items[0].layout.plan)
+
     def close(self) -> None:
-        """Stop the processes that read videos' headers."""
+        """Stop the processes that read videos' headers and compile grammars."""
         self._probe.close()
+        if self.grammars is not None:
+            self.grammars.close()
 
     # ------------------------------------------------------------------------------------------------- inside
 
@@ -351,7 +366,7 @@ class InputProcessor:
         return not (bos and rendered.text.startswith(bos))
 
     def _media_item(self, item: MediaInput, prompt: Prompt) -> MediaItem:
-        source, options = item.source, prompt.processor_options
+        source, options = item.source, {**prompt.processor_options, **item.options}
         if isinstance(source, GivenFeatures):
             layout = self.rule.embedding_layout(item.modality, len(source.data), source.extras)
         else:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from PIL import Image
 
@@ -16,7 +16,14 @@ from opsin.errors import RequestError
 from opsin.media.clips import FrameChoice, Probe, VideoSource, is_described, open_video
 from opsin.media.source import PictureSource, open_picture
 from opsin.processing.chat import MediaReference
-from opsin.processing.embeddings import GivenFeatures, is_embedding, read_embedding, read_embeddings, split_embeddings
+from opsin.processing.embeddings import (
+    GivenFeatures,
+    is_embedding,
+    open_embedding,
+    read_embedding,
+    read_embeddings,
+    split_embeddings,
+)
 from opsin.processing.neutral import Rendered
 from opsin.types import Modality
 
@@ -33,11 +40,13 @@ class MediaInput:
 
     Attributes:
         uuid: the caller's own name for it, instead of a digest of its content.
+        options: settings of the picture processor for this item, over the prompt's.
     """
 
     modality: Modality
     source: MediaSource
     uuid: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +136,14 @@ def read_prompt(prompt: Any, opener: Opener) -> Prompt:
                 )
     for modality in _MODALITIES:
         media += _read_modality(modality, data.get(modality), uuids.get(modality), opener)
+    each = _options_of_each(prompt.get("mm_processor_kwargs"), len(media))
+    if each is not None:
+        media = [replace(item, options=options) for item, options in zip(media, each, strict=True)]
     return Prompt(
         rendered=Rendered(text) if ids is None and text is not None else None,
         token_ids=None if ids is None else _read_ids(ids),
         media=media,
-        processor_options=_mapping(prompt, "mm_processor_kwargs"),
+        processor_options={} if each is not None else _mapping(prompt, "mm_processor_kwargs"),
         cache_salt=salt or "",
     )
 
@@ -145,7 +157,9 @@ def open_reference(reference: MediaReference, fetched: bytes | None, opener: Ope
     value = reference.value if fetched is None else fetched
     try:
         if reference.is_embedding and value is not None:
-            source: MediaSource = read_embedding(value, opener.feature_width)
+            source: MediaSource = open_embedding(
+                value, opener.feature_width, opener.config.max_media_bytes, reference.param
+            )
         else:
             _require_data(value, reference.modality, reference.param)
             if isinstance(value, str):
@@ -154,7 +168,7 @@ def open_reference(reference: MediaReference, fetched: bytes | None, opener: Ope
     except RequestError as error:
         error.param = error.param or reference.param
         raise
-    return MediaInput(reference.modality, source, reference.uuid)
+    return MediaInput(reference.modality, source, reference.uuid, reference.options)
 
 
 # ------------------------------------------------------------------------------------------------------ inside
@@ -167,6 +181,19 @@ def _mapping(prompt: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise RequestError(f"{key} must be a dict, got {type(value).__name__}.", param=key)
     return value
+
+
+def _options_of_each(given: Any, count: int) -> list[Mapping[str, Any]] | None:
+    """Where ``mm_processor_kwargs`` is a list, each item's own, pictures before videos."""
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        return None
+    each: list[Any] = [{} if options is None else options for options in cast("Sequence[Any]", given)]
+    if len(each) != count or not all(isinstance(options, Mapping) for options in each):
+        raise RequestError(
+            f"A list of mm_processor_kwargs must have a dict, or null, for each of the {count} pictures and videos.",
+            param="mm_processor_kwargs",
+        )
+    return each
 
 
 def _is_ids(prompt: Any) -> bool:

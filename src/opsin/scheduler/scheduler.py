@@ -23,17 +23,15 @@ A preempted request keeps its tokens and starts over, but not before its last to
 
 from __future__ import annotations
 
-import heapq
-from bisect import insort
 from collections import deque
 from collections.abc import Callable
 
 from opsin.cache.blocks import BlockPool
-from opsin.cache.features import FeatureCache, Order
-from opsin.cache.prefix import BlockHasher
+from opsin.cache.features import FeatureCache
 from opsin.errors import RequestError
 from opsin.scheduler.admission import check_fits
 from opsin.scheduler.limits import SchedulerLimits
+from opsin.scheduler.line import Line
 from opsin.scheduler.sequence import Grammar, Sequence
 from opsin.scheduler.step import Step
 from opsin.types import (
@@ -44,7 +42,6 @@ from opsin.types import (
     RequestUpdate,
     RowPlan,
     RowResult,
-    SlotOpen,
     StepPlan,
     StepResult,
 )
@@ -65,18 +62,9 @@ class Scheduler:
         self._features = FeatureCache(
             limits.feature_bytes, limits.feature_row_bytes, limits.pixel_bytes, as_features=limits.encodes_beside
         )
-        self._alive: dict[Order, Sequence] = {}
-        self._by_id: dict[str, Sequence] = {}
+        self._line = Line(limits.max_num_seqs)
         self._num_added = 0
         self._num_steps = 0
-        # An unfinished request is running (has a slot), parked (cannot start before an item is stored) or waiting.
-        self._running: list[Sequence] = []  # sorted by order
-        self._parked: dict[bytes, dict[Order, Sequence]] = {}
-        # Heaps that may hold orders whose request has moved on; they are skipped when they surface.
-        self._waiting: list[Order] = []
-        self._line: list[Order] = []
-        self._block_leases: list[Order] = []  # negated: the last in line of those who hold blocks without a slot
-        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
         self._num_preemptions = 0
         self._num_prompt_tokens = 0
@@ -92,27 +80,23 @@ class Scheduler:
             RequestError: it could never run within this engine's limits, or its id is in use.
         """
         priority = request.priority if self.limits.policy == "priority" else 0
-        seq = Sequence(request, (priority, self._num_added), self.limits, grammar)
-        if request.request_id in self._by_id:
+        seq = Sequence(request, (priority, self._num_added), self.limits, self._pool, grammar)
+        if self._line.find(request.request_id) is not None:
             raise RequestError(f"Request id {request.request_id!r} is in use; ids of unfinished requests must differ.")
         check_fits(seq, self.limits)
         self._num_added += 1
-        if request.share_prefix and (self.limits.enable_prefix_caching or request.cache_namespace):
-            scope = "" if self.limits.enable_prefix_caching else request.cache_namespace
-            seq.hasher = BlockHasher(request, seq.tokens, self.limits.block_size, (scope, request.cache_salt))
-        self._alive[seq.order] = self._by_id[request.request_id] = seq
-        heapq.heappush(self._line, seq.order)
+        self._line.add(seq)
         self._extend_hits(seq)
-        self._hold_without_slot(seq)
+        seq.lease_items(self._features)
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """End a request at any moment; None when there is no such request (any more)."""
-        seq = self._by_id.get(request_id)
+        seq = self._line.find(request_id)
         return self._finish(seq, "abort") if seq is not None else None
 
     def fail_all(self, message: str, code: str | None = None) -> list[RequestUpdate]:
         """End every request with an error."""
-        return [self._finish(seq, "error", message, code) for seq in list(self._alive.values())]
+        return [self._finish(seq, "error", message, code) for seq in self._line]
 
     # --------------------------------------------------------------------------------------- media
 
@@ -134,7 +118,7 @@ class Scheduler:
 
     def media_failed(self, key: bytes, message: str, code: str | None) -> list[RequestUpdate]:
         """A payload cannot be had: every request that waits for it ends with an error."""
-        holders = [self._alive[order] for order in self._features.payload_failed(key)]
+        holders = [self._line[order] for order in self._features.payload_failed(key)]
         return [self._finish(seq, "error", message, code) for seq in holders]
 
     # ---------------------------------------------------------------------------------------- plan
@@ -143,15 +127,14 @@ class Scheduler:
         """Decide the next step; None when nothing can run before a commit, a payload or a request comes in."""
         if len(self._in_flight) >= self.limits.pipeline_depth:
             return None
-        head = self._head()
+        head = self._line.head()
         if head is not None:
             self._extend_hits(head)  # may end leases on features, which makes room for the item it misses
-        max_tokens, max_patches = self.limits.step_budget(any([seq.is_decoding for seq in self._running]))
+        max_tokens, max_patches = self.limits.step_budget(any([seq.is_decoding for seq in self._line.running]))
         # Encoding comes before rows: it may evict features, which no row of this step may then use.
         encode = self._features.encode(max_patches, self._urgent_item())
         for item in encode:
-            for seq in tuple(self._parked.get(item.key, {}).values()):
-                self._unpark(seq)
+            self._line.unpark_all(item.key)
         step = Step(self.limits.max_num_batched_tokens, max_tokens, now_s)
         if head is not None and head.slot is None:
             self._start_head(step, head)
@@ -175,17 +158,17 @@ class Scheduler:
 
     def _start_head(self, step: Step, head: Sequence) -> None:
         """Give the oldest request a slot, someone else's if need be."""
-        if self._next_waiting() is not head or head.in_flight or self._park_if_blocked(head):
+        if self._line.next_waiting() is not head or head.in_flight or self._park_if_blocked(head):
             return
-        if not self._free_slots:
-            self._preempt(step, self._running[-1])
+        if not self._line.num_free_slots:
+            self._preempt(step, self._line.running[-1])
         self._open(step, head)
 
     def _plan_running(self, step: Step, head: Sequence | None) -> None:
         # One token per decoding request is set aside, so that prefills do not stall answers. The head is exempt: a
         # bidirectional range may need the whole budget, which it would otherwise wait for without bound.
-        num_reserved = sum([seq.is_decoding for seq in self._running])
-        for seq in tuple(self._running):
+        num_reserved = sum([seq.is_decoding for seq in self._line.running])
+        for seq in tuple(self._line.running):
             if seq.slot is None or not seq.is_runnable:  # preempted in this step, or its last token is in flight
                 continue
             budget = step.num_tokens_left
@@ -196,13 +179,13 @@ class Scheduler:
                 self._extend_hits(seq)
                 num_tokens = step.chunk(seq, self._features, budget if seq is head else budget - num_reserved)
             if 0 < num_tokens <= budget:
-                num_blocks = seq.blocks_needed(seq.num_computed + num_tokens)
+                num_blocks = seq.blocks.num_missing(seq.num_computed + num_tokens)
                 if num_blocks <= 0 or self._reserve(step, seq, num_blocks):
                     self._add_row(step, seq, num_tokens, num_blocks)
 
     def _plan_waiting(self, step: Step) -> None:
-        while self._free_slots and not step.is_full and not step.has_preempted:
-            seq = self._next_waiting()
+        while self._line.num_free_slots and not step.is_full and not step.has_preempted:
+            seq = self._line.next_waiting()
             if seq is None or seq.in_flight:  # a preempted request waits for its last token
                 return
             self._extend_hits(seq)
@@ -210,20 +193,17 @@ class Scheduler:
                 continue
             num_tokens = step.chunk(seq, self._features, step.num_tokens_left)
             # Room for all its tokens, not for this chunk alone: else it would soon be preempted again.
-            if num_tokens <= 0 or not self._reserve(step, seq, seq.blocks_needed(seq.num_tokens)):
+            if num_tokens <= 0 or not self._reserve(step, seq, seq.blocks.num_missing(seq.num_tokens)):
                 return
             self._open(step, seq)
-            self._add_row(step, seq, num_tokens, seq.blocks_needed(seq.num_computed + num_tokens))
+            self._add_row(step, seq, num_tokens, seq.blocks.num_missing(seq.num_computed + num_tokens))
 
     def _add_row(self, step: Step, seq: Sequence, num_tokens: int, num_blocks: int) -> None:
         assert seq.slot is not None
         start = seq.num_computed
-        new_blocks: tuple[int, ...] = ()
         if num_blocks > 0:
-            seq.blocks += self._pool.allocate(num_blocks)
-        if len(seq.blocks) > seq.num_sent_blocks:
-            new_blocks = tuple(seq.blocks[seq.num_sent_blocks :])
-            seq.num_sent_blocks = len(seq.blocks)
+            seq.blocks.grow(num_blocks)
+        new_blocks = seq.blocks.take_unsent()
         emits = start + num_tokens == seq.num_tokens
         mask = seq.grammar.mask if emits and seq.grammar is not None else None
         if start >= seq.num_prompt:
@@ -233,7 +213,7 @@ class Scheduler:
             uses = seq.feature_uses(num_tokens, self._features)
             row = RowPlan(seq.slot, start, num_tokens, new_blocks, emits, uses, mask)
             seq.advance(self._features, start + num_tokens)
-            self._register(seq)
+            seq.publish_blocks()
         if emits:
             seq.num_tokens += 1
         seq.in_flight += 1
@@ -248,9 +228,8 @@ class Scheduler:
         updates: list[RequestUpdate] = []
         for seq, row, row_result in zip(seqs, plan.rows, result.rows, strict=True):
             seq.in_flight -= 1
-            if row_result.error is not None and seq.hasher is not None:
-                for digest in seq.hasher.known:  # they may hold bad values, also those it got from others
-                    self._pool.forget(digest)
+            if row_result.error is not None:
+                seq.blocks.forget()
             if seq.finished:  # a zombie: it ended while this step was in flight
                 continue
             if row_result.error is not None:
@@ -274,7 +253,7 @@ class Scheduler:
         token = result.token_id
         assert token is not None, "a row that emits brings a token"
         reason = seq.accept(token)
-        self._register(seq)
+        seq.publish_blocks()
         if reason == "error":
             assert seq.grammar is not None
             return self._finish(seq, "error", seq.grammar.error, OWN_FAULT)  # it asked for the impossible
@@ -295,18 +274,18 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Something is unfinished, in flight, or still to be dropped from the executor."""
-        return bool(self._alive or self._in_flight or self._features.has_drops)
+        return bool(self._line or self._in_flight or self._features.has_drops)
 
     @property
     def num_free_slots(self) -> int:
-        return len(self._free_slots)
+        return self._line.num_free_slots
 
     def stats(self) -> list[tuple[str, float]]:
         """Gauges and counters by name; counters end in ``_total``."""
         num_blocks_used = self._pool.num_usable - self._pool.num_free
         return [
-            ("num_requests_running", len(self._running)),
-            ("num_requests_waiting", len(self._alive) - len(self._running)),
+            ("num_requests_running", len(self._line.running)),
+            ("num_requests_waiting", len(self._line) - len(self._line.running)),
             ("num_steps_in_flight", len(self._in_flight)),
             ("kv_blocks_used", num_blocks_used),
             ("kv_cache_usage", num_blocks_used / max(1, self._pool.num_usable)),
@@ -318,60 +297,19 @@ class Scheduler:
             ("prefix_cache_hit_tokens_total", self._num_cached_tokens),
         ]
 
-    def _head(self) -> Sequence | None:
-        while self._line and self._line[0] not in self._alive:
-            heapq.heappop(self._line)
-        return self._alive[self._line[0]] if self._line else None
-
-    def _next_waiting(self) -> Sequence | None:
-        while self._waiting:
-            seq = self._alive.get(self._waiting[0])
-            if seq is not None:
-                return seq
-            heapq.heappop(self._waiting)
-        return None
-
     def _open(self, step: Step, seq: Sequence) -> None:
-        """Waiting to running."""
+        """Let the first that waits run."""
         assert len(seq.tokens) == seq.num_tokens, "all tokens of a request that starts over are known"
-        order = heapq.heappop(self._waiting)
-        assert order == seq.order
-        seq.slot, seq.scheduled_s = self._free_slots.pop(), seq.scheduled_s or step.now_s
-        insort(self._running, seq, key=lambda other: other.order)
-        request = seq.request
-        step.opened.append(
-            SlotOpen(
-                slot=seq.slot,
-                token_ids=list(seq.tokens),
-                num_prompt_tokens=seq.num_prompt,
-                params=request.params,
-                seed=request.seed,
-                positions=request.positions,
-                position_delta=request.position_delta,
-                bidirectional=request.bidirectional,
-                stop_token_ids=request.stop_token_ids,
-            )
-        )
+        self._line.start(seq)
+        seq.scheduled_s = seq.scheduled_s or step.now_s
+        step.open(seq)
 
     def _preempt(self, step: Step, seq: Sequence) -> None:
         """Running to waiting, keeping nothing but tokens."""
-        self._give_up_slot(seq)
-        self._pool.release(seq.blocks)
-        seq.reset()
-        self._hold_without_slot(seq)
+        self._line.stop(seq)
+        seq.start_over(self._features)
         self._num_preemptions += 1
         step.has_preempted = True
-
-    def _give_up_slot(self, seq: Sequence) -> None:
-        assert seq.slot is not None
-        self._running.remove(seq)
-        self._free_slots.append(seq.slot)
-        seq.slot = None
-
-    def _hold_without_slot(self, seq: Sequence) -> None:
-        """To waiting: in line for a slot, with leases on the media still to be read."""
-        heapq.heappush(self._waiting, seq.order)
-        seq.lease_items(self._features)
 
     def _park_if_blocked(self, seq: Sequence) -> bool:
         """Waiting to parked, when its first features are missing: a slot would be wasted on the text before them."""
@@ -380,31 +318,15 @@ class Scheduler:
             return False
         if missing > seq.next_span and seq.chunk(self._features, self.limits.max_num_batched_tokens) > 0:
             return False
-        order = heapq.heappop(self._waiting)
-        assert order == seq.order
-        seq.parked_on = seq.item_of(missing).key
-        self._parked.setdefault(seq.parked_on, {})[order] = seq
+        self._line.park(seq, seq.item_of(missing).key)
         return True
-
-    def _unpark(self, seq: Sequence) -> None:
-        """Parked to waiting; whether it can start is looked at afresh."""
-        if seq.parked_on is not None:
-            others = self._parked[seq.parked_on]
-            del others[seq.order]
-            if not others:
-                del self._parked[seq.parked_on]
-            seq.parked_on = None
-            heapq.heappush(self._waiting, seq.order)
 
     def _finish(
         self, seq: Sequence, reason: FinishReason, error: str | None = None, code: str | None = None
     ) -> RequestUpdate:
         seq.finished = True
-        del self._alive[seq.order], self._by_id[seq.request.request_id]
-        if seq.slot is not None:
-            self._give_up_slot(seq)
-        self._unpark(seq)
-        self._pool.release(seq.blocks)
+        self._line.remove(seq)
+        seq.blocks.release()
         for key in seq.leased:
             self._features.release(key, seq.order, ended=True)
         self._num_prompt_tokens += seq.num_prompt
@@ -421,7 +343,7 @@ class Scheduler:
 
     def _urgent_item(self) -> bytes | None:
         """The item that the head of the line misses first."""
-        head = self._head()
+        head = self._line.head()
         return head.missing_item(self._features) if head is not None else None
 
     # -------------------------------------------------------------------------------------- blocks
@@ -433,64 +355,28 @@ class Scheduler:
         line's order, so a victim has none in this step yet.
         """
         while self._pool.num_free < num_blocks:
-            holder = self._last_block_lease()
+            holder = self._line.last_block_holder()
             if holder is not None and (seq.slot is not None or holder.order > seq.order):
                 self._give_lease_back(holder)
-            elif seq.slot is not None and self._running[-1] is not seq:
-                self._preempt(step, self._running[-1])
+            elif seq.slot is not None and self._line.running[-1] is not seq:
+                self._preempt(step, self._line.running[-1])
             else:
                 return False
         return True
 
-    def _last_block_lease(self) -> Sequence | None:
-        while self._block_leases:
-            priority, number = self._block_leases[0]
-            seq = self._alive.get((-priority, -number))
-            if seq is not None and seq.slot is None and seq.blocks:
-                return seq
-            heapq.heappop(self._block_leases)
-        return None
-
     def _give_lease_back(self, seq: Sequence) -> None:
-        self._pool.release(seq.blocks)
-        seq.reset()
-        seq.lease_items(self._features)
-        self._unpark(seq)  # it may now lack an earlier item than the one it is parked on
+        seq.start_over(self._features)
+        self._line.unpark(seq)  # it may now lack an earlier item than the one it is parked on
 
     def _extend_hits(self, seq: Sequence) -> None:
         """Share blocks that others computed, from where ``seq`` stands, up to the first position that is read."""
-        hasher, block_size = seq.hasher, self.limits.block_size
-        if hasher is None or seq.num_computed != len(seq.blocks) * block_size:
+        held = seq.num_computed
+        end = seq.blocks.share(held, seq.num_shareable, seq.cut)
+        if end == held:
             return
-        held = len(seq.blocks)
-        last = seq.num_shareable // block_size
-        found: list[int] = []
-        while held + len(found) < last:
-            block = self._pool.find(hasher.digest(held + len(found)))
-            if block is None:
-                break
-            found.append(block)
-        end = held + len(found)
-        while end > held and (cut := seq.cut(end * block_size)) < end * block_size:
-            end = cut // block_size
-        if end <= held:
-            return
-        for block in found[: end - held]:
-            self._pool.share(block)
-        seq.blocks += found[: end - held]
-        seq.num_registered = end
         if seq.num_tokens == seq.num_prompt:  # hits of a restart after preemption are no saving
-            seq.num_cached_tokens += (end - held) * block_size
-        seq.advance(self._features, end * block_size)
+            seq.num_cached_tokens += end - held
+        seq.advance(self._features, end)
         if seq.slot is None:
-            heapq.heappush(self._block_leases, (-seq.order[0], -seq.order[1]))
-            self._unpark(seq)  # the item it is parked on may be behind it now
-
-    def _register(self, seq: Sequence) -> None:
-        """Let others find the blocks that are full and whose tokens are known."""
-        if seq.hasher is None:
-            return
-        num_full = min(seq.num_computed, len(seq.tokens)) // self.limits.block_size
-        while seq.num_registered < num_full:
-            self._pool.register(seq.blocks[seq.num_registered], seq.hasher.digest(seq.num_registered))
-            seq.num_registered += 1
+            self._line.add_block_holder(seq)
+            self._line.unpark(seq)  # the item it is parked on may be behind it now

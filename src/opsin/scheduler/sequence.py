@@ -6,8 +6,10 @@ from bisect import bisect_left
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
+from opsin.cache.blocks import BlockPool
 from opsin.cache.features import FeatureCache, Lease, Order
 from opsin.cache.prefix import BlockHasher
+from opsin.cache.table import BlockTable
 from opsin.params import PoolingParams, SamplingParams
 from opsin.scheduler.limits import SchedulerLimits
 from opsin.types import EngineRequest, FeatureUse, FinishReason, MediaItem, PositionLogprobs
@@ -45,12 +47,10 @@ class Sequence:
         num_computed: positions whose keys and values are written by the steps planned so far.
         limit: ``num_tokens`` never exceeds it. Pooling counts as generating one token.
         blocks: KV blocks for exactly ``num_computed`` positions.
-        num_sent_blocks: those that the runner's slot already knows.
-        num_registered: leading blocks that are in the prefix cache, or were refused as twins.
-        hasher: None when the request shares no prefixes.
         in_flight: planned steps not yet committed that have a row of it.
         next_span: first span that ends after ``num_computed``.
         leased: keys of the items leased from the feature cache.
+        slot: where the runner keeps it while it runs; the ``Line``'s to change, like ``parked_on``.
         parked_on: key of the item without which it cannot start, while that is missing.
         prompt_logprobs: collected until the first token is reported; None when not asked for, or reported.
         first_read: the first prompt position whose hidden state is asked for; None when only the last token's is.
@@ -60,7 +60,12 @@ class Sequence:
     """
 
     def __init__(
-        self, request: EngineRequest, order: Order, limits: SchedulerLimits, grammar: Grammar | None = None
+        self,
+        request: EngineRequest,
+        order: Order,
+        limits: SchedulerLimits,
+        pool: BlockPool,
+        grammar: Grammar | None = None,
     ) -> None:
         self.request = request
         self.grammar = grammar
@@ -85,11 +90,8 @@ class Sequence:
             if params.prompt_logprobs is not None:
                 self.prompt_logprobs = [None for _ in self.tokens]
         self.num_computed = 0
-        self.blocks: list[int] = []
-        self.num_sent_blocks = 0
-        self.num_registered = 0
+        self.blocks = BlockTable(pool, limits.block_size, _hasher(request, self.tokens, limits))
         self.num_cached_tokens = 0
-        self.hasher: BlockHasher | None = None
         self.slot: int | None = None
         self.in_flight = 0
         self.finished = False
@@ -137,12 +139,17 @@ class Sequence:
         """What was read, by rising position; None where nothing was asked for."""
         return [self.values[position] for position in sorted(self.values)] or None
 
-    def reset(self) -> None:
-        """Forget what was computed; tokens stay."""
-        self.blocks = []
-        self.num_computed = self.num_sent_blocks = self.num_registered = self.next_span = 0
+    def publish_blocks(self) -> None:
+        """Let others find the blocks that are full and whose tokens are known."""
+        self.blocks.publish(min(self.num_computed, len(self.tokens)))
+
+    def start_over(self, features: FeatureCache) -> None:
+        """Forget what was computed: give the blocks back, and lease all media again. Tokens stay."""
+        self.blocks.release()
+        self.num_computed = self.next_span = 0
         if self.num_tokens == self.num_prompt:
             self.num_cached_tokens = 0
+        self.lease_items(features)
 
     def range_across(self, position: int) -> tuple[int, int] | None:
         """The bidirectional range that a cut before ``position`` would split."""
@@ -154,10 +161,6 @@ class Sequence:
         """The last position up to ``position`` where computation may stop."""
         across = self.range_across(position)
         return position if across is None else across[0]
-
-    def blocks_needed(self, num_positions: int) -> int:
-        """Blocks to add so that ``num_positions`` fit."""
-        return -(-num_positions // self.block_size) - len(self.blocks)
 
     def chunk(self, features: FeatureCache, budget: int) -> int:
         """How many positions to compute: within budget, before missing features, splitting no range; may be <= 0."""
@@ -240,3 +243,11 @@ class Sequence:
             changes.append((start, rows))
             changes.append((end if across is None else across[1], -rows))
         return max(accumulate(rows for _, rows in sorted(changes)), default=0)
+
+
+def _hasher(request: EngineRequest, tokens: list[int], limits: SchedulerLimits) -> BlockHasher | None:
+    """Of a request that shares its prefixes, with all others or with those of its namespace."""
+    if not request.share_prefix or not (limits.enable_prefix_caching or request.cache_namespace):
+        return None
+    scope = "" if limits.enable_prefix_caching else request.cache_namespace
+    return BlockHasher(request, tokens, limits.block_size, (scope, request.cache_salt))

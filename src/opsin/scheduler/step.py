@@ -39,6 +39,24 @@ class Step:
                 num_tokens = seq.chunk(features, min(budget, across[1] - seq.num_computed))
         return num_tokens
 
+    def open(self, seq: Sequence) -> None:
+        """Tell the runner of a request that has got a slot, and all that it may need of it there."""
+        assert seq.slot is not None
+        request = seq.request
+        self.opened.append(
+            SlotOpen(
+                slot=seq.slot,
+                token_ids=list(seq.tokens),
+                num_prompt_tokens=seq.num_prompt,
+                params=request.params,
+                seed=request.seed,
+                positions=request.positions,
+                position_delta=request.position_delta,
+                bidirectional=request.bidirectional,
+                stop_token_ids=request.stop_token_ids,
+            )
+        )
+
     def add(self, seq: Sequence, row: RowPlan) -> None:
         """Take a row on."""
         self.num_tokens_left -= row.num_tokens

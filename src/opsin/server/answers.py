@@ -307,6 +307,12 @@ class Text(msgspec.Struct):
     prompt: str
 
 
+class Load(msgspec.Struct):
+    """The answer to ``GET /load``."""
+
+    server_load: int
+
+
 class Version(msgspec.Struct):
     """The answer to ``GET /version``."""
 

@@ -9,11 +9,11 @@ import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import opsin
 from opsin.server.admission import Admission
-from opsin.server.answers import ModelCard, ModelList, Version
+from opsin.server.answers import Load, ModelCard, ModelList, Version
 from opsin.server.chat import create_chat_completion
 from opsin.server.client import EngineClient
 from opsin.server.completions import create_completion
@@ -39,6 +39,8 @@ from opsin.server.requests import (
     ScoreRequest,
     TokenizeRequest,
 )
+from opsin.server.response_input import ResponsesRequest
+from opsin.server.responses import create_response, find_response
 from opsin.server.scores import create_score, rerank
 from opsin.server.seen import SeenRequest, see_picture
 from opsin.server.state import ServerState
@@ -50,6 +52,7 @@ Handler = Callable[[HTTPRequest, ServerState], Awaitable[Response]]
 
 _POSTS: Sequence[tuple[str, Handler, type[msgspec.Struct]]] = (
     ("/v1/chat/completions", create_chat_completion, ChatCompletionRequest),
+    ("/v1/responses", create_response, ResponsesRequest),
     ("/v1/completions", create_completion, CompletionRequest),
     ("/v1/embeddings", create_embeddings, EmbeddingRequest),
     ("/page/seen", see_picture, SeenRequest),
@@ -91,6 +94,8 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
     for path, handler, body in _POSTS:
         _add_post(app, server, path, handler, body)
     _add_gets(app, server)
+    for path, method in (("", "GET"), ("", "DELETE"), ("/input_items", "GET"), ("/cancel", "POST")):
+        app.add_api_route("/v1/responses/{name}" + path, find_response, methods=[method])
     for path in FILES:
         _add_file(app, path)
     app.openapi = _documented(app.openapi)
@@ -153,13 +158,20 @@ def _add_gets(app: FastAPI, server: ServerState) -> None:
 
     @get("/ready")
     async def ready() -> Response:
-        """200: requests are taken; 503 while the engine is started again, and once the server drains."""
-        return Response(status_code=200 if server.engine.is_ready and not server.admission.is_draining else 503)
+        """200: requests are taken; 503 while the engine is started (again), and once the server drains."""
+        return _probe("The server is shutting down." if server.admission.is_draining else _engine_trouble(server))
 
     @get("/health")
+    @get("/ping")
+    @app.post("/ping", include_in_schema=False)
     async def health() -> Response:
         """200: the engine runs; 503 otherwise."""
-        return Response(status_code=200 if server.engine.is_ready else 503)
+        return _probe(_engine_trouble(server))
+
+    @get("/load")
+    async def load() -> Response:
+        """How many answers run or wait."""
+        return json_response(Load(server.admission.num_admitted))
 
     @get("/metrics")
     async def metrics() -> Response:
@@ -167,6 +179,16 @@ def _add_gets(app: FastAPI, server: ServerState) -> None:
         engine = server.engine
         text = server.metrics.text(engine.stats(), engine.histograms(), engine.is_ready)
         return Response(text, media_type="text/plain; version=0.0.4")
+
+
+def _engine_trouble(server: ServerState) -> str | None:
+    if server.engine.is_ready:
+        return None
+    return "The engine is being started again." if server.engine.is_running else "The engine has stopped."
+
+
+def _probe(trouble: str | None) -> Response:
+    return Response() if trouble is None else PlainTextResponse(trouble, 503)
 
 
 async def _raise_in_form(http: HTTPRequest, error: Exception) -> Response:

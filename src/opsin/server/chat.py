@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from msgspec import UNSET, UnsetType
@@ -11,6 +11,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from opsin.outputs import CompletionOutput, RequestOutput
+from opsin.params import SamplingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import (
     ChatChoice,
@@ -22,7 +23,8 @@ from opsin.server.answers import (
     ChatMessage,
     Usage,
 )
-from opsin.server.generation import respond
+from opsin.server.errors import ErrorBody
+from opsin.server.generation import DATA, Form, respond
 from opsin.server.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.requests import ChatCompletionRequest
 from opsin.server.sampling import refuse_unsupported, sampling_params
@@ -33,16 +35,47 @@ from opsin.server.tools import CallCollector, ToolUse, tool_use
 async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Response:
     """Answer one conversation."""
     request = await server.read(http, ChatCompletionRequest)
+
+    def new_form(name: str, params: SamplingParams, use: ToolUse) -> Form:
+        return _ChatForm(name, server.names[0], params.n, params.logprobs, use, _echo(request))
+
+    return await answer_chat(http, server, request, server.name_of(http, request, "chatcmpl"), new_form)
+
+
+async def answer_chat(
+    http: HTTPRequest,
+    server: ServerState,
+    request: ChatCompletionRequest,
+    name: str,
+    new_form: Callable[[str, SamplingParams, ToolUse], Form],
+) -> Response:
+    """Answer a conversation in some form.
+
+    Args:
+        name: the answer's id.
+        new_form: makes the form of id, parameters and tools.
+
+    Raises:
+        OpsinError: it cannot be answered.
+    """
     refuse_unsupported(request)
     params = sampling_params(request, server.engine.get_default_sampling_params(max_tokens=None))
     use = tool_use(request, server.tool_parser)
     use.apply_to(params)
-    name = server.name_of(http, request, "chatcmpl")
+    if request.reasoning_effort is not None:
+        effort = {"reasoning_effort": request.reasoning_effort}
+        request.chat_template_kwargs = effort | (request.chat_template_kwargs or {})
 
     async def prepare() -> list[ProcessedRequest]:
         return [
             await server.prepare_chat(
-                name, request, request.messages, params, add_generation_prompt=True, tools=use.tools
+                name,
+                request,
+                request.messages,
+                params,
+                add_generation_prompt=True,
+                tools=use.tools,
+                documents=request.documents,
             )
         ]
 
@@ -50,7 +83,7 @@ async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Resp
         return await respond(
             http,
             server,
-            _ChatForm(name, server.names[0], params.n, params.logprobs, use, _echo(request)),
+            new_form(name, params, use),
             prepare,
             num_answers=params.n,
             stream=bool(request.stream),
@@ -76,6 +109,8 @@ class _ChatForm:
         echo: what stands in front of every answer.
     """
 
+    framing = DATA
+
     def __init__(self, name: str, model: str, n: int, top: int | None, use: ToolUse, echo: str) -> None:
         self._name = name
         self._model = model
@@ -83,14 +118,14 @@ class _ChatForm:
         self._top = top
         self._use = use
         self._echo = echo
-        self._collectors = [CallCollector(use) for _ in range(n)] if use.new_parser is not None else []
+        self._collectors = [CallCollector(use) for _ in range(n)]
         self._created = int(time.time())
 
     def opening(self) -> list[ChatChunk]:
         first = ChatDelta(role="assistant", content=self._echo)
         return [self._chunk([ChatChunkChoice(i, first)], UNSET) for i in range(self._n)]
 
-    def event(self, prompt: int, output: RequestOutput, usage: Usage | UnsetType | None) -> ChatChunk:
+    def events(self, prompt: int, output: RequestOutput, usage: Usage | UnsetType | None) -> list[ChatChunk]:
         choices = [
             ChatChunkChoice(
                 answer.index,
@@ -101,17 +136,15 @@ class _ChatForm:
             )
             for answer in output.outputs
         ]
-        return self._chunk(choices, usage)
+        return [self._chunk(choices, usage)]
 
     def _delta(self, answer: CompletionOutput) -> ChatDelta:
-        if not self._collectors:
-            return ChatDelta(content=answer.text)
         content, calls = self._collectors[answer.index].take(answer.text, answer.finish_reason is not None)
-        return ChatDelta(content=content or UNSET, tool_calls=calls or UNSET)
+        return ChatDelta(
+            content=content if content or self._use.new_parser is None else UNSET, tool_calls=calls or UNSET
+        )
 
     def _message(self, answer: CompletionOutput) -> ChatMessage:
-        if not self._collectors:
-            return ChatMessage(self._echo + answer.text)
         content, calls = self._collectors[answer.index].take(answer.text, ended=True)
         content = self._echo + content
         for call in calls:
@@ -120,11 +153,14 @@ class _ChatForm:
 
     def _finish_reason(self, answer: CompletionOutput) -> str | None:
         """As the answer says, but for calls; asked after its text was taken."""
-        calls = bool(self._collectors) and self._collectors[answer.index].num_calls > 0
+        calls = self._collectors[answer.index].num_calls > 0
         return self._use.finish_reason if calls and answer.finish_reason == "stop" else answer.finish_reason
 
-    def closing(self, usage: Usage) -> ChatChunk:
-        return self._chunk([], usage)
+    def closing(self, usage: Usage, *, tell_usage: bool) -> list[ChatChunk]:
+        return [self._chunk([], usage)] if tell_usage else []
+
+    def failure(self, body: ErrorBody) -> ErrorBody:
+        return body
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> ChatCompletion:
         (output,) = outputs

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Unpack
 
 from opsin.engine.histogram import Histogram
 from opsin.inputs import PromptType
+from opsin.media.ops import PixelArray
 from opsin.outputs import PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing.chat import ChatOptions
@@ -46,6 +47,14 @@ class EngineClient(Protocol):
         **options: Unpack[ChatOptions],
     ) -> ProcessedRequest:
         """Render a conversation, fetch its pictures, and go on as ``prepare``."""
+        ...
+
+    async def look(self, processed: ProcessedRequest) -> PixelArray:
+        """What the model sees of the only picture of a request: its tiles, one behind the other.
+
+        Raises:
+            RequestError, MediaError: it has no such picture, or it cannot be decoded.
+        """
         ...
 
     def stream(

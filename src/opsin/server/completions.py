@@ -14,7 +14,8 @@ from opsin.outputs import CompletionOutput, Logprob, RequestOutput
 from opsin.params import MAX_N
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
-from opsin.server.generation import respond
+from opsin.server.errors import ErrorBody
+from opsin.server.generation import DATA, respond
 from opsin.server.logprobs import completion_logprobs, prompt_logprobs
 from opsin.server.requests import CompletionRequest
 from opsin.server.sampling import refuse_unsupported, sampling_params
@@ -92,6 +93,8 @@ class _CompletionForm:
         echo: what stands in front of every answer.
     """
 
+    framing = DATA
+
     def __init__(self, name: str, model: str, n: int, top: int | None, echo: _Echo | None) -> None:
         self._name = name
         self._model = model
@@ -105,11 +108,14 @@ class _CompletionForm:
     def opening(self) -> list[Completion]:
         return []
 
-    def event(self, prompt: int, output: RequestOutput, usage: Usage | UnsetType | None) -> Completion:
-        return self._body([self._choice(prompt, output, answer) for answer in output.outputs], usage)
+    def events(self, prompt: int, output: RequestOutput, usage: Usage | UnsetType | None) -> list[Completion]:
+        return [self._body([self._choice(prompt, output, answer) for answer in output.outputs], usage)]
 
-    def closing(self, usage: Usage) -> Completion:
-        return self._body([], usage)
+    def closing(self, usage: Usage, *, tell_usage: bool) -> list[Completion]:
+        return [self._body([], usage)] if tell_usage else []
+
+    def failure(self, body: ErrorBody) -> ErrorBody:
+        return body
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> Completion:
         choices: list[CompletionChoice] = []

@@ -36,6 +36,10 @@ class ModelNotFoundError(HTTPError):
     """Another model is served."""
 
 
+class ResponseNotFoundError(HTTPError):
+    """A response of before is asked for, and none is kept."""
+
+
 class RouteNotFoundError(HTTPError):
     """There is nothing under this path."""
 
@@ -64,6 +68,10 @@ class OverloadedError(HTTPError):
     """The queue is full, or the server is about to stop."""
 
 
+class LoadingError(HTTPError):
+    """The server has just been started."""
+
+
 class Row(NamedTuple):
     """One line of the map.
 
@@ -83,6 +91,7 @@ TABLE = (
     Row(RequestError, 400, "invalid_request_error", None),
     Row(UnauthorizedError, 401, "invalid_request_error", "invalid_api_key"),
     Row(ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    Row(ResponseNotFoundError, 404, "invalid_request_error", "response_not_found"),
     Row(RouteNotFoundError, 404, "invalid_request_error", "route_not_found"),
     Row(MethodNotAllowedError, 405, "invalid_request_error", "method_not_allowed"),
     Row(BodyTimeoutError, 408, "invalid_request_error", "request_timeout"),
@@ -90,6 +99,7 @@ TABLE = (
     Row(EncodedBodyError, 415, "invalid_request_error", "unsupported_content_encoding"),
     Row(RateLimitedError, 429, "rate_limit_error", "rate_limit_exceeded"),
     Row(OverloadedError, 503, "service_unavailable_error", "server_is_overloaded"),
+    Row(LoadingError, 503, "service_unavailable_error", "model_loading", retry_after_s=5),
     Row(EngineRestartError, 503, "service_unavailable_error", "engine_restarting", retry_after_s=5),
     Row(EngineDeadError, 503, "service_unavailable_error", "engine_stopped"),
     Row(RequestFailedError, 500, "server_error", "request_failed"),
@@ -98,6 +108,8 @@ TABLE = (
 """The first row whose class the error is an instance of."""
 
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
+_MAX_MESSAGE_CHARS = 1000  # messages name what was given, and what was given may be 64 MiB
+_MAX_PARAM_CHARS = 200
 
 
 class ErrorDetail(msgspec.Struct):
@@ -130,8 +142,15 @@ def describe(error: BaseException, request_id: str) -> tuple[int, ErrorBody, dic
     elif row.error is EngineDeadError:
         message = "The engine has stopped; the server must be started again."
     else:
-        message = _ADDRESS.sub("0x...", str(error))
+        message = _ADDRESS.sub("0x...", _shortened(str(error), _MAX_MESSAGE_CHARS))
     code = row.code or getattr(error, "code", None)
-    body = ErrorBody(ErrorDetail(message, row.type, getattr(error, "param", None), code))
+    param = getattr(error, "param", None)
+    body = ErrorBody(ErrorDetail(message, row.type, param and _shortened(param, _MAX_PARAM_CHARS), code))
     headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
     return row.status, body, {**headers, **getattr(error, "headers", {})}
+
+
+def _shortened(text: str, max_chars: int) -> str:
+    """The beginning and the end, where what to do stands."""
+    half = max_chars // 2
+    return text if len(text) <= max_chars else f"{text[:half]} ... {text[-half:]}"

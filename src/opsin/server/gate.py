@@ -7,22 +7,30 @@ import hmac
 import logging
 import re
 import time
+import traceback
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin.errors import EngineDeadError, OpsinError
 from opsin.server import page
-from opsin.server.errors import BodyTimeoutError, BodyTooLargeError, EncodedBodyError, UnauthorizedError, describe
+from opsin.server.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    EncodedBodyError,
+    ErrorBody,
+    UnauthorizedError,
+    describe,
+)
 from opsin.server.metrics import LoopClock, Metrics
 from opsin.server.quota import Quotas
 from opsin.server.transport import ClientGone
 
 logger = logging.getLogger(__name__)
 
-PROBES = frozenset({"/health", "/live", "/ready"})
+PROBES = frozenset({"/health", "/live", "/ping", "/ready"})
 """What orchestrators ask without a key."""
 
 OPEN = PROBES | page.FILES.keys()
@@ -34,6 +42,15 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 def request_id_from(text: str | None) -> str:
     """The name that a client chose, if it is fit for headers and logs; a new one otherwise."""
     return text if text is not None and _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex
+
+
+def name_of(scope: Scope) -> str:
+    """A request's id: from its X-Request-Id header, or a new one."""
+    return request_id_from(_header(scope, b"x-request-id").decode("latin-1") or None)
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key.lower() == name), b"")
 
 
 class Keys:
@@ -83,8 +100,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         self._clock.start()
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        name = request_id_from(headers.get(b"x-request-id", b"").decode("latin-1") or None)
+        name = name_of(scope)
         scope.setdefault("state", {})["request_id"] = name
         status: int | None = None
         start_s = time.monotonic()
@@ -97,7 +113,7 @@ class Gate:
             await send(message)
 
         try:
-            client = self._keys.check(headers.get(b"authorization", b"")) if scope["path"] not in OPEN else None
+            client = self._keys.check(_header(scope, b"authorization")) if scope["path"] not in OPEN else None
             scope["state"]["client"] = client or ""
             if scope["method"] == "POST":  # what costs something
                 with self._quotas.enter(client or (scope.get("client") or ("",))[0]):
@@ -119,19 +135,31 @@ class Gate:
 
 
 def log_failure(error: Exception, name: str) -> None:
-    """Put into the log what a client is not told of its request."""
-    if not isinstance(error, OpsinError) or isinstance(error, EngineDeadError):
+    """Put into the log what a client is not told of its request: where it failed, and of what.
+
+    The texts of errors that nobody foresaw may quote the request, so they are for the level of debugging alone.
+    """
+    if isinstance(error, EngineDeadError):
         logger.error("Request %s failed.", name, exc_info=error)
+    elif not isinstance(error, OpsinError):
+        where = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("Request %s failed: %s\n%s", name, type(error).__name__, where)
+        logger.debug("Request %s failed.", name, exc_info=error)
 
 
 async def _answer(send: Send, error: Exception, request_id: str) -> str:
     """Tell what went wrong; returns its code."""
-    status, content, extra = describe(error, request_id)
+    status, content, headers = describe(error, request_id)
+    if isinstance(error, BodyTooLargeError | EncodedBodyError | BodyTimeoutError | UnauthorizedError):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
+    await send_error(send, status, content, headers)
+    return content.error.code or content.error.type
+
+
+async def send_error(send: Send, status: int, content: ErrorBody, extra: Mapping[str, str]) -> None:
+    """Send an error as the answer, with further headers."""
     body = msgspec.json.encode(content)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(key.lower().encode(), value.encode()) for key, value in extra.items()]
-    if isinstance(error, BodyTooLargeError | EncodedBodyError | BodyTimeoutError | UnauthorizedError):
-        headers.append((b"connection", b"close"))  # the rest of the body is not waited for
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-    return content.error.code or content.error.type

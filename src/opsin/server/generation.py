@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 from msgspec import UNSET
@@ -23,13 +23,31 @@ from opsin.processing.output import OutputKind
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import PromptTokensDetails, Usage
 from opsin.server.client import EngineClient
-from opsin.server.errors import describe
+from opsin.server.errors import ErrorBody, describe
 from opsin.server.gate import log_failure
 from opsin.server.requests import StreamOptions
 from opsin.server.state import ServerState
 from opsin.server.transport import ClientGone, EventStream, GoneResponse, json_response, until_gone
 
-_DONE = b"[DONE]"
+
+class Framing(NamedTuple):
+    """How the events of a stream are sent.
+
+    Attributes:
+        frame: an event, and the blank line that ends it.
+        end: what follows the last event of a stream that did not fail.
+    """
+
+    frame: Callable[[msgspec.Struct], bytes]
+    end: bytes
+
+
+def _data(event: msgspec.Struct) -> bytes:
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+
+
+DATA = Framing(_data, b"data: [DONE]\n\n")
+"""As chats and completions are streamed: data alone, and a word at the end."""
 
 
 class Form(Protocol):
@@ -39,12 +57,27 @@ class Form(Protocol):
         """Events before the first token."""
         ...
 
-    def event(self, prompt: int, output: RequestOutput, usage: Usage | msgspec.UnsetType | None) -> msgspec.Struct:
-        """One event, for what is new in the answers to one prompt."""
+    def events(
+        self, prompt: int, output: RequestOutput, usage: Usage | msgspec.UnsetType | None
+    ) -> Sequence[msgspec.Struct]:
+        """What is new in the answers to one prompt."""
         ...
 
-    def closing(self, usage: Usage) -> msgspec.Struct:
-        """The event that tells the token counts alone."""
+    def closing(self, usage: Usage, *, tell_usage: bool) -> Sequence[msgspec.Struct]:
+        """Events behind the last token.
+
+        Args:
+            tell_usage: the client has asked for the token counts.
+        """
+        ...
+
+    def failure(self, body: ErrorBody) -> msgspec.Struct:
+        """The event that ends a stream that failed."""
+        ...
+
+    @property
+    def framing(self) -> Framing:
+        """How events are sent."""
         ...
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> msgspec.Struct:
@@ -122,14 +155,15 @@ async def _events(
     options: StreamOptions,
 ) -> AsyncGenerator[bytes, None]:
     quiet = None if options.include_usage else UNSET  # OpenAI: null in all chunks but the last
-    encode = msgspec.json.encode
+    frame, end = form.framing
     async with contextlib.aclosing(outputs):
         try:
             for event in form.opening():
-                yield encode(event)
+                yield frame(event)
             item: _Numbered | None = first
             while item is not None:
-                yield encode(form.event(*item, tally.usage() if options.continuous_usage_stats else quiet))
+                for event in form.events(*item, tally.usage() if options.continuous_usage_stats else quiet):
+                    yield frame(event)
                 item = await anext(outputs, None)
         except Exception as error:
             # Clients would take a stream that merely ends for a short answer.
@@ -137,11 +171,12 @@ async def _events(
             status, body, _ = describe(error, name)
             log_failure(error, name)
             server.metrics.refused(status, body.error.code or body.error.type)
-            yield encode(body)
+            yield frame(form.failure(body))
             return
-    if options.include_usage:
-        yield encode(form.closing(tally.usage()))
-    yield _DONE
+    for event in form.closing(tally.usage(), tell_usage=bool(options.include_usage)):
+        yield frame(event)
+    if end:
+        yield end
 
 
 async def _run(

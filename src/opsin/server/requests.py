@@ -107,6 +107,8 @@ class ChatCompletionRequest(SamplingRequest, kw_only=True):
         tool_choice: "none", "auto", "required", or the one that must be called.
         parallel_tool_calls: false keeps the first call of an answer alone.
         echo: begin the answer with the last message, where that is the assistant's.
+        documents: what the chat template may show the model beside the conversation.
+        reasoning_effort: given to the chat template, as in ``chat_template_kwargs``.
     """
 
     messages: list[dict[str, Any]]
@@ -117,6 +119,8 @@ class ChatCompletionRequest(SamplingRequest, kw_only=True):
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     functions: Any = None
     function_call: Any = None
     modalities: list[str] | None = None

@@ -1,27 +1,35 @@
-"""A listening socket, and uvicorn with an end of life of our own: drain, then stop."""
+"""A listening socket, and uvicorn with a life of our own: load, serve, drain, stop."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from opsin.errors import ConfigError
 from opsin.server.config import ServerConfig
+from opsin.server.doorway import Doorway
 from opsin.server.protocol import BoundedProtocol
 from opsin.server.state import ServerState
+
+Load = Callable[[threading.Event], FastAPI]
+"""Makes the application, and may end with any error once the event is set."""
 
 _BACKLOG = 2048
 _CLOSE_S = 5  # for connections to take their last bytes
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """A bound socket; to be had before a model is loaded in vain.
+    """A socket that takes connections; to be had before a model is loaded in vain.
 
     Raises:
         ConfigError: the address cannot be had.
@@ -31,6 +39,7 @@ def listen(config: ServerConfig) -> socket.socket:
         mask = os.umask(0o177)  # the socket is the user's own
         try:
             listener.bind(config.uds)
+            listener.listen(_BACKLOG)
         except OSError as error:
             listener.close()
             raise ConfigError(f"Cannot listen on uds {config.uds!r}: {error.strerror}.") from error
@@ -47,6 +56,7 @@ def listen(config: ServerConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen(_BACKLOG)  # two can bind the same address, but only one can listen
     except OSError as error:
         listener.close()
         raise ConfigError(
@@ -64,7 +74,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def uvicorn_config(app: FastAPI) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
     """How uvicorn is to run the application."""
     return uvicorn.Config(
         app,
@@ -79,27 +89,72 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
-def run(app: FastAPI, listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C, let what runs finish, and return.
+def run(listener: socket.socket, load: Load, announce: Callable[[FastAPI], None]) -> None:
+    """Listen, load the model meanwhile, serve until SIGTERM or Ctrl-C, and let what runs finish.
+
+    Args:
+        load: runs on a thread of its own. The engine of what it makes is shut down here.
+        announce: called when requests are taken.
 
     Raises:
-        EngineDeadError: the engine has stopped for good; everybody was told.
+        EngineDeadError: the engine has stopped for good; everybody was told. And whatever ``load`` raises.
     """
-    server = _DrainingServer(uvicorn_config(app), app.state.server)
-    server.run(sockets=[listener])
-    if not server.is_stopping:
-        app.state.server.engine.require_running()
+    loading = _Loading(load)
+    server = _Server(loading, announce)
+    try:
+        server.run(sockets=[listener])
+        if not server.is_stopping:
+            loading.result().state.server.engine.require_running()
+    finally:
+        loading.end()
 
 
-class _DrainingServer(uvicorn.Server):
+class _Loading:
+    """An application in the making, on a thread beside the event loop."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._is_unwanted = threading.Event()
+        self._made: Future[FastAPI] = Future()
+        # A daemon: nothing ends a download that hangs, and it should not keep the process alive.
+        self._thread = threading.Thread(target=self._run, name="opsin-load", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        """It was made, or cannot be."""
+        return self._made.done()
+
+    def result(self) -> FastAPI:
+        """What was made; raises what was raised instead."""
+        return self._made.result()
+
+    def end(self) -> None:
+        """Give it up if it is not made yet, and shut its engine down if it is."""
+        self._is_unwanted.set()
+        self._thread.join(_CLOSE_S)
+        if self._made.done() and self._made.exception() is None:
+            self._made.result().state.server.engine.shutdown()
+
+    def _run(self) -> None:
+        try:
+            self._made.set_result(self._load(self._is_unwanted))
+        except BaseException as error:
+            self._made.set_exception(error)
+
+
+class _Server(uvicorn.Server):
     """The first signal refuses new work and waits for the old; the second, or the deadline, ends that as well.
 
-    It ends by itself when the engine has stopped for good.
+    It ends by itself when the model cannot be loaded, and when the engine has stopped for good.
     """
 
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
-        super().__init__(config)
-        self._state = state
+    def __init__(self, loading: _Loading, announce: Callable[[FastAPI], None]) -> None:
+        self._doorway = Doorway()
+        super().__init__(uvicorn_config(self._doorway))
+        self._loading = loading
+        self._announce = announce
+        self._state: ServerState | None = None
         self._deadline_s: float | None = None
 
     @property
@@ -109,11 +164,16 @@ class _DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        self._deadline_s = now + self._state.config.drain_timeout_s if self._deadline_s is None else now
-        self._state.admission.drain()
+        patience_s = 0.0 if self._state is None else self._state.config.drain_timeout_s
+        self._deadline_s = now + patience_s if self._deadline_s is None else now
+        if self._state is not None:
+            self._state.admission.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        if self._deadline_s is not None:
+        if self._state is None:
+            if self.is_stopping or (self._loading.is_over and not self._open()):
+                return True
+        elif self._deadline_s is not None:
             if time.monotonic() >= self._deadline_s:
                 await asyncio.to_thread(self._state.engine.shutdown)  # every stream is told
                 return True
@@ -122,3 +182,14 @@ class _DrainingServer(uvicorn.Server):
         elif not self._state.engine.is_running and self._state.admission.num_admitted == 0:
             return True
         return await super().on_tick(counter)
+
+    def _open(self) -> bool:
+        """Take requests; False if there is nothing to take them."""
+        try:
+            app = self._loading.result()
+        except BaseException:  # whoever runs the server raises it
+            return False
+        self._state = app.state.server
+        self._doorway.open(app)
+        self._announce(app)
+        return True

@@ -11,15 +11,10 @@ from PIL import Image
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from opsin.config import MediaConfig
-from opsin.errors import RequestError
 from opsin.media.ops import PixelArray
-from opsin.media.pool import MediaPool
-from opsin.media.source import EncodedPicture, PixelPicture
 from opsin.params import PoolingParams
-from opsin.processing.processor import ProcessedRequest
 from opsin.server.requests import Request
-from opsin.server.state import ServerState, renamed
+from opsin.server.state import ServerState, blame, renamed
 from opsin.server.transport import ClientGone, GoneResponse, json_response, until_gone
 from opsin.types import MediaLayout
 
@@ -64,9 +59,10 @@ async def see_picture(http: HTTPRequest, server: ServerState) -> Response:
         part = {"type": "image_url", "image_url": {"url": request.image_url}}
         messages = [{"role": "user", "content": [part]}]
         name = server.name_of(http, request, "seen")
-        with renamed("image_url"):
+        with renamed("image_url"), blame("image_url"):
             processed = await server.prepare_chat(name, request, messages, PoolingParams(), add_generation_prompt=True)
-        return await asyncio.to_thread(_look, processed)
+            pixels = await server.engine.look(processed)
+        return await asyncio.to_thread(_shown, processed.request.media[0].layout, pixels)
 
     try:
         with server.admission.enter(1):
@@ -75,28 +71,18 @@ async def see_picture(http: HTTPRequest, server: ServerState) -> Response:
         return GoneResponse()
 
 
-def _look(processed: ProcessedRequest) -> Seen:
-    """Decode the picture as a media worker does, in one that lives for this picture alone."""
-    (item,), (source,) = processed.request.media, processed.sources
-    if not isinstance(source, EncodedPicture | PixelPicture):
-        raise RequestError("Only pictures can be looked at.", param="image_url")
-    plan = item.layout.plan
-    with MediaPool(MediaConfig(media_workers=1)) as pool:
-        pool.submit(item.key, source, plan)
-        (finished,) = pool.wait()
-    if finished.error is not None:
-        raise finished.error
-    assert finished.pixels is not None
+def _shown(layout: MediaLayout, pixels: PixelArray) -> Seen:
+    plan = layout.plan
     views: list[SeenView] = []
     at = 0
     for view in plan.views:
         tiles: list[str] = []
         for _ in range(view.rows * view.cols):
             size = view.height * view.width * 3
-            tiles.append(_data_url(finished.pixels[at : at + size].reshape(view.height, view.width, 3)))
+            tiles.append(_data_url(pixels[at : at + size].reshape(view.height, view.width, 3)))
             at += size
-        views.append(SeenView(view.cols, tiles, token_grid(item.layout, view.height, view.width)))
-    return Seen(plan.width, plan.height, item.layout.num_features, views)
+        views.append(SeenView(view.cols, tiles, token_grid(layout, view.height, view.width)))
+    return Seen(plan.width, plan.height, layout.num_features, views)
 
 
 def token_grid(layout: MediaLayout, height: int, width: int) -> Grid | None:

@@ -82,9 +82,9 @@ class ServerState:
                 f"The model {name!r:.200} does not exist here. Served: {', '.join(self.names)}.", param="model"
             )
 
-    def name_of(self, http: HTTPRequest, request: Request, prefix: str) -> str:
+    def name_of(self, http: HTTPRequest, request: Request, prefix: str, joint: str = "-") -> str:
         """The id of an answer: from the body, from the X-Request-Id header, or a new one."""
-        return f"{prefix}-{request_id_from(request.request_id or http.scope['state']['request_id'])}"
+        return f"{prefix}{joint}{request_id_from(request.request_id or http.scope['state']['request_id'])}"
 
     def engine_id(self, name: str) -> str:
         """An id for the engine, where two requests must not have the same, whatever their clients call them."""
@@ -99,6 +99,7 @@ class ServerState:
         *,
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> ProcessedRequest:
         """Render a conversation, fetch its pictures and check it all.
 
@@ -118,6 +119,7 @@ class ServerState:
                 isolate_template=True,
                 chat_template_kwargs=request.chat_template_kwargs,
                 tools=tools,
+                documents=documents,
                 add_generation_prompt=add_generation_prompt and not continues if given is None else given,
                 continue_final_message=continues,
                 mm_processor_kwargs=request.mm_processor_kwargs,

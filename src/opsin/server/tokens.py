@@ -31,7 +31,8 @@ async def tokenize(http: HTTPRequest, server: ServerState) -> Response:
         return await server.engine.tokenize(request.prompt or "", add_special_tokens=special)
 
     try:
-        ids = await until_gone(http.receive, work())
+        with server.admission.enter(1):
+            ids = await until_gone(http.receive, work())
     except ClientGone:
         return GoneResponse()
     return json_response(Tokens(len(ids), server.engine.max_model_len, ids))
@@ -43,4 +44,5 @@ async def detokenize(http: HTTPRequest, server: ServerState) -> Response:
     wrong = next((i for i in request.tokens if not 0 <= i < 2**31), None)
     if wrong is not None:
         raise RequestError(f"tokens holds {wrong}, which is no token id.", param="tokens")
-    return json_response(Text(await server.engine.detokenize(request.tokens)))
+    with server.admission.enter(1):
+        return json_response(Text(await server.engine.detokenize(request.tokens)))

@@ -178,7 +178,10 @@ def _call_of(value: Any) -> ToolCall | None:
         arguments = _loads(arguments)
     if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
         return None
-    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+    try:
+        return ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    except ValueError:  # a number beyond a float, such as 1e999
+        return None
 
 
 def _json_list(text: str) -> list[Any]:
@@ -186,9 +189,13 @@ def _json_list(text: str) -> list[Any]:
     return cast("list[Any]", value) if isinstance(value, list) else []
 
 
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
 def _loads(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return None
 

@@ -111,17 +111,18 @@ def _calls_of(schema: dict[str, Any]) -> StructuredOutputsParams:
 
 
 class CallCollector:
-    """One answer's text and calls, for bodies and for the chunks of a stream."""
+    """One answer's text and calls, for bodies and for the chunks of a stream; where text is only text, that."""
 
     def __init__(self, use: ToolUse) -> None:
-        assert use.new_parser is not None
-        self._parser = use.new_parser()
+        self._parser = None if use.new_parser is None else use.new_parser()
         self._at_most_one = use.at_most_one
         self.num_calls = 0
         self._white = ""  # white space that is left out if a call comes next
 
     def take(self, text: str, ended: bool) -> tuple[str, list[ToolCallAnswer]]:
         """What has become certain with this text: more of the content, and further calls."""
+        if self._parser is None:
+            return text, []
         pieces = [*self._parser.feed(text), *(self._parser.finish() if ended else ())]
         content: list[str] = []
         calls: list[ToolCallAnswer] = []

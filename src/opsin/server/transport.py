@@ -100,7 +100,7 @@ class EventStream(Response):
     """Server-sent events from a generator, which is closed as soon as the client is gone or stops reading.
 
     Args:
-        events: each the JSON of one event; the generator tells of its own failures.
+        events: each a whole frame; the generator tells of its own failures.
     """
 
     media_type = "text/event-stream"
@@ -119,7 +119,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with contextlib.aclosing(self._events) as events, _Patience(_SEND_IDLE_S) as patience:
             async for event in events:
-                message = {"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True}
+                message = {"type": "http.response.body", "body": event, "more_body": True}
                 patience.is_tried = True
                 await send(message)
                 patience.is_tried = False

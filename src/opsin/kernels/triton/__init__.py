@@ -19,12 +19,15 @@ from opsin.kernels.triton.elementwise import (
     rope_and_write,
     write_kv,
 )
+from opsin.kernels.triton.quantized import quantize_rows, quantized_linear
 from opsin.kernels.triton.row_linear import linear
 from opsin.kernels.triton.varlen import varlen_attention
 
 KERNELS = dataclasses.replace(
     reference.KERNELS,
     linear=linear,
+    quantize_rows=quantize_rows,
+    quantized_linear=quantized_linear,
     rms_norm=rms_norm,
     layer_norm=layer_norm,
     activation=activation,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -16,13 +16,12 @@ from opsin.layers import Placement
 from opsin.layers.linear import Linear
 from opsin.layers.norm import RMSNorm, normed
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.picture_model import RENAMES, PictureModel
+from opsin.models.picture_model import RENAMES
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
-from opsin.models.towers.patches import Patches
+from opsin.models.tile_model import TileModel
 from opsin.models.towers.siglip import SiglipTower
 from opsin.models.towers.vit import ViTConfig
-from opsin.types import MediaLayout
 
 _RENAMES = (
     *RENAMES,
@@ -30,18 +29,11 @@ _RENAMES = (
 )
 
 
-class Gemma3Model(PictureModel):
+class Gemma3Model(TileModel):
     """A picture is as many tiles as its plan makes, each encoded by itself."""
 
+    architecture: ClassVar[str] = "Gemma3ForConditionalGeneration"
     renames = _RENAMES
-
-    def __init__(
-        self, place: Placement, tower: SiglipTower, projector: Gemma3Projector, decoder: Decoder, norm: PixelNorm
-    ) -> None:
-        super().__init__("Gemma3ForConditionalGeneration", decoder)
-        self.tower = tower
-        self.projector = projector
-        self.patches = Patches(place, tower.config.patch_size, norm)
 
     @classmethod
     def from_hf(
@@ -62,10 +54,6 @@ class Gemma3Model(PictureModel):
             Decoder(place, decoder_config, max_model_len),
             norm,
         )
-
-    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
-        return self.patches.in_passes(lambda patches_BPC: self.projector(self.tower(patches_BPC)), tiles)
 
     def forward(
         self,
@@ -97,7 +85,8 @@ class Gemma3Projector(nn.Module):
 
     def forward(self, hidden_BPD: torch.Tensor) -> torch.Tensor:
         pooled_BYXD = hidden_BPD.unflatten(1, (*self.block, *self.block)).mean((2, 4))
-        return self.mm_input_projection(normed(self.mm_soft_emb_norm, pooled_BYXD.flatten(0, 2)))
+        features_MD = self.mm_input_projection(normed(self.mm_soft_emb_norm, pooled_BYXD.flatten(0, 2)))
+        return features_MD.unflatten(0, (len(hidden_BPD), -1))
 
 
 class TransposedLinear(Linear):

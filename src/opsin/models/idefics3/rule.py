@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -24,6 +24,7 @@ from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
     read_image_token,
+    read_longest_size,
     read_norm,
     read_resample,
     read_settings,
@@ -142,7 +143,7 @@ class Idefics3Rule(PictureRule):
         with checkpoint_settings(name):
             norm = read_norm(settings)
             read_resample(settings)
-            _read_size(settings)
+            read_longest_size(settings)
         takes_videos = config.get("model_type") == "smolvlm"
         video_settings = _read_video_settings(processor, settings) if takes_videos else {}
         mark, token_id = read_image_token(config, processor, tokenizer)
@@ -167,7 +168,7 @@ class Idefics3Rule(PictureRule):
         edge = self.tile.edge
         ops: list[PixelOp] = []
         with request_settings():
-            resample, size = read_resample(settings), _read_size(settings)
+            resample, size = read_resample(settings), read_longest_size(settings)
         if settings["do_resize"]:
             ops.append(Resize(*_resized(width, height, size), resample))
         cols = rows = 1
@@ -196,7 +197,7 @@ class Idefics3Rule(PictureRule):
         ops: tuple[PixelOp, ...] = ()
         if settings["do_resize"]:
             with request_settings():
-                resample, size = read_resample(settings), _read_size(settings)
+                resample, size = read_resample(settings), read_longest_size(settings)
             ops = (Resize(*_resized(clip.width, clip.height, size), resample), Resize(edge, edge, resample))
             output_size(ops, clip.width, clip.height)
         elif (clip.width, clip.height) != (edge, edge):
@@ -323,7 +324,7 @@ def _read_video_settings(processor: Mapping[str, Any], pictures: Mapping[str, An
             if (processor.get("video_processor") or processor).get("size") is None:
                 settings["size"] = sampling["video_size"]
         read_resample(settings)
-        _read_size(settings)
+        read_longest_size(settings)
         if read_norm(settings) != read_norm(pictures) or settings["max_image_size"] != pictures["max_image_size"]:
             raise ValueError("its max_image_size or its normalisation is not that of pictures; the tower takes one.")
     return settings
@@ -364,15 +365,3 @@ def _tile_grid(width: int, height: int, edge: int) -> tuple[int, int]:
         return cols, math.ceil(int(cols * edge / aspect) / edge)
     rows = math.ceil(height / edge)
     return math.ceil(int(rows * edge * aspect) / edge), rows
-
-
-def _read_size(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Either {"longest_edge"} or {"height", "width"}. ``ValueError`` where it is neither."""
-    size = settings["size"]
-    entries = dict(cast(Mapping[str, Any], size)) if isinstance(size, Mapping) else {}
-    is_size = set(entries) in ({"longest_edge"}, {"height", "width"})
-    if not is_size or not all(type(n) is int and n >= 1 for n in entries.values()):
-        raise ValueError(
-            f"size is {size!r}; it must be {{'longest_edge': n}} or {{'height': n, 'width': n}}, at least 1."
-        )
-    return entries

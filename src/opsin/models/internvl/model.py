@@ -27,6 +27,7 @@ _RENAMES = (
     *RENAMES,
     (r"^tower\.encoder\.layer\.", "tower.encoder.layers."),
     (r"^tower\.embeddings\.patch_embeddings\.projection\.", "tower.embeddings.patch_embedding."),
+    (r"^(tower\..*\.attention\.)projection_layer\.", r"\1out_proj."),
 )
 
 

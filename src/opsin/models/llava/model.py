@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
-
-import torch
 
 from opsin.errors import UnsupportedModelError
 from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.picture_model import PictureModel
 from opsin.models.pictures import CLIP_LARGE_336
 from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.tile_model import TileModel
 from opsin.models.towers.clip import ClipTower
-from opsin.models.towers.patches import Patches
 from opsin.models.towers.siglip import SiglipTower
-from opsin.types import MediaLayout
 
 _TOWERS: dict[str, type[ClipTower] | type[SiglipTower]] = {
     "clip_vision_model": ClipTower,
@@ -27,26 +23,10 @@ _TOWERS: dict[str, type[ClipTower] | type[SiglipTower]] = {
 }
 
 
-class LlavaModel(PictureModel):
+class LlavaModel(TileModel):
     """One picture is one tile."""
 
     architecture: ClassVar[str] = "LlavaForConditionalGeneration"
-
-    def __init__(
-        self,
-        place: Placement,
-        tower: ClipTower | SiglipTower,
-        projector: Projector,
-        decoder: Decoder,
-        norm: PixelNorm,
-        *,
-        drop_first: bool,
-    ) -> None:
-        super().__init__(self.architecture, decoder)
-        self.tower = tower
-        self.projector = projector
-        self.drop_first = drop_first
-        self.patches = Patches(place, tower.config.patch_size, norm)
 
     @classmethod
     def from_hf(
@@ -83,18 +63,3 @@ class LlavaModel(PictureModel):
             norm,
             drop_first=strategy == "default",
         )
-
-    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all pictures in as few passes as can be."""
-        return self.encode_tiles(tiles).flatten(0, 1)
-
-    def encode_tiles(self, tiles: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """Features of every tile of every item, (B, P, D), in as few passes as can be."""
-        return self.patches.in_passes(self._encode, tiles)
-
-    def _encode(self, patches_BPC: torch.Tensor) -> torch.Tensor:
-        hidden_BPD = self.tower(patches_BPC)
-        if self.drop_first:
-            # CLIP's class token. HF drops SigLIP's first patch too, and checkpoints were trained so.
-            hidden_BPD = hidden_BPD[:, 1:]
-        return self.projector(hidden_BPD)

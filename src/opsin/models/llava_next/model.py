@@ -8,17 +8,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.layers.staging import upload
-from opsin.models.decoder import Decoder
 from opsin.models.llava.model import LlavaModel
 from opsin.models.picture_model import RENAMES
-from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
-from opsin.models.towers.clip import ClipTower
-from opsin.models.towers.siglip import SiglipTower
 from opsin.types import MediaLayout
 
 
@@ -28,18 +25,7 @@ class LlavaNextModel(LlavaModel):
     architecture: ClassVar[str] = "LlavaNextForConditionalGeneration"
     renames = (*RENAMES, (r"^model\.image_newline$", "image_newline"))
 
-    def __init__(
-        self,
-        place: Placement,
-        tower: ClipTower | SiglipTower,
-        projector: Projector,
-        decoder: Decoder,
-        norm: PixelNorm,
-        *,
-        drop_first: bool,
-    ) -> None:
-        super().__init__(place, tower, projector, decoder, norm, drop_first=drop_first)
-        self.image_newline = place.parameter(decoder.config.hidden_size)
+    image_newline: nn.Parameter
 
     @classmethod
     def from_hf(
@@ -51,7 +37,9 @@ class LlavaNextModel(LlavaModel):
             )
         own = ("image_grid_pinpoints", "use_image_newline_parameter")  # the former is the rule's
         shared = {key: value for key, value in config.items() if key not in own}
-        return super().from_hf(shared, place=place, norm=norm, max_model_len=max_model_len)
+        model = super().from_hf(shared, place=place, norm=norm, max_model_len=max_model_len)
+        model.image_newline = place.parameter(model.spec.hidden_size)
+        return model
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""

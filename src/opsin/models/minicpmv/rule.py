@@ -141,14 +141,14 @@ class MiniCPMVRule(PictureRule):
         """Features as the model makes them, slice after slice, beside their picture's (width, height). Their number
         tells the limit on slices under which they were made.
         """
-        if modality != "image" or set(extras) != {"image_size"}:
+        if modality != "image" or set(extras) != {"image_sizes"}:
             raise RequestError(
                 "Image embeddings of this model come with their pictures' sizes, which tell how they are sliced: "
                 "{'image_embeds': tensor, 'image_sizes' or 'image_size_list': [(width, height)]}, and it takes no "
                 "video embeddings.",
                 param="multi_modal_data",
             )
-        width, height = size = extras["image_size"]
+        width, height = size = extras["image_sizes"]
         num_slices = num_features // self.num_queries - 1
         most = _num_areas(size, self.scale) + 1
         if num_features % self.num_queries or not (num_slices == 0 or 2 <= num_slices <= most > 2):

@@ -16,7 +16,7 @@ from opsin.layers.linear import Linear
 from opsin.layers.norm import RMSNorm, normed
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.mistral3.rule import PatchGeometry
-from opsin.models.picture_model import PictureModel
+from opsin.models.picture_model import RENAMES, PictureModel
 from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
@@ -42,6 +42,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # of Mistral3Config and LlavaConfig
 
 class Mistral3Model(PictureModel):
     """One picture is one tile of its own size."""
+
+    renames = (*RENAMES, (r"^(tower\..*\.attention\.)o_proj\.", r"\1out_proj."))
 
     def __init__(
         self, architecture: str, tower: PixtralTower, projector: Projector | MergingProjector, decoder: Decoder
@@ -133,6 +135,8 @@ class PatchMerger(nn.Module):
 class MergingLinear(Linear):
     """Checkpoints hold the weight for blocks that are laid out value by value, a block's patches within each; it is
     turned once, when the weights are packed, to take them patch by patch."""
+
+    may_be_quantized = False
 
     def pack(self) -> None:
         width = self.weight.shape[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
@@ -17,6 +17,7 @@ from opsin.models.pictures import (
     CLIP_PIXELS,
     checkpoint_settings,
     read_image_token,
+    read_longest_size,
     read_norm,
     read_resample,
     read_settings,
@@ -182,12 +183,6 @@ def _fitted(width: int, height: int, bounds: tuple[int, int], unit: int) -> tupl
 
 def _read_bounds(settings: Mapping[str, Any]) -> tuple[int, int]:
     """The most (width, height). ``ValueError`` where size is neither {"longest_edge"} nor {"height", "width"}."""
-    size = settings["size"]
-    entries = dict(cast(Mapping[str, Any], size)) if isinstance(size, Mapping) else {}
-    is_size = set(entries) in ({"longest_edge"}, {"height", "width"})
-    if not is_size or not all(type(n) is int and n >= 1 for n in entries.values()):
-        raise ValueError(
-            f"size is {size!r}; it must be {{'longest_edge': n}} or {{'height': n, 'width': n}}, at least 1."
-        )
-    edge = entries.get("longest_edge")
-    return (edge, edge) if edge is not None else (entries["width"], entries["height"])
+    size = read_longest_size(settings)
+    edge = size.get("longest_edge")
+    return (edge, edge) if edge is not None else (size["width"], size["height"])

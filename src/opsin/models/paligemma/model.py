@@ -3,21 +3,18 @@ one linear layer, Gemma or Gemma 2."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
-
-import torch
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.layers.linear import Linear
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.picture_model import RENAMES, PictureModel
+from opsin.models.picture_model import RENAMES
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
-from opsin.models.towers.patches import Patches
+from opsin.models.tile_model import TileModel
 from opsin.models.towers.siglip import SiglipTower
-from opsin.types import MediaLayout
 
 # Beside the tower's and the decoder's own: the number of patches once more, and that the rule lets prompts see ahead.
 _VISION_EXTRAS = ("num_image_tokens", "num_positions", "projector_hidden_act")
@@ -25,18 +22,11 @@ _TEXT_EXTRAS = ("num_image_tokens", "use_bidirectional_attention")
 _RENAMES = (*RENAMES, (r"^projector\.linear\.", "projector."))
 
 
-class PaliGemmaModel(PictureModel):
+class PaliGemmaModel(TileModel):
     """One picture is one tile."""
 
+    architecture: ClassVar[str] = "PaliGemmaForConditionalGeneration"
     renames = _RENAMES
-
-    def __init__(
-        self, place: Placement, tower: SiglipTower, projector: Linear, decoder: Decoder, norm: PixelNorm
-    ) -> None:
-        super().__init__("PaliGemmaForConditionalGeneration", decoder)
-        self.tower = tower
-        self.projector = projector
-        self.patches = Patches(place, tower.config.patch_size, norm)
 
     @classmethod
     def from_hf(
@@ -63,7 +53,3 @@ class PaliGemmaModel(PictureModel):
             Decoder(place, decoder_config, max_model_len),
             norm,
         )
-
-    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all pictures in as few passes as can be."""
-        return self.patches.in_passes(lambda patches_BPC: self.projector(self.tower(patches_BPC)), tiles).flatten(0, 1)

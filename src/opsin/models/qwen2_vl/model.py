@@ -50,6 +50,8 @@ _RENAMES = (
     (r"^model\.(language_model\.)?", "decoder."),
     (r"^lm_head\.", "decoder.lm_head."),
     (r"^tower\.patch_embed\.proj\.", "tower.patch_embed."),
+    (r"^(tower\.blocks\.\d+\.attn\.)qkv\.", r"\1qkv_proj."),
+    (r"^(tower\.blocks\.\d+\.attn\.)proj\.", r"\1out_proj."),
     (r"^tower\.merger\.mlp\.0\.", "tower.merger.linear_1."),
     (r"^tower\.merger\.mlp\.2\.", "tower.merger.linear_2."),
 )

@@ -20,6 +20,8 @@ _RENAMES = (
     (r"^model\.(language_model\.)?", "decoder."),
     (r"^lm_head\.", "decoder.lm_head."),
     (r"^tower\.patch_embed\.proj\.", "tower.patch_embed."),
+    (r"^(tower\.blocks\.\d+\.attn\.)qkv\.", r"\1qkv_proj."),
+    (r"^(tower\.blocks\.\d+\.attn\.)proj\.", r"\1out_proj."),
     (r"^tower\.pos_embed\.", "tower.positions."),
     (r"^tower\.deepstack_merger_list\.", "tower.deep_mergers."),
     (r"^(tower\.(?:merger|deep_mergers\.\d+)\.)norm\.", r"\1ln_q."),

@@ -11,10 +11,12 @@ from torch import nn
 
 from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
-from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.linear import Linear
 from opsin.layers.mlp import MLP
 from opsin.layers.norm import LayerNorm, RMSNorm, normed
+from opsin.layers.rope import Rotary
 from opsin.models.strict import StrictConfig
+from opsin.models.towers.attention import PatchAttention, Segments
 from opsin.models.towers.vit import ViTConfig, ViTEncoder
 
 _QK_NORM_EPS = 1e-6
@@ -128,35 +130,14 @@ class InternViTBlock(nn.Module):
         vit = config.vit
         norm = RMSNorm if config.rms_norm else LayerNorm
         self.layernorm_before = norm(place, vit.hidden_size, vit.norm_eps)
-        self.attention = InternViTAttention(place, config)
+        qk_norm = (lambda: RMSNorm(place, vit.hidden_size, _QK_NORM_EPS)) if config.qk_norm else None
+        self.attention = PatchAttention(place, vit.hidden_size, vit.num_heads, qkv_bias=config.qkv_bias, norm=qk_norm)
         self.lambda_1 = place.parameter(vit.hidden_size)
         self.layernorm_after = norm(place, vit.hidden_size, vit.norm_eps)
         self.mlp = MLP(place, vit.hidden_size, vit.intermediate_size, vit.hidden_act)
         self.lambda_2 = place.parameter(vit.hidden_size)
 
-    def forward(self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
-        seen_PD = self.attention(normed(self.layernorm_before, x_PD), cu_seqlens_B1, seq_lens)
+    def forward(self, x_PD: torch.Tensor, segments: Segments, rotary: Rotary | None) -> torch.Tensor:
+        seen_PD = self.attention(normed(self.layernorm_before, x_PD), segments, rotary)
         x_PD = torch.addcmul(x_PD, self.lambda_1, seen_PD)
         return torch.addcmul(x_PD, self.lambda_2, self.mlp(normed(self.layernorm_after, x_PD)))
-
-
-class InternViTAttention(nn.Module):
-    def __init__(self, place: Placement, config: InternViTConfig) -> None:
-        super().__init__()
-        self.kernels = place.kernels
-        width = config.vit.hidden_size
-        self.head_dim = width // config.vit.num_heads
-        self.qkv_proj = MergedLinear(
-            place, width, {"q_proj": width, "k_proj": width, "v_proj": width}, bias=config.qkv_bias
-        )
-        self.q_norm = RMSNorm(place, width, _QK_NORM_EPS) if config.qk_norm else None
-        self.k_norm = RMSNorm(place, width, _QK_NORM_EPS) if config.qk_norm else None
-        self.projection_layer = Linear(place, width, width, bias=True, shard="in")
-
-    def forward(self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
-        q_PD, k_PD, v_PD = self.qkv_proj.split(self.qkv_proj(x_PD))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_PD, k_PD = normed(self.q_norm, q_PD.contiguous()), normed(self.k_norm, k_PD.contiguous())
-        q_PNH, k_PNH, v_PNH = (y.unflatten(-1, (-1, self.head_dim)) for y in (q_PD, k_PD, v_PD))
-        out_PNH = self.kernels.varlen_attention(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, seq_lens, self.head_dim**-0.5)
-        return self.projection_layer(out_PNH.flatten(1))

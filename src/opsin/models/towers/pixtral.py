@@ -12,13 +12,14 @@ from torch import nn
 
 from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
-from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.linear import Linear
 from opsin.layers.mlp import GatedMLP
 from opsin.layers.norm import RMSNorm, normed
 from opsin.layers.rope import Rotary
 from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.towers.attention import PatchAttention, Segments
 from opsin.models.towers.patches import Patches, cut_blocks
 from opsin.models.towers.qwen_vit import pack
 from opsin.models.towers.vit import ViTConfig, ViTEncoder
@@ -106,32 +107,11 @@ class PixtralBlock(nn.Module):
     def __init__(self, place: Placement, config: ViTConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(place, config.hidden_size, config.norm_eps)
-        self.attention = PixtralAttention(place, config.hidden_size, config.num_heads)
+        self.attention = PatchAttention(place, config.hidden_size, config.num_heads, qkv_bias=False, output_bias=False)
         self.ffn_norm = RMSNorm(place, config.hidden_size, config.norm_eps)
         self.feed_forward = GatedMLP(place, config.hidden_size, config.intermediate_size, config.hidden_act, bias=False)
 
-    def forward(
-        self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...], rotary: Rotary
-    ) -> torch.Tensor:
-        seen_PD = self.attention(normed(self.attention_norm, x_PD), cu_seqlens_B1, seq_lens, rotary)
+    def forward(self, x_PD: torch.Tensor, segments: Segments, rotary: Rotary | None) -> torch.Tensor:
+        seen_PD = self.attention(normed(self.attention_norm, x_PD), segments, rotary)
         ffn_PD, x_PD = self.ffn_norm(seen_PD, x_PD)
         return x_PD + self.feed_forward(ffn_PD)
-
-
-class PixtralAttention(nn.Module):
-    def __init__(self, place: Placement, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.kernels = place.kernels
-        self.head_dim = hidden_size // num_heads
-        pieces = {"q_proj": hidden_size, "k_proj": hidden_size, "v_proj": hidden_size}
-        self.qkv_proj = MergedLinear(place, hidden_size, pieces, bias=False)
-        self.o_proj = Linear(place, hidden_size, hidden_size, bias=False, shard="in")
-
-    def forward(
-        self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...], rotary: Rotary
-    ) -> torch.Tensor:
-        heads = (-1, self.head_dim)
-        q_PNH, k_PNH, v_PNH = (y.unflatten(-1, heads) for y in self.qkv_proj.split(self.qkv_proj(x_PD)))
-        q_PNH, k_PNH = self.kernels.apply_rope(q_PNH, k_PNH, rotary.cos_TR, rotary.sin_TR)
-        out_PNH = self.kernels.varlen_attention(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, seq_lens, self.head_dim**-0.5)
-        return self.o_proj(out_PNH.flatten(1))

@@ -23,13 +23,14 @@ from torch import nn
 from opsin.errors import UnsupportedModelError
 from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
-from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.linear import Linear
 from opsin.layers.mlp import MLP, GatedMLP
 from opsin.layers.norm import LayerNorm, RMSNorm, added, normed
 from opsin.layers.rope import Rotary
 from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.towers.attention import PatchAttention, Segments
 from opsin.models.towers.patches import Patches, cut_blocks
 
 _NORM_EPS = 1e-6
@@ -229,13 +230,6 @@ def pack(grids: Sequence[tuple[int, int]], merge_size: int, window: int | None) 
     )
 
 
-class Segments(NamedTuple):
-    """Which patches see one another."""
-
-    cu_seqlens_B1: torch.Tensor
-    seq_lens: tuple[int, ...]
-
-
 def _ends(lens: Sequence[int]) -> np.ndarray:
     """int32 (B + 1,): where sequences of these lengths begin and end."""
     return np.cumsum((0, *lens), dtype=np.int32)
@@ -375,7 +369,7 @@ class QwenViTBlock(nn.Module):
         super().__init__()
         size, inner = config.hidden_size, config.intermediate_size
         self.norm1 = _norm(place, config)
-        self.attn = QwenViTAttention(place, size, config.num_heads)
+        self.attn = PatchAttention(place, size, config.num_heads)
         self.norm2 = _norm(place, config)
         if config.is_gated:
             self.mlp = GatedMLP(place, size, inner, config.hidden_act, bias=True)
@@ -387,25 +381,8 @@ class QwenViTBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes and returns (what this block adds, what it is added to), so that add and norm are one kernel."""
         x_PD, sum_PD = added(self.norm1, x_PD, residual_PD)
-        x_PD, sum_PD = added(self.norm2, self.attn(x_PD, rotary, segments), sum_PD)
+        x_PD, sum_PD = added(self.norm2, self.attn(x_PD, segments, rotary), sum_PD)
         return self.mlp(x_PD), sum_PD
-
-
-class QwenViTAttention(nn.Module):
-    def __init__(self, place: Placement, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.kernels = place.kernels
-        self.head_dim = hidden_size // num_heads
-        pieces = {"q": hidden_size, "k": hidden_size, "v": hidden_size}
-        self.qkv = MergedLinear(place, hidden_size, pieces, bias=True)
-        self.proj = Linear(place, hidden_size, hidden_size, bias=True, shard="in")
-
-    def forward(self, x_PD: torch.Tensor, rotary: Rotary, segments: Segments) -> torch.Tensor:
-        heads = (-1, self.head_dim)
-        q_PNH, k_PNH, v_PNH = (y.unflatten(-1, heads) for y in self.qkv.split(self.qkv(x_PD)))
-        q_PNH, k_PNH = self.kernels.apply_rope(q_PNH, k_PNH, rotary.cos_TR, rotary.sin_TR)
-        out_PNH = self.kernels.varlen_attention(q_PNH, k_PNH, v_PNH, *segments, self.head_dim**-0.5)
-        return self.proj(out_PNH.flatten(1))
 
 
 class PatchMerger(nn.Module):

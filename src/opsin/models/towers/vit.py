@@ -16,12 +16,12 @@ from torch import nn
 from opsin.errors import UnsupportedModelError
 from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
-from opsin.layers.linear import Linear, MergedLinear
 from opsin.layers.mlp import MLP
 from opsin.layers.norm import LayerNorm
 from opsin.layers.rope import Rotary
 from opsin.layers.staging import upload
 from opsin.models.strict import StrictConfig
+from opsin.models.towers.attention import PatchAttention, Segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,30 +100,14 @@ class ViTBlock(nn.Module):
     def __init__(self, place: Placement, config: ViTConfig) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(place, config.hidden_size, config.norm_eps)
-        self.self_attn = ViTAttention(place, config.hidden_size, config.num_heads)
+        self.self_attn = PatchAttention(place, config.hidden_size, config.num_heads)
         self.layer_norm2 = LayerNorm(place, config.hidden_size, config.norm_eps)
         self.mlp = MLP(place, config.hidden_size, config.intermediate_size, config.hidden_act)
 
-    def forward(self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
-        seen_PD = self.self_attn(self.layer_norm1(x_PD), cu_seqlens_B1, seq_lens)
+    def forward(self, x_PD: torch.Tensor, segments: Segments, rotary: Rotary | None) -> torch.Tensor:
+        seen_PD = self.self_attn(self.layer_norm1(x_PD), segments, rotary)
         normed_PD, x_PD = self.layer_norm2.add(seen_PD, x_PD)
         return x_PD + self.mlp(normed_PD)
-
-
-class ViTAttention(nn.Module):
-    def __init__(self, place: Placement, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.kernels = place.kernels
-        self.head_dim = hidden_size // num_heads
-        pieces = {"q_proj": hidden_size, "k_proj": hidden_size, "v_proj": hidden_size}
-        self.qkv_proj = MergedLinear(place, hidden_size, pieces, bias=True)
-        self.out_proj = Linear(place, hidden_size, hidden_size, bias=True, shard="in")
-
-    def forward(self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
-        heads = (-1, self.head_dim)
-        q_PNH, k_PNH, v_PNH = (y.unflatten(-1, heads) for y in self.qkv_proj.split(self.qkv_proj(x_PD)))
-        out_PNH = self.kernels.varlen_attention(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, seq_lens, self.head_dim**-0.5)
-        return self.out_proj(out_PNH.flatten(1))
 
 
 class ViTEncoder(nn.Module):
@@ -143,25 +127,22 @@ class ViTEncoder(nn.Module):
         """The selected hidden states side by side, in the order selected: (B, P, selected * D)."""
         num_tiles, length, _ = x_BPD.shape
         steps = torch.arange(num_tiles + 1, dtype=torch.int32, device=x_BPD.device)
-        packed_PE = self._run(x_BPD.flatten(0, 1), steps * length, (length,) * num_tiles)
+        packed_PE = self._run(x_BPD.flatten(0, 1), Segments(steps * length, (length,) * num_tiles))
         return packed_PE.unflatten(0, (num_tiles, length))
 
     def packed(self, x_PD: torch.Tensor, seq_lens: Sequence[int], rotary: Rotary | None = None) -> torch.Tensor:
         """The same for pictures of unlike lengths, one after the other: (P, selected * D).
 
         Args:
-            rotary: handed to the blocks of towers whose positions are rotary.
+            rotary: of towers whose positions are rotary.
         """
         (cu_seqlens_B1,) = upload([np.cumsum((0, *seq_lens), dtype=np.int32)], x_PD.device)
-        return self._run(x_PD, cu_seqlens_B1, tuple(seq_lens), rotary)
+        return self._run(x_PD, Segments(cu_seqlens_B1, tuple(seq_lens)), rotary)
 
-    def _run(
-        self, x_PD: torch.Tensor, cu_seqlens_B1: torch.Tensor, seq_lens: tuple[int, ...], rotary: Rotary | None = None
-    ) -> torch.Tensor:
-        turns = () if rotary is None else (rotary,)
+    def _run(self, x_PD: torch.Tensor, segments: Segments, rotary: Rotary | None = None) -> torch.Tensor:
         states = {0: x_PD}
         for number, layer in enumerate(self.layers, start=1):
-            x_PD = layer(x_PD, cu_seqlens_B1, seq_lens, *turns)
+            x_PD = layer(x_PD, segments, rotary)
             if number in self.select:
                 states[number] = x_PD
         wanted = [states[number] for number in self.select]

@@ -1,0 +1,34 @@
+"""Who answers while the model loads: probes tell how far it is, and everybody else when to come again."""
+
+from __future__ import annotations
+
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from opsin.server.errors import LoadingError, describe
+from opsin.server.gate import PROBES, name_of, send_error
+
+_LOADING = "The model is being loaded."
+
+
+class Doorway:
+    """The application to be: a server listens with this from the first moment, so that nobody finds a closed port."""
+
+    def __init__(self) -> None:
+        self._app: ASGIApp | None = None
+
+    def open(self, app: ASGIApp) -> None:
+        """Hand every request from now on to the application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._app is not None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == "/live":
+            await Response()(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] in PROBES:
+            await PlainTextResponse(_LOADING, 503)(scope, receive, send)
+        elif scope["type"] == "http":  # whatever its key: nothing is told that a stranger may not know
+            name = name_of(scope)
+            status, body, headers = describe(LoadingError(_LOADING), name)
+            await send_error(send, status, body, {**headers, "X-Request-Id": name, "Connection": "close"})
