@@ -6,6 +6,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from opsin.errors import ConfigError, RequestError
 from opsin.models import resolve
+from opsin.processing import jinja
 from opsin.processing.jinja import ChatTemplate, find_template, read_template, shipped_templates
 from tests.factory import CHAT_TEMPLATE
 
@@ -139,6 +140,39 @@ def test_kwargs_that_the_engine_owns_are_refused(name: str) -> None:
 def test_template_that_misbehaves_fails_its_request(source: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         ChatTemplate(source, TOKENS).render(TEXT_TURNS)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for m in messages %}{{ m }}{% endfor %}{% for j in range(999) %}x{% endfor %}"
+        "{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+    ids=["loops", "output", "macros"],
+)
+def test_template_of_a_checkpoint_that_computes_on_and_on_is_stopped(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jinja, "_MAX_CPU_S", 0.05)
+    with pytest.raises(RequestError, match=r"computed for more than 0\.05 s") as refusal:
+        ChatTemplate(source, TOKENS).render(TEXT_TURNS)
+    assert refusal.value.param == "chat_template"
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["'a' * 10**9", "10**9 * [1]", "9 ** (9 ** 8)", "(2 ** (2 ** 23)) * (2 ** (2 ** 23))"],
+)
+def test_template_that_makes_huge_values_is_stopped_before_it_does(expression: str) -> None:
+    with pytest.raises(RequestError, match="makes a value of"):
+        ChatTemplate(f"{{% set x = messages[0].n %}}{{% set y = {expression} %}}", TOKENS).render([{"role": "user"}])
+
+
+def test_template_may_multiply_as_before() -> None:
+    source = "{{ 'ab' * 3 }} {{ 2 ** 10 }} {{ 2 ** -1 }} {{ 2 * 3.5 }} {{ 3 * [1] }}"
+    assert ChatTemplate(source, TOKENS).render(TEXT_TURNS) == "ababab 1024 0.5 7.0 [1, 1, 1]"
 
 
 def test_continuing_and_starting_a_message_at_once_is_refused() -> None:

@@ -1,6 +1,9 @@
 """Chat templates: finding, compiling, inspecting and rendering them, as transformers does.
 
-Templates come with checkpoints, from strangers, so they run in jinja's sandbox and see plain data only.
+Templates come with checkpoints, from strangers, so they run in jinja's sandbox and see plain data only. A checkpoint's
+own template runs in this process, whose owner chose it, and may compute for so many seconds per conversation and make
+values of so many elements. Those of requests run in processes of their own (``opsin.processing.isolated``), since a
+sandbox bounds no program wholly.
 """
 
 # jinja2 types what templates see as Unknown.
@@ -9,7 +12,9 @@ Templates come with checkpoints, from strangers, so they run in jinja's sandbox 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -27,6 +32,9 @@ from opsin.processing.neutral import CLOSE, OPEN
 
 ContentFormat = Literal["string", "openai"]
 _SHOWN_CHARS = 200
+_MAX_CPU_S = 5.0  # for one conversation, where a millisecond is usual
+_TICKS = 256  # between two looks at the clock
+_MAX_ELEMENTS = 2**24  # of a repeated text, or bits of a power; made in one go, in which no other thread runs
 _CONTINUE_HERE = "\ufdd2"  # a noncharacter, as the marks of opsin.processing.neutral are
 RESERVED_NAMES = frozenset(
     "messages tools documents add_generation_prompt continue_final_message tokenize chat_template conversation "
@@ -45,7 +53,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
-        environment = _environment()
+        self._environment = environment = _environment()
         try:
             self.content_format: ContentFormat = "openai" if _iterates_content(environment.parse(source)) else "string"
             self._template = environment.from_string(source)
@@ -78,13 +86,15 @@ class ChatTemplate:
         if continue_final_message:
             messages = [*messages[:-1], _with_text_end(messages[-1])]
         try:
-            prompt = self._template.render(
+            clock = self._environment.begin()
+            pieces = self._template.generate(
                 messages=messages,
                 tools=tools,
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 **{**self._special_tokens, **(kwargs or {})},
             )
+            prompt = "".join(clock.watched(pieces))
         except SecurityError as error:
             raise RequestError(f"The chat template does something unsafe: {error}", param="chat_template") from error
         except TemplateError as error:
@@ -225,10 +235,70 @@ def _tojson(
     return text
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
+class _Clock:
+    """The CPU time that one conversation has taken on its thread, looked at now and then."""
+
+    def __init__(self) -> None:
+        self._end_s = time.thread_time() + _MAX_CPU_S
+        self._num_ticks = 0
+
+    def tick(self) -> None:
+        self._num_ticks += 1
+        if self._num_ticks % _TICKS == 0 and time.thread_time() > self._end_s:
+            raise SecurityError(f"it computed for more than {_MAX_CPU_S:g} s")
+
+    def watched(self, pieces: Iterator[str]) -> Iterator[str]:
+        for piece in pieces:
+            self.tick()
+            yield piece
+
+
+class _BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """The sandbox with a clock that calls, attributes and output tick, and with bounds on what is made in one go."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._thread = threading.local()  # a template may render on several threads at once
+
+    def begin(self) -> _Clock:
+        """Start the clock of one conversation on this thread."""
+        self._thread.clock = _Clock()
+        return self._thread.clock
+
+    def _tick(self) -> None:
+        clock: _Clock | None = getattr(self._thread, "clock", None)
+        if clock is not None:  # None while constants are folded, when the template is compiled
+            clock.tick()
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        self._tick()
+        return super().call(*args, **kwargs)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        self._tick()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self._tick()
+        return super().getitem(obj, argument)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            size = left.bit_length() * max(right, 0)
+        elif isinstance(left, int) and isinstance(right, int):
+            size = left.bit_length() + right.bit_length()
+        else:
+            sequence, times = (left, right) if isinstance(right, int) else (right, left)
+            size = len(sequence) * times if isinstance(sequence, Sequence) and isinstance(times, int) else 0
+        if size > _MAX_ELEMENTS:
+            raise SecurityError(f"it makes a value of {size:.3g} elements")
+        return super().call_binop(context, operator, left, right)
+
+
+def _environment() -> _BoundedEnvironment:
+    environment = _BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_PlainDict(), namespace=_SafeNamespace
