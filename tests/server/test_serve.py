@@ -206,3 +206,17 @@ def test_second_signal_ends_streams_with_an_error(tiny_llava: Callable[[LlavaSha
         assert '"code":"engine_stopped"' in rest[-1]
         assert server.wait(20) == 0
     assert not path.exists()
+
+
+def test_drain_timeout_that_passes_ends_streams_with_an_error(tiny_llava: Callable[[LlavaShape], Path]):
+    with process(*served(tiny_llava), "--port", "0", "--drain-timeout-s", "0.3") as (server, lines):
+        found = re.search(r"at (http://\S+)", "".join(lines))
+        assert found is not None
+        with httpx.Client(base_url=found[1], timeout=30, trust_env=False) as client:
+            with client.stream("POST", "/v1/chat/completions", json=chat(stream=True, max_tokens=480, n=16)) as running:
+                events = running.iter_lines()
+                next(events)
+                server.send_signal(signal.SIGTERM)
+                rest = [line for line in events if line]
+        assert '"code":"engine_stopped"' in rest[-1]
+        assert server.wait(20) == 0

@@ -206,3 +206,37 @@ def test_client_that_stops_reading_its_stream_is_left(monkeypatch: pytest.Monkey
 
     asyncio.run(asyncio.wait_for(EventStream(events())({"type": "http"}, receive, send), 5))
     assert closed == [True]
+
+
+def test_stream_without_news_is_kept_alive_by_comments(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transport, "_PING_S", 0.01)
+    sent: list[bytes] = []
+    pinged = asyncio.Event()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        for number in (b"1", b"2"):
+            yield b"data: " + number + b"\n\n"
+            pinged.clear()
+            await pinged.wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            sent.append(message["body"])
+            if message["body"].startswith(b":"):
+                pinged.set()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def run() -> int:
+        before = len(asyncio.all_tasks())
+        await EventStream(events())({"type": "http"}, receive, send)
+        await asyncio.sleep(0)
+        return len(asyncio.all_tasks()) - before
+
+    assert asyncio.run(asyncio.wait_for(run(), 5)) == 0
+    assert sent[0] == b"data: 1\n\n"
+    assert sent[-1] == b""
+    told = b"".join(sent)
+    assert told.replace(b": ping\n\n", b"") == b"data: 1\n\ndata: 2\n\n"  # clients skip comments
+    assert told.count(b": ping\n\n") >= 2

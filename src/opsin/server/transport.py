@@ -20,6 +20,8 @@ T = TypeVar("T")
 _BODY_IDLE_S = 30.0  # a body that stops coming for so long is given up
 _BODY_BYTES_PER_S = 4096  # so is one that, but for such a pause, comes more slowly
 _SEND_IDLE_S = 30.0  # so is a client that stops reading its stream
+_PING_S = 15.0  # proxies cut a connection on which nothing came for half a minute or more
+_PING = b": ping\n\n"  # a comment: clients skip it
 _GONE = 499  # nobody reads it; proxies log it so
 
 
@@ -99,6 +101,8 @@ class GoneResponse(Response):
 class EventStream(Response):
     """Server-sent events from a generator, which is closed as soon as the client is gone or stops reading.
 
+    Where nothing is to be told for a while, a comment is sent, lest a proxy take the connection for dead.
+
     Args:
         events: each a whole frame; the generator tells of its own failures.
     """
@@ -118,13 +122,27 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with contextlib.aclosing(self._events) as events, _Patience(_SEND_IDLE_S) as patience:
-            async for event in events:
-                message = {"type": "http.response.body", "body": event, "more_body": True}
-                patience.is_tried = True
-                await send(message)
-                patience.is_tried = False
-                patience.num_sent += 1
+            pings = asyncio.create_task(_ping(send, patience))
+            try:
+                async for event in events:
+                    message = {"type": "http.response.body", "body": event, "more_body": True}
+                    patience.is_tried = True
+                    await send(message)
+                    patience.is_tried = False
+                    patience.num_sent += 1
+            finally:
+                pings.cancel()
         await send({"type": "http.response.body", "body": b""})
+
+
+async def _ping(send: Send, patience: _Patience) -> None:
+    """Send a comment whenever no event came between two looks; each send is a frame of its own."""
+    seen: int | None = None
+    while True:
+        await asyncio.sleep(_PING_S)
+        if patience.num_sent == seen and not patience.is_tried:
+            await send({"type": "http.response.body", "body": _PING, "more_body": True})
+        seen = patience.num_sent
 
 
 class _Patience:
