@@ -88,15 +88,6 @@ class Failing:
 
 
 @pytest.mark.parametrize("row", [r for r in TABLE if r.status >= 500], ids=lambda row: row.error.__name__)
-def test_what_was_sent_comes_back_shortened():
-    error = RequestError("role is " + "w" * 10**7 + "; it must be user.", param="messages." + "x" * 10**6)
-    _, body, _ = describe(error, "id")
-    assert body.error.message.startswith("role is www")
-    assert body.error.message.endswith("; it must be user.")
-    assert len(body.error.message) < 1100
-    assert len(body.error.param or "") < 300
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_failure_before_the_first_token_has_its_status(engine: AsyncLLM, row: errors.Row, stream: bool):
     app = create_app(Failing(engine, made(row.error), 0), ServerConfig(), model=NAME)  # type: ignore[arg-type]
@@ -154,3 +145,12 @@ def test_client_that_leaves_within_its_body_is_no_failure(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert "failed" not in caplog.text
+
+
+def test_what_was_sent_comes_back_shortened():
+    error = RequestError("role is " + "w" * 10**7 + "; it must be user.", param="messages." + "x" * 10**6)
+    _, body, _ = describe(error, "id")
+    assert body.error.message.startswith("role is www")
+    assert body.error.message.endswith("; it must be user.")
+    assert len(body.error.message) < 1100
+    assert len(body.error.param or "") < 300
