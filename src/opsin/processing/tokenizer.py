@@ -74,7 +74,7 @@ class Tokenizer:
         """Open the tokenizer of a checkpoint folder; nothing is downloaded and no code of the checkpoint is run."""
         from transformers import AutoTokenizer
 
-        settings = {"local_files_only": True, "trust_remote_code": False, "config": _foreign_config(Path(folder))}
+        settings = {"local_files_only": True, "trust_remote_code": False, "config": _config_of(Path(folder))}
         return cls(AutoTokenizer.from_pretrained(str(folder), **settings), generation_config)
 
     def to_json(self) -> str:
@@ -198,16 +198,28 @@ class Tokenizer:
         return piece
 
 
-def _foreign_config(folder: Path) -> Any:
-    """The config of a checkpoint that transformers has no code for, which it would read alike, but with warnings that
-    its users need not heed; None where it has."""
+def _config_of(folder: Path) -> Any:
+    """What AutoTokenizer need know of a checkpoint's config; None where it must read it itself.
+
+    Where tokenizer_config.json names a class, that is the kind of model alone. The real config's class would import
+    transformers' modelling code, half of the time that a start takes. A checkpoint that transformers has no code for
+    it would read alike, but with warnings that its users need not heed.
+    """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-    path = folder / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    values.pop("rope_scaling", None)  # Phi-3-vision's is of a kind that has another name today
+    values, tokenizer_values = (_read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
     is_foreign = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
-    return PreTrainedConfig.from_dict(values) if is_foreign else None
+    if not is_foreign and "tokenizer_class" not in tokenizer_values:
+        return None
+    config = PreTrainedConfig(name_or_path=str(folder))
+    config.model_type = values.get("model_type", "")
+    if "tokenizer_class" in values:
+        config.tokenizer_class = values["tokenizer_class"]
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _end_ids(eos_token_id: int | None, generation_config: Mapping[str, Any] | None) -> frozenset[int]:

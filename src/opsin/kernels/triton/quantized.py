@@ -7,6 +7,7 @@ widens to float16 without loss, so few rows are multiplied by the tensor cores o
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -116,6 +117,11 @@ def _many_rows(
     # cuBLAS adds biases of the output's dtype, and none to float32. Sums are kept in fewer than 32 bits within a
     # tensor core's step ("fast accumulation"), as every engine has it: full ones cost a third of the speed.
     fused = None if dtype == torch.float32 else bias_O
+    num_rows = len(values_TI)
+    missing = -num_rows % 16  # cuBLAS has no kernel for 33 rows of 18,944 values
+    if missing:
+        values_TI = F.pad(values_TI.view(torch.uint8), (0, 0, 0, missing)).view(values_TI.dtype)
+        scale_T1 = F.pad(scale_T1, (0, 0, 0, missing))
     out_TO = torch._scaled_mm(
         values_TI,
         weight_OI.t(),
@@ -125,6 +131,7 @@ def _many_rows(
         out_dtype=dtype,
         use_fast_accum=True,
     )
+    out_TO = out_TO[:num_rows]
     return out_TO if fused is bias_O else out_TO + bias_O
 
 
