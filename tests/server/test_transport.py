@@ -15,9 +15,11 @@ from fastapi import FastAPI
 from starlette.routing import Route
 
 from opsin import AsyncLLM
+from opsin.errors import RequestError
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
 from opsin.server.gate import OPEN
+from opsin.server.requests import ChatCompletionRequest, decode
 from tests.server.conftest import NAME, chat, serving
 
 URL = "/v1/chat/completions"
@@ -249,3 +251,15 @@ def test_body_of_countless_parts_is_refused_at_once(client: httpx.Client):
     assert error_of(response)["message"] == "The body has more than 32768 objects or lists."
     response = client.post(URL, content=b'{"messages": [' + b",".join([b"[1]"] * 60_000) + b"]}")
     assert error_of(response)["message"] == "The body has more than 32768 objects or lists."
+
+
+def test_signs_within_data_urls_are_not_counted_and_behind_them_they_are():
+    url = b'"data:text/plain,' + b"{[," * 300_000 + b'"'
+    message = b'{"messages": [{"role": "user", "content": [%s, {"type": "text", "text": %s}]}]%s}'
+    request = decode(message % (url, b'"x"', b""), ChatCompletionRequest)
+    assert request.messages[0]["content"][0].encode() == url[1:-1]
+    assert request.messages[0]["content"][1]["text"] == "x"
+    with pytest.raises(RequestError, match="250000 values"):
+        decode(message % (url, url, b', "stop": ["x"' + b', "x"' * 300_000 + b"]"), ChatCompletionRequest)
+    with pytest.raises(RequestError, match="not valid JSON"):
+        decode(b'{"messages": ["data:' + b"," * 300_000, ChatCompletionRequest)
