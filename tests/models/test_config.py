@@ -129,7 +129,7 @@ def test_llava_unknown_setting_is_refused_by_name(extra, message):
 def test_llava_defaults_are_those_of_its_config_class():
     model = LlavaModel.from_hf({"text_config": SMALL_TEXT}, place=PLACE, norm=NORM)
     assert model.tower.config.image_size == 336
-    assert model.projector.linear_1.weight.shape == (4096, 1024)
+    assert dict(model.named_parameters())["projector.linear_1.weight"].shape == (4096, 1024)
 
 
 def test_strict_config_null_is_absent():

@@ -228,7 +228,7 @@ def test_find_model_hub_that_fails_is_told_in_one_line(
     hub: tuple[str, list[str]], tmp_path: Path, endpoint: str, name: str, variables: dict[str, str], said: str
 ):
     address = hub[0].removeprefix("http://")
-    message = ask(endpoint.format(hub=address), tmp_path, name, **variables)
+    message = ask(endpoint.format(hub=address), tmp_path, name, offline=False, **variables)
     assert message.startswith(f"ConfigError {name} ") or "absent" in name
     assert said in message
     assert "give its folder as the model" in message

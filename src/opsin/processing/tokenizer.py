@@ -211,11 +211,8 @@ def _config_of(folder: Path) -> Any:
     is_foreign = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
     if not is_foreign and "tokenizer_class" not in tokenizer_values:
         return None
-    config = PreTrainedConfig(name_or_path=str(folder))
-    config.model_type = values.get("model_type", "")
-    if "tokenizer_class" in values:
-        config.tokenizer_class = values["tokenizer_class"]
-    return config
+    told = {name: values[name] for name in ("model_type", "tokenizer_class") if name in values}
+    return PreTrainedConfig.from_dict({**told, "_name_or_path": str(folder)})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -162,10 +162,17 @@ def _add_gets(app: FastAPI, server: ServerState) -> None:
         return _probe("The server is shutting down." if server.admission.is_draining else _engine_trouble(server))
 
     @get("/health")
-    @get("/ping")
-    @app.post("/ping", include_in_schema=False)
     async def health() -> Response:
         """200: the engine runs; 503 otherwise."""
+        return _probe(_engine_trouble(server))
+
+    @get("/ping")
+    async def ping() -> Response:
+        """As /health, for hosts that ask here."""
+        return _probe(_engine_trouble(server))
+
+    @app.post("/ping", include_in_schema=False)
+    async def ping_by_post() -> Response:
         return _probe(_engine_trouble(server))
 
     @get("/load")
