@@ -147,6 +147,7 @@ def test_file_of_anything_else_is_refused(data: bytes):
         read_tensor_file(data)
 
 
+@pytest.mark.filterwarnings("ignore:invalid:DeprecationWarning")  # of an escape in a name that breaking made a string
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_broken_file_raises_nothing_else(data: st.DataObject):
