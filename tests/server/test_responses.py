@@ -21,6 +21,7 @@ from tests.server.test_errors import Failing
 URL = "/v1/responses"
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_output_tokens": 8}
 EXTRA = {"ignore_eos": True}
+LONG = {"temperature": 0, "max_output_tokens": 64, **EXTRA}  # more tokens than could come in two pieces
 TOOL: dict[str, Any] = {
     "type": "function",
     "name": "look",
@@ -293,8 +294,8 @@ def test_stream_that_fails_midway_ends_with_an_error(engine: AsyncLLM):
             openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as sdk,
             pytest.raises(openai.APIError, match="not finite"),
         ):
-            list(sdk.responses.create(model=NAME, input="Hello", stream=True))
-        text = httpx.post(f"{address}{URL}", json={"input": "Hello", "stream": True}, trust_env=False).text
+            list(sdk.responses.create(model=NAME, input="Hello", stream=True, extra_body=LONG))
+        text = httpx.post(f"{address}{URL}", json={"input": "Hello", "stream": True, **LONG}, trust_env=False).text
     last = text.strip().split("\n\n")[-1].split("\n")
     assert last[0] == "event: error"
     error = json.loads(last[1].removeprefix("data: "))
