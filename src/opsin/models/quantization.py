@@ -4,8 +4,8 @@ Two roads lead there. A half-precision checkpoint is quantised as it is loaded, 
 by others brings its own weights and scales. Of the latter, the tensors' dtypes say which layers those are, so lists of
 exceptions in config.json need no reading.
 
-Activations are always scaled row by row as they come. Scales that a checkpoint measured for them beforehand save one
-pass over the row, which is fused with what is done to the row anyway, and are never nearer to it; they are left out.
+Activations are always scaled row by row as they come. Scales that a checkpoint measured for them beforehand would save
+the search for a row's largest value, and are never nearer to it; they are left out.
 """
 
 from __future__ import annotations
