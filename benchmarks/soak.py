@@ -63,19 +63,18 @@ class Server:
     port: int
     pid: int
 
-    async def ask(self, path: str, body: dict[str, Any] | None = None) -> AsyncIterator[tuple[float, bytes]]:
+    async def ask(self, path: str, body: bytes = b"") -> AsyncIterator[tuple[float, bytes]]:
         """One request on a connection of its own: when each piece of the answer came, and the piece."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
-            data = b"" if body is None else json.dumps(body).encode()
             head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
-            writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+            writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
             while piece := await reader.read(2**16):
                 yield time.perf_counter(), piece
         finally:
             writer.close()
 
-    async def text(self, path: str, body: dict[str, Any] | None = None) -> str:
+    async def text(self, path: str, body: bytes = b"") -> str:
         return b"".join([piece async for _, piece in self.ask(path, body)]).decode()
 
 
@@ -102,11 +101,13 @@ def serving(flags: Sequence[str] = ()) -> Iterator[Server]:
         process.stderr.close()
 
 
-def picture(rng: np.random.Generator) -> str:
-    """A data: URL of noise that no other picture equals."""
+def question(rng: np.random.Generator) -> bytes:
+    """The body of a request about a picture of noise that no other picture equals."""
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is in the picture?"}]
+    return _body(content, max_tokens=12)
 
 
 async def canary(server: Server, seen: Seen) -> None:
@@ -124,14 +125,10 @@ async def canary(server: Server, seen: Seen) -> None:
         seen.errors.append(told[-300:].decode(errors="replace"))
 
 
-async def flood(server: Server, seen: Seen, numbers: Iterator[int], rng: np.random.Generator) -> None:
-    """Ask about pictures, one after the other, until the numbers end."""
-    for number in numbers:
-        content = [
-            {"type": "image_url", "image_url": {"url": picture(rng)}},
-            {"type": "text", "text": "What is in the picture?"},
-        ]
-        told = await server.text("/v1/chat/completions", _body(content, max_tokens=12))
+async def flood(server: Server, seen: Seen, questions: Iterator[tuple[int, bytes]]) -> None:
+    """Ask about pictures, one after the other, until none is left."""
+    for number, body in questions:
+        told = await server.text("/v1/chat/completions", body)
         if not told.startswith("HTTP/1.1 200"):
             seen.errors.append(told[:300])
         if number % 100 == 0:
@@ -153,24 +150,26 @@ async def run(server: Server, requests: int, clients: int, solo: int, seed: int)
     """The whole measurement.
 
     Args:
-        solo: canaries that run alone.
+        solo: canaries that run alone, half of them before the flood and half behind it: others use the machine too.
     """
     alone, among = Seen(), Seen()
     for _ in range(3):
         await canary(server, Seen())  # warm
-    for _ in range(solo):
+    for _ in range(solo - solo // 2):
         await canary(server, alone)
-    numbers = iter(range(1, requests + 1))
+    rng = np.random.default_rng(seed)
+    # Made beforehand: the canary is read on this loop too, and what making pictures takes is not the server's.
+    questions = iter([(number, question(rng)) for number in range(1, requests + 1)])
     begun = time.perf_counter()
-    floods = [
-        asyncio.create_task(flood(server, among, numbers, rng)) for rng in np.random.default_rng(seed).spawn(clients)
-    ]
+    floods = [asyncio.create_task(flood(server, among, questions)) for _ in range(clients)]
     probing = asyncio.create_task(probe(server, among))
     while not all(task.done() for task in floods):
         await canary(server, among)
     await asyncio.gather(*floods)
     seconds = time.perf_counter() - begun
     probing.cancel()
+    for _ in range(solo // 2):
+        await canary(server, alone)
     left = await _left(server)
     errors = [*alone.errors, *among.errors]
     p99 = [1e3 * float(np.quantile(seen.gaps_s, 0.99)) for seen in (alone, among)]
@@ -198,9 +197,9 @@ async def run(server: Server, requests: int, clients: int, solo: int, seed: int)
     }
 
 
-def _body(content: Any, **fields: Any) -> dict[str, Any]:
+def _body(content: Any, **fields: Any) -> bytes:
     message = {"role": "user", "content": content}
-    return {"model": "demo", "messages": [message], "temperature": 0, "ignore_eos": True, **fields}
+    return json.dumps({"model": "demo", "messages": [message], "temperature": 0, "ignore_eos": True, **fields}).encode()
 
 
 async def _left(server: Server) -> dict[str, float]:
