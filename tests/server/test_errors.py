@@ -63,8 +63,11 @@ def test_addresses_do_not_leave():
     assert "7f3b9c" not in body.error.message
 
 
+ENDLESS: dict[str, Any] = {"stream": True, "max_tokens": 400}  # more tokens than could come in a few pieces
+
+
 class Failing:
-    """An engine whose streams fail after some outputs; otherwise the real one."""
+    """An engine whose streams fail after some outputs, of which there must be more; otherwise the real one."""
 
     def __init__(self, engine: AsyncLLM, error: Exception, after: int) -> None:
         self._engine = engine
@@ -83,6 +86,7 @@ class Failing:
                     raise self._error
                 given += 1
                 yield output
+            raise AssertionError(f"The stream ended after {given} outputs, and was to fail after {self._after}.")
         finally:
             await stream.aclose()
 
@@ -104,7 +108,8 @@ def test_failure_within_a_stream_is_its_last_event(engine: AsyncLLM):
     error = RequestFailedError("logits are not finite")
     app = create_app(Failing(engine, error, 3), ServerConfig(), model=NAME)  # type: ignore[arg-type]
     with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
-        lines = [line for line in client.post("/v1/chat/completions", json=chat(stream=True)).text.split("\n") if line]
+        text = client.post("/v1/chat/completions", json=chat(**ENDLESS)).text
+    lines = [line for line in text.split("\n") if line]
     assert '"code":"request_failed"' in lines[-1]
     assert lines[-1].startswith("data: ")
     assert not any("[DONE]" in line for line in lines)
@@ -116,7 +121,7 @@ def test_unforeseen_failure_within_a_stream_is_logged_and_counted(engine: AsyncL
     app = create_app(Failing(engine, ZeroDivisionError("/srv"), 3), ServerConfig(), model=NAME)  # type: ignore[arg-type]
     with serving(app) as address, httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
         headers = {"X-Request-Id": "find-me-there"}
-        text = client.post("/v1/chat/completions", json=chat(stream=True), headers=headers).text
+        text = client.post("/v1/chat/completions", json=chat(**ENDLESS), headers=headers).text
         metrics = client.get("/metrics").text
     assert '"code":"internal_error"' in text
     assert "/srv" not in text
