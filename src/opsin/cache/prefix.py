@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import struct
 from array import array
+from functools import cached_property
 from hashlib import blake2b
+
+import numpy as np
 
 from opsin.types import EngineRequest
 
@@ -28,8 +31,8 @@ class BlockHasher:
 
     def __init__(self, request: EngineRequest, tokens: list[int], block_size: int, root: tuple[str, ...]) -> None:
         self._request = request
-        self._num_prompt = len(request.prompt_token_ids)
         self._tokens = tokens
+        self._ids = array("i")  # of the tokens, as far as looked at
         self._block_size = block_size
         self._parent = blake2b(repr(root).encode(), digest_size=DIGEST_BYTES).digest()
         self._chain: list[bytes] = []
@@ -50,16 +53,17 @@ class BlockHasher:
     def _extend(self) -> None:
         start = len(self._chain) * self._block_size
         end = start + self._block_size
-        tokens = self._tokens[start:end]
-        assert len(tokens) == self._block_size, "a block is hashed only when all its tokens are known"
-        hasher = blake2b(self._chain[-1] if self._chain else self._parent, digest_size=DIGEST_BYTES)
-        hasher.update(array("i", tokens).tobytes())
-        self._add_spans(hasher, start, end)
-        self._add_ranges(hasher, end)
-        hasher.update(self._unusual_positions(start, end))
-        self._chain.append(hasher.digest())
+        if len(self._ids) < end:
+            self._ids.extend(self._tokens[len(self._ids) :])
+        assert len(self._ids) >= end, "a block is hashed only when all its tokens are known"
+        parts = [self._chain[-1] if self._chain else self._parent, self._ids[start:end].tobytes()]
+        self._add_spans(parts, start, end)
+        self._add_ranges(parts, end)
+        if self._request.positions is not None:
+            self._add_positions(parts, len(self._chain))
+        self._chain.append(blake2b(b"".join(parts), digest_size=DIGEST_BYTES).digest())
 
-    def _add_spans(self, hasher: blake2b, start: int, end: int) -> None:
+    def _add_spans(self, parts: list[bytes], start: int, end: int) -> None:
         spans = self._request.spans
         while self._next_span < len(spans) and spans[self._next_span].start < end:
             span = spans[self._next_span]
@@ -68,30 +72,42 @@ class BlockHasher:
                 first = max(span.start, start)
                 key = self._request.media[span.item].key
                 place = (first - start, min(span_end, end) - first, span.feature_start + first - span.start, len(key))
-                hasher.update(struct.pack("<c4q", b"s", *place) + key)
+                parts += struct.pack("<c4q", b"s", *place), key
             if span_end > end:
                 break
             self._next_span += 1
 
-    def _add_ranges(self, hasher: blake2b, end: int) -> None:
+    def _add_ranges(self, parts: list[bytes], end: int) -> None:
         ranges = self._request.bidirectional
         while self._next_range < len(ranges) and ranges[self._next_range][0] < end:
-            hasher.update(struct.pack("<c2q", b"r", *ranges[self._next_range]))
+            parts.append(struct.pack("<c2q", b"r", *ranges[self._next_range]))
             if ranges[self._next_range][1] > end:
                 break
             self._next_range += 1
 
-    def _unusual_positions(self, start: int, end: int) -> bytes:
-        """The block's rotary positions, or nothing where they are plain indices, as in a prompt without media."""
-        positions, num_prompt = self._request.positions, self._num_prompt
-        if positions is None:
-            return b""
-        cut = max(start, min(end, num_prompt))
-        delta = self._request.position_delta
-        generated = array("i", range(cut + delta, end + delta)).tobytes()
-        rows = [
-            (positions[axis + 4 * start : axis + 4 * cut] if cut > start else b"") + generated
-            for axis in range(0, len(positions), 4 * num_prompt)
-        ]
-        plain = array("i", range(start, end)).tobytes()
-        return b"" if all(row == plain for row in rows) else b"p" + b"".join(rows)
+    def _add_positions(self, parts: list[bytes], block: int) -> None:
+        """Add the block's rotary positions; nothing where they are plain indices, as in a prompt without media."""
+        shifts, data = self._prompt_shifts
+        shift = shifts[block] if block < len(shifts) else self._request.position_delta
+        if shift is None:
+            size = len(data) // len(shifts)
+            parts += b"p", data[block * size : (block + 1) * size]
+        elif shift:
+            parts.append(struct.pack("<cq", b"d", shift))
+
+    @cached_property
+    def _prompt_shifts(self) -> tuple[list[int | None], bytes]:
+        """By how much the rotary positions differ from indices, over the blocks that the prompt takes part in.
+
+        Returns:
+            For each block the number, None where there are several; and all of them as int32, block by block.
+        """
+        request, num_prompt = self._request, len(self._request.prompt_token_ids)
+        positions_AP = np.frombuffer(request.positions or b"", np.int32).reshape(-1, num_prompt)
+        num_blocks = -(-num_prompt // self._block_size)
+        num_axes = len(positions_AP)
+        shifted_AT = np.full((num_axes, num_blocks * self._block_size), request.position_delta, np.int32)
+        shifted_AT[:, :num_prompt] = positions_AP - np.arange(num_prompt, dtype=np.int32)
+        shifted_NAB = np.swapaxes(shifted_AT.reshape(num_axes, num_blocks, self._block_size), 0, 1)
+        low, high = shifted_NAB.min(axis=(1, 2)).tolist(), shifted_NAB.max(axis=(1, 2)).tolist()
+        return [a if a == b else None for a, b in zip(low, high, strict=True)], shifted_NAB.tobytes()
