@@ -65,6 +65,11 @@ class MediaFeeder:
         """Pictures that were asked for and have not come."""
         return len(self._decoding) + len(self._encoding) + len(self._backlog)
 
+    @property
+    def must_tidy(self) -> bool:
+        """A request has ended since the last ``pump``, and pictures that were on their way for it may be unwanted."""
+        return self._may_be_unwanted
+
     def hold(self, request: EngineRequest, sources: Sequence[MediaSource]) -> None:
         """Keep a request's sources until ``release``."""
         if sources:

@@ -47,7 +47,8 @@ class LocalEngine:
 
     @property
     def has_work(self) -> bool:
-        return self.core.has_work
+        # Also when the last request was aborted: what is decoded for nobody is given up in a step, not kept.
+        return self.core.has_work or self.feeder.must_tidy
 
     def add(self, requests: Sequence[EngineRequest], sources: Sequence[MediaSource]) -> None:
         for i, request in enumerate(requests):
