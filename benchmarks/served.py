@@ -99,7 +99,7 @@ def _serve(
     start_s = time.monotonic()
     try:
         with started(command(engine, model, port, args), peer_environment(engine, args.vllm_path), log) as process:
-            name = _wait_until_ready(port, process, deadline_s)
+            name = wait_until_ready(port, process, deadline_s)
             figures["ready_s"] = round(time.monotonic() - start_s, 1)
             say(begun_s, f"{engine}: ready after {figures['ready_s']} s")
             _measure(args, port, name, images, figures, begun_s, deadline_s)
@@ -110,7 +110,7 @@ def _serve(
     assert not is_open(port), f"port {port} is still open: something answers for a server that was killed"
 
 
-def _wait_until_ready(port: int, process: Any, deadline_s: float) -> str:
+def wait_until_ready(port: int, process: Any, deadline_s: float) -> str:
     """The name of the model that is served."""
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
