@@ -268,7 +268,7 @@ class AsyncLLM:
         """
         return await self._beside(lambda: self._front.inputs.make_tiles(processed), self._waiters)
 
-    async def stream(
+    def stream(
         self, processed: ProcessedRequest, output_kind: OutputKind = "cumulative"
     ) -> AsyncGenerator[Output, None]:
         """Run what ``prepare`` or ``prepare_chat`` made, once. Leaving the generator early aborts the request.
@@ -276,9 +276,7 @@ class AsyncLLM:
         Raises:
             As ``generate``.
         """
-        async with contextlib.aclosing(self._thread.stream(processed, output_kind)) as outputs:
-            async for output in outputs:
-                yield output
+        return self._thread.stream(processed, output_kind)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, on a thread beside the event loop; special tokens in it are recognised.

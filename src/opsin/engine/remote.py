@@ -206,8 +206,7 @@ class RemoteEngine:
 
     def _listen(self, timeout_s: float) -> None:
         try:
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._end.wants_to_write else 0)
-            self._selector.modify(self._end, events)
+            self._listen_for(selectors.EVENT_READ | (selectors.EVENT_WRITE if self._end.wants_to_write else 0))
             for key, ready in self._selector.select(timeout_s):
                 if key.fileobj is not self._end:
                     os.eventfd_read(self._news)
@@ -221,6 +220,10 @@ class RemoteEngine:
             self._end_process(f"ended ({_how(self._process)})")
         else:
             self._look()
+
+    def _listen_for(self, events: int) -> None:
+        if self._selector.get_key(self._end).events != events:
+            self._selector.modify(self._end, events)
 
     def _take(self, message: FromEngine) -> None:
         self._heard_s = time.monotonic()

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
 
 from opsin.engine.front import Front
 from opsin.errors import EngineDeadError
@@ -20,18 +20,35 @@ logger = logging.getLogger(__name__)
 Output = RequestOutput | PoolingRequestOutput
 
 
-@dataclass(frozen=True, slots=True)
 class _Caller:
-    """Where a request's outputs go: a queue that belongs to an event loop."""
+    """Where a request's outputs go: a box that one task of an event loop empties.
 
-    loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue[Output | BaseException]
+    ``asyncio.Queue`` serves any number of tasks, which takes several times as long, and this is done for every token.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._items: deque[Output | BaseException] = deque()
+        self._waiter: asyncio.Future[None] | None = None
 
     def send(self, item: Output | BaseException) -> None:
-        _send(self.loop, [(self.outputs, item)])
+        """From any thread."""
+        _send(self.loop, [(self, item)])
+
+    def put(self, item: Output | BaseException) -> None:
+        """On the loop's own thread."""
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Output | BaseException:
+        while not self._items:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        return self._items.popleft()
 
 
-_Mail = tuple["asyncio.Queue[Output | BaseException]", Output | BaseException]
+_Mail = tuple[_Caller, Output | BaseException]
 
 
 class FrontThread:
@@ -66,13 +83,13 @@ class FrontThread:
         Raises:
             OpsinError: what became of it.
         """
-        caller = _Caller(asyncio.get_running_loop(), asyncio.Queue())
+        caller = _Caller(asyncio.get_running_loop())
         if not self.post(lambda: self._start(processed, kind, caller)):
             self.require_running()
         finished = False
         try:
             while not finished:
-                item = await caller.outputs.get()
+                item = await caller.get()
                 if isinstance(item, BaseException):
                     finished = True
                     raise item
@@ -133,10 +150,10 @@ class FrontThread:
         mail: dict[asyncio.AbstractEventLoop, list[_Mail]] = {}  # one call per step wakes each loop once
         for request_id, error in batch.failures.items():
             caller = self._callers.pop(request_id)
-            mail.setdefault(caller.loop, []).append((caller.outputs, error))
+            mail.setdefault(caller.loop, []).append((caller, error))
         for output in batch.outputs:
             caller = self._callers.pop(output.request_id) if output.finished else self._callers[output.request_id]
-            mail.setdefault(caller.loop, []).append((caller.outputs, output))
+            mail.setdefault(caller.loop, []).append((caller, output))
         for loop, items in mail.items():
             _send(loop, items)
 
@@ -184,5 +201,5 @@ def _send(loop: asyncio.AbstractEventLoop, mail: Sequence[_Mail]) -> None:
 
 
 def _hand_out(mail: Sequence[_Mail]) -> None:
-    for outputs, item in mail:
-        outputs.put_nowait(item)
+    for caller, item in mail:
+        caller.put(item)

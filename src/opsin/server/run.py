@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import threading
@@ -190,6 +191,8 @@ class _Server(uvicorn.Server):
         except BaseException:  # whoever runs the server raises it
             return False
         self._state = app.state.server
+        gc.collect()
+        gc.freeze()  # a million objects that stay; every full collection would look at each, and nobody be served
         self._doorway.open(app)
         self._announce(app)
         return True
