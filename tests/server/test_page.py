@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import threading
@@ -39,6 +40,8 @@ def test_page_files_load_only_what_the_server_has(client: httpx.Client):
     for named in ("page/app.js", "page/style.css", "page/icon.svg"):
         assert f'"{named}"' in html
         assert f"/{named}" in FILES
+    for module in re.findall(r'import .* from "\./(.+)";', client.get("/page/app.js").text):
+        assert f"/page/{module}" in FILES
 
 
 def test_page_needs_no_key_and_shows_nothing_that_does(engine: AsyncLLM):
@@ -202,10 +205,51 @@ def test_page_tokens_tell_their_probabilities(page: Any):
     page.get_by_role("button", name="Tokens").click()
     tokens = page.locator(".token")
     assert "".join(tokens.all_inner_texts()[:-1]).strip() == answer  # the last one ends it
-    title = tokens.first.get_attribute("title")
-    assert title.count("%") == 6  # the token, and five that might have come
+    card = page.get_by_role("tooltip")
+    tokens.first.hover()
+    assert card.inner_text().count("%") == 5  # the token, and four that might have come
+    assert f'"{tokens.first.inner_text()}"' in card.locator(".chosen").inner_text()
+    page.get_by_label("Message").hover()
+    assert not card.is_visible()
+    tokens.nth(1).tap()
+    assert f'"{tokens.nth(1).inner_text()}"' in card.locator(".chosen").inner_text()
+    box = card.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
     page.get_by_role("button", name="Text").click()
     assert page.locator(".token").count() == 0
+    assert not card.is_visible()
+
+
+@pytest.mark.browser
+def test_page_is_used_by_keyboard_alone(page: Any):
+    ask(page, "Hello")
+    for _ in range(9):  # back from the message to the answer's buttons
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.textContent") == "Tokens":
+            break
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.textContent") == "Text"  # the same button, with its new name
+    for _ in range(2):  # "Again" stands between
+        page.keyboard.press("Shift+Tab")
+    chosen = page.get_by_role("tooltip").locator(".chosen")
+    tokens = page.locator(".token")
+    assert f'"{tokens.first.inner_text()}"' in chosen.inner_text()
+    page.keyboard.press("ArrowRight")
+    assert f'"{tokens.nth(1).inner_text()}"' in chosen.inner_text()
+    page.keyboard.press("Escape")
+    assert not page.get_by_role("tooltip").is_visible()
+
+
+@pytest.mark.browser
+def test_page_file_that_is_no_picture_is_told(page: Any):
+    pick, notice = page.get_by_label("Add pictures"), page.get_by_role("status")
+    pick.set_input_files({"name": "a.pdf", "mimeType": "application/pdf", "buffer": b"%PDF"})
+    assert notice.inner_text() == "Only pictures can be sent along."
+    pick.set_input_files(PICTURES / "animals.png")
+    page.get_by_role("button", name="Remove animals.png").click()
+    assert notice.inner_text() == ""
+    assert page.evaluate("document.activeElement.id") == "text"
 
 
 @pytest.mark.browser

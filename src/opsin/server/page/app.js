@@ -1,4 +1,5 @@
 import { markdown } from "./markdown.js";
+import { tokenNodes } from "./tokens.js";
 
 const $ = (id) => document.getElementById(id);
 const turns = []; // {role, text, pictures: [{url, name}], tokens: [{token, logprob, top_logprobs}], node}
@@ -149,9 +150,10 @@ function draw(turn) {
   }
   const text = make("div", { className: "text" });
   if (turn.role === "user") text.textContent = turn.text;
-  else if (turn.showsTokens) text.append(...turn.tokens.map(tokenNode));
+  else if (turn.showsTokens) text.append(...tokenNodes(turn.tokens));
   else text.append(markdown(turn.text));
   text.classList.toggle("waiting", turn.role === "assistant" && !turn.text && !turn.error && !turn.ended);
+  turn.node.ariaBusy = String(running !== null && turn === turns.at(-1)); // read out once it is whole, not at every token
   const parts = [pictures, text];
   if (turn.error) parts.push(make("p", { className: "error", role: "alert", textContent: turn.error }));
   parts.push(facts(turn));
@@ -186,17 +188,10 @@ function facts(turn) {
     button(turn.showsTokens ? "Text" : "Tokens", () => {
       turn.showsTokens = !turn.showsTokens;
       draw(turn);
+      turn.node.querySelector(".facts button:last-child").focus(); // the one that was pressed is gone
     });
   }
   return row;
-}
-
-function tokenNode({ token, logprob, top_logprobs }) {
-  const percent = (value) => `${(100 * Math.exp(value)).toFixed(1)} %`;
-  const node = make("span", { className: "token", textContent: token, tabIndex: 0 });
-  node.style.background = `color-mix(in srgb, var(--bad) ${Math.round(55 * (1 - Math.exp(logprob)))}%, transparent)`;
-  node.title = [`${JSON.stringify(token)} ${percent(logprob)}`, "", ...top_logprobs.map((other) => `${percent(other.logprob)}  ${JSON.stringify(other.token)}`)].join("\n");
-  return node;
 }
 
 function cut(turn) {
@@ -232,6 +227,7 @@ function readFile(file) {
 
 async function addFiles(files) {
   const pictures = [...files].filter((file) => file.type.startsWith("image/"));
+  $("notice").textContent = pictures.length < files.length ? "Only pictures can be sent along." : "";
   pending.push(...(await Promise.all(pictures.map(readFile))));
   showPending();
   $("text").focus();
@@ -240,10 +236,12 @@ async function addFiles(files) {
 function showPending() {
   $("pictures").replaceChildren(
     ...pending.map((picture) => {
-      const remove = make("button", { type: "button", title: `Remove ${picture.name}`, textContent: "×" });
+      const name = `Remove ${picture.name}`;
+      const remove = make("button", { type: "button", title: name, ariaLabel: name, textContent: "×" });
       remove.onclick = () => {
         pending = pending.filter((other) => other !== picture);
         showPending();
+        $("text").focus();
       };
       return make("li", {}, make("img", { src: picture.url, alt: picture.name }), remove);
     }),
@@ -352,6 +350,7 @@ document.onpaste = (event) => {
   }
 };
 document.ondragover = (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return; // text may be dropped where it is written
   event.preventDefault();
   document.body.classList.add("dropping");
 };
@@ -359,8 +358,9 @@ document.ondragleave = (event) => {
   if (!event.relatedTarget) document.body.classList.remove("dropping");
 };
 document.ondrop = (event) => {
-  event.preventDefault();
   document.body.classList.remove("dropping");
+  if (!event.dataTransfer.files.length) return;
+  event.preventDefault();
   addFiles(event.dataTransfer.files);
 };
 
