@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from opsin.cli import vllm_flags
 from opsin.cli.main import build_parser
 
 INTRODUCTION = """\
@@ -25,6 +26,22 @@ enforce-eager: true
 Whole numbers may be written `8k` (8,000) or `8K` (8,192), likewise with `m`, `M`, `g`, `G`. Mappings are JSON, or
 `image=2,video=1`. Answers and results go to stdout, everything else to stderr. Exit codes: 0 done, 2 wrong usage or a
 known error (one line, see [errors.md](errors.md)), 130 interrupted.
+"""
+
+
+FOREIGN = """\
+## Command lines of vLLM
+
+Commands with engine settings read command lines that were written for `vllm serve`. `MODEL` may stand before the flags
+or behind them; where it follows a list (`--api-key KEY MODEL`), it is told from the list's values by its form
+(`org/name`, a folder, `demo`), and in doubt asked for. Flags may have underscores. `--api-key`, `--served-model-name`,
+`--allowed-media-domains` and the `--allowed-...` of CORS take several values, or are given again. A key of a JSON
+setting may stand in its flag: `--limit-mm-per-prompt.image 2`, `--hf-overrides.text_config.rope_theta 1e6`; `KEY+` adds
+to a list.
+
+Of the flags that opsin has not, those that would change what clients get are refused. Those about speed, memory or logs
+are taken, and a line says what opsin does. YAML files may hold them, too. `--no-...` may stand before all that take no
+value.
 """
 
 
@@ -90,7 +107,18 @@ def reference(root: argparse.ArgumentParser) -> str:
     for title, actions in engine_titles.items():
         name, _, summary = title.partition(": ")
         lines.extend([f"**{name}**: {summary}", "", *table(actions), ""])
+    lines.extend(foreign_flags())
     return "\n".join(lines).rstrip() + "\n"
+
+
+def foreign_flags() -> Iterator[str]:
+    """vLLM's flags that opsin has not, row by row."""
+    yield FOREIGN
+    yield "| | taken | |"
+    yield "|---|---|---|"
+    for row in vllm_flags.TABLE:
+        taken = "always" if row.only is None else row.choice or "no"
+        yield f"| {' '.join(f'`{name}`' for name in row.names)} | {taken} | {row.told} |"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from opsin.cli import serve
+from opsin.cli import flags, serve
 from opsin.cli.main import build_parser, main
 from opsin.errors import ConfigError, RequestError
 from opsin.server.config import ServerConfig
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parsed(*argv: str) -> argparse.Namespace:
-    return build_parser().parse_args(["serve", *argv])
+    return flags.parse(build_parser(), ["serve", *argv])
 
 
 def test_flags_make_the_servers_settings():

@@ -10,13 +10,15 @@ import argparse
 import dataclasses
 import difflib
 import json
-import re
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from opsin.cli import vllm_flags
+from opsin.cli.values import StoreMapping, converter, mapping, names, texts, without_none
+from opsin.cli.words import Kinds, Rewritten, rewrite, spelt
 from opsin.config import EngineConfig
 from opsin.errors import ConfigError
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]  # what add_subparsers() returns
 
 _TASKS = {"auto": "auto", "generate": "generate", "embedding": "pooling", "embed": "pooling"}
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 class ConfigGroup(NamedTuple):
@@ -53,7 +54,13 @@ def config_groups() -> list[ConfigGroup]:
 
 
 def add_option(
-    group: argparse._ActionsContainer, name: str, kind: Any, help: str, default: object, *aliases: str
+    group: argparse._ActionsContainer,
+    name: str,
+    kind: Any,
+    help: str,
+    default: object,
+    *aliases: str,
+    splits: bool = True,
 ) -> None:
     """Add the flag of one setting.
 
@@ -61,20 +68,27 @@ def add_option(
         name: the setting's name; the flag is spelt with dashes.
         kind: its annotation: str, int, float, bool, Literal, Mapping, tuple[str, ...], or one of these or None.
         default: printed, not stored.
+        splits: a tuple's values may be joined by commas.
+
+    A Mapping's flag also takes single keys, and a tuple's several words (``opsin.cli.words``).
     """
     flag = "--" + name.replace("_", "-")
-    if default is not None and default is not False and default != ():
-        help = f"{help} (default: {'yes' if default is True else default})"
+    if default is not None and default is not False and default not in ((), ""):
+        told = ", ".join(default) if isinstance(default, tuple) else "yes" if default is True else default
+        help = f"{help} (default: {told})"
     help = help.replace("%", "%%")
-    kind = _without_none(kind)
+    kind = without_none(kind)
     if kind is bool:
         group.add_argument(flag, *aliases, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         return
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
-    convert, metavar = _converter(kind)
+    convert, metavar = converter(kind)
+    if convert is names and not splits:
+        convert, metavar = texts, "TEXT"
     group.add_argument(
         flag,
         *aliases,
+        action=StoreMapping if convert is mapping else "store",
         type=convert,
         choices=choices,
         metavar=None if choices else metavar,
@@ -115,8 +129,8 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: a value is out of range.
     """
-    names = {field.name for group in config_groups() for field in dataclasses.fields(group.cls)}
-    settings = {name: value for name, value in vars(args).items() if name in names}
+    known = {field.name for group in config_groups() for field in dataclasses.fields(group.cls)}
+    settings = {name: value for name, value in vars(args).items() if name in known}
     EngineConfig.from_flat(settings)  # fails here, before anything heavy is loaded
     return settings
 
@@ -154,6 +168,9 @@ def yaml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     arguments: list[str] = []
     for key, value in settings.items():
         name = "--" + str(key).replace("_", "-")
+        if name not in known and (row := vllm_flags.find(name)) is not None and not name.startswith("--no-"):
+            arguments += _foreign_arguments(name, value, row)
+            continue
         if name not in known or name.startswith("--no-"):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean '{near[0][2:]}'?" if near else ""
@@ -175,91 +192,69 @@ def yaml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line whose command may name a YAML file of settings.
+    """Parse a command line as vLLM's users may write it, whose command may name a YAML file of settings.
 
-    Flags may be spelt with underscores, as in scripts written for vLLM.
+    Returns:
+        The flags that were given, and ``notices``: what is to be told of flags that change nothing.
 
     Raises:
-        ConfigError: that file is wrong.
+        ConfigError: that file is wrong, or a flag is refused.
     """
-    argv = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    args = parser.parse_args(argv)
-    if "config" not in args:
+    command, depth = _command(parser, argv)
+    first, words = list(argv[:depth]), [spelt(word) for word in argv[depth:]]
+    if "--config" not in command._option_string_actions:  # it has no engine
+        args = parser.parse_args([*first, *words])
+        args.notices = []
         return args
-    chosen: argparse.ArgumentParser = args.parser
-    depth = len(chosen.prog.split()) - 1  # words of the command itself: "bench throughput" is two
-    return parser.parse_args([*argv[:depth], *yaml_arguments(args.config, chosen), *argv[depth:]])
+    path = _config_of(words)
+    filed = Rewritten([], [])
+    if path is not None:
+        filed = rewrite(yaml_arguments(path, command), command, _KINDS, has_model=True)
+    has_model = any(word.startswith("--model=") for word in filed.words)
+    typed = rewrite(words, command, _KINDS, has_model=has_model)
+    args = parser.parse_args([*first, *filed.words, *typed.words])
+    args.notices = [*filed.notices, *typed.notices]
+    return args
 
 
-def _without_none(kind: Any) -> Any:
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
-    return kind
+def _command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.ArgumentParser, int]:
+    """The parser of the command that a line begins with, and how many words that is."""
+    for depth, word in enumerate(argv):
+        deeper = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        if not deeper or word not in deeper[0].choices:
+            return parser, depth
+        parser = deeper[0].choices[word]
+    return parser, len(argv)
 
 
-def _converter(kind: Any) -> tuple[Callable[[str], Any], str]:
-    """The function that reads a value of this type, and the name that stands for the value in ``--help``."""
-    origin = typing.get_origin(kind) or kind
-    if origin is int:
-        return _integer, "N"
-    if origin is float:
-        return _number, "X"
-    if origin is Mapping:
-        return _mapping, "JSON"
-    if origin is tuple:
-        return _names, "A,B"
-    if origin in (str, Literal):
-        return str, "TEXT"
-    raise TypeError(f"no command-line spelling for {kind}")
+def _config_of(words: Sequence[str]) -> str | None:
+    """The file that ``--config`` names; the last one, as argparse has it."""
+    found = None
+    for word, after in pairwise([*words, None]):
+        if word is None or word == "--":
+            break
+        if word.startswith("--config="):
+            found = word.partition("=")[2]
+        elif word == "--config":
+            found = after
+    return found
 
 
-def _integer(text: str) -> int:
-    """An integer, with k, m, g for powers of 1000 and K, M, G for powers of 1024."""
-    factor = _UNITS.get(text[-1:], 1)
-    try:
-        return round(float(text[:-1]) * factor) if factor != 1 else int(text)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number (8192, 8k and 8K are)") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    """A JSON object, or ``name=value,name=value``."""
-    if text.lstrip().startswith("{"):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise argparse.ArgumentTypeError(f"'{text}' is not JSON: {error}") from None
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(name and separator and value for name, separator, value in pairs):
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a JSON object nor 'name=value,name=value'")
-    return {name.strip(): _scalar(value.strip()) for name, _, value in pairs}
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """A comma-separated list, or a JSON one."""
-    if text.lstrip().startswith("["):
-        try:
-            return tuple(str(part) for part in json.loads(text))
-        except json.JSONDecodeError as error:
-            raise argparse.ArgumentTypeError(f"'{text}' is not JSON: {error}") from None
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _foreign_arguments(name: str, value: object, row: vllm_flags.Foreign) -> list[str]:
+    """A setting that vLLM alone has, as the flag that is answered."""
+    if value is None:
+        return []
+    if row.takes == "nothing":
+        return [name if value else name.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        return [name, *map(str, typing.cast("list[object]", value))]
+    return [f"{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def _task(text: str) -> str:
     if text not in _TASKS:
         raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(_TASKS)}")
     return _TASKS[text]
+
+
+_KINDS = Kinds(lists=(names, texts), mappings=(mapping,))

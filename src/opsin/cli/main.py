@@ -14,6 +14,8 @@ import opsin
 from opsin.cli import bench, chat, collect_env, flags, models, pick, run, serve, verify
 from opsin.errors import OpsinError
 
+logger = logging.getLogger(__name__)
+
 COMMANDS = (run, chat, pick, serve, models, bench, verify, collect_env)
 
 
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.argv = argv  # measurements report it
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("opsin").setLevel(logging.WARNING if getattr(args, "quiet", False) else logging.INFO)
+        for notice in args.notices:
+            logger.warning("%s", notice)
         return args.function(args) or 0
     except OpsinError as error:
         print(f"opsin: error: {error}", file=sys.stderr)

@@ -59,17 +59,8 @@ def add_parser(commands: Commands) -> None:
     section = parser.add_argument_group("server: who may ask, how much, and where")
     hints = typing.get_type_hints(ServerConfig)
     for field in dataclasses.fields(ServerConfig):
-        if field.default == ():
-            section.add_argument(
-                "--" + field.name.replace("_", "-"),
-                action="extend",
-                type=_values,
-                metavar="TEXT",
-                default=argparse.SUPPRESS,
-                help=field.metadata["help"],
-            )
-        else:
-            add_option(section, field.name, hints[field.name], field.metadata["help"], field.default)
+        default = None if field.default is dataclasses.MISSING else field.default
+        add_option(section, field.name, hints[field.name], field.metadata["help"], default, splits=False)
     add_engine_flags(parser)
     parser.set_defaults(function=execute, parser=parser)
 
@@ -117,10 +108,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         ConfigError: a value is out of range.
     """
     names = {field.name for field in dataclasses.fields(ServerConfig)}
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in names
-    }
-    return ServerConfig(**given)
+    return ServerConfig(**{name: value for name, value in vars(args).items() if name in names})
 
 
 def serving_settings(settings: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
@@ -204,13 +192,3 @@ def _sample_picture() -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True, bits=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _values(text: str) -> tuple[str, ...]:
-    """One value, or a JSON list of them, as YAML files give it."""
-    if text.lstrip().startswith("["):
-        try:
-            return tuple(str(part) for part in json.loads(text))
-        except json.JSONDecodeError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a JSON list") from None
-    return (text,)
