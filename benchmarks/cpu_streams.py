@@ -1,7 +1,8 @@
 """opsin against transformers.generate on one CPU, with one stream and with several: first token, each token, and where
 opsin's time goes.
 
-    python benchmarks/cpu_streams.py [--streams 8] [--repeats 5] [--dtype bfloat16] [--threads 2] [--json FILE]
+    python benchmarks/cpu_streams.py [--streams 8] [--repeats 5] [--dtype bfloat16] [--threads 2] [--int8]
+        [--json FILE]
 
 The model is a random Qwen2-VL of 0.6 B parameters (``shapes.SHAPES["qwen2vl-0.6b"]``), the request a 448x448 JPEG and a
 short question, 284 tokens, with 33 tokens of answer. Clocks start at the encoded picture. Every picture is new, so no
@@ -9,7 +10,8 @@ cache helps. Sides take turns, and every figure is the least and the median over
 work the least is what the engine can do, and the ratio is the median of each turn's.
 
 Greedy ids are compared; in float32 they must be equal up to ties in transformers' own logits. ``--stages`` runs opsin
-alone once more with a clock around every kernel, and says what a prompt and a decode step are made of.
+alone once more with a clock around every kernel, and says what a prompt and a decode step are made of. ``--int8`` adds
+opsin with weights of 8 bits, whose ids are another model's.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import shlex
 import statistics
@@ -27,7 +30,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 from unittest import mock
 
 import shapes
@@ -206,6 +209,7 @@ class Stages:
 
     _STAGE_OF: ClassVar[dict[str, str]] = {
         "linear": "linears",
+        "int8_linear": "linears",
         "paged_attention": "attention",
         "varlen_attention": "attention",
         "greedy": "sampler",
@@ -252,8 +256,11 @@ class Stages:
         def timed_launch(runner: ModelRunner, plan: StepPlan) -> Any:
             is_decode = all(row.num_tokens == 1 for row in plan.rows) and not plan.encode
             self.kind = "decode" if is_decode and plan.rows else "prompt"
-            with self.clock("launch"):
-                return launch(runner, plan)
+            begun_s, already_s = self.now(), sum(self.seconds["tower", "launch"])
+            pending = launch(runner, plan)
+            encoding_s = sum(self.seconds["tower", "launch"]) - already_s
+            self.seconds[self.kind, "launch"].append(self.now() - begun_s - encoding_s)
+            return pending
 
         def timed_encode(store: VisionStore, items: Any) -> None:
             self.kind = "tower"
@@ -291,8 +298,6 @@ class Stages:
                 for (of, stage), seconds in self.seconds.items()
                 if of == kind and stage not in ("launch", "engine step")
             }
-            if kind == "prompt":
-                whole -= statistics.median(self.seconds["tower", "launch"])
             stages["torch glue, input building, Python"] = whole - sum(stages.values())
             if kind == "decode":
                 step = statistics.median(self.seconds[kind, "engine step"])
@@ -309,10 +314,11 @@ def _per_pass(seconds: list[float], passes: int) -> float:
     return statistics.median(sum(seconds[i : i + size]) for i in range(0, size * passes, size))
 
 
-def engine(folder: Path, args: argparse.Namespace) -> LLM:
+def engine(folder: Path, args: argparse.Namespace, quantization: Literal["int8"] | None = None) -> LLM:
     return LLM(
         model=str(folder),
         dtype=args.dtype,
+        quantization=quantization,
         max_model_len=1024,
         max_num_seqs=args.streams,
         max_num_batched_tokens=1024,
@@ -327,14 +333,17 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     oracle = Transformers(folder, getattr(torch, args.dtype))
     turns: dict[str, list[dict[str, float]]] = defaultdict(list)
     ties, wrong = 0, []
-    with engine(folder, args) as llm:
-        ours = opsin_side(llm)
-        for side in (ours, oracle):
+    with contextlib.ExitStack() as engines:
+        sides: dict[str, Side] = {"opsin": opsin_side(engines.enter_context(engine(folder, args)))}
+        if args.int8:
+            sides["opsin int8"] = opsin_side(engines.enter_context(engine(folder, args, "int8")))
+        sides["transformers"] = oracle
+        for side in sides.values():
             side(make_requests(args.repeats, 2))
         for turn in range(args.repeats):
             for count in sorted({1, args.streams}):
                 requests = make_requests(turn * 100 + count, count)
-                answers = {"opsin": ours(requests), "transformers": oracle(requests)}
+                answers = {name: side(requests) for name, side in sides.items()}
                 for name, answer in answers.items():
                     figures = {"first_s": answer.first_s, "token_s": answer.token_s, "total_s": answer.total_s}
                     turns[f"{name}, {count}"].append({key: round(value, 5) for key, value in figures.items()})
@@ -349,7 +358,7 @@ def staged(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """opsin alone, under clocks."""
     tables: dict[str, Any] = {}
     watch = Stages(time.thread_time if args.threads == 1 else time.perf_counter)
-    with watch.watching(), engine(folder, args) as llm:
+    with watch.watching(), engine(folder, args, "int8" if args.int8 else None) as llm:
         side = opsin_side(llm)
         for count in sorted({1, args.streams}):
             side(make_requests(7000, count))
@@ -371,14 +380,15 @@ def _summary(turns: dict[str, list[dict[str, float]]], streams: int) -> list[str
         rates = [count / row["token_s"] for row in rows]
         cells += [f"{max(rates):.1f} / {statistics.median(rates):.1f}", _pair([row["total_s"] for row in rows], 1, 2)]
         lines.append(f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells))
-    for count in sorted({1, streams}):
+    others = {name.rpartition(",")[0] for name in turns} - {"opsin"}
+    for other, count in itertools.product(sorted(others), sorted({1, streams})):
         ratios = [
             statistics.median(
-                t[key] / o[key] for o, t in zip(turns[f"opsin, {count}"], turns[f"transformers, {count}"], strict=True)
+                t[key] / o[key] for o, t in zip(turns[f"opsin, {count}"], turns[f"{other}, {count}"], strict=True)
             )
             for key in ("first_s", "token_s", "total_s")
         ]
-        lines.append(f"transformers / opsin, {count}: " + "first {:.2f}, token {:.2f}, whole {:.2f}".format(*ratios))
+        lines.append(f"{other} / opsin, {count}: " + "first {:.2f}, token {:.2f}, whole {:.2f}".format(*ratios))
     if streams > 1:
         gain = (
             streams
@@ -400,6 +410,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=8, help="requests at once (default: 8)")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of both sides (default: 2)")
+    parser.add_argument("--int8", action="store_true", help="also run opsin with weights of 8 bits")
     parser.add_argument("--stages", action="store_true", help="also say what opsin's steps are made of")
     parser.add_argument("--stages-only", action="store_true", help="leave transformers out")
     parser.add_argument("--json", metavar="FILE", help="also write the report here")

@@ -1,4 +1,4 @@
-"""What FP8 costs in quality and gains in speed, on one device.
+"""What weights of 8 bits cost in quality and gain in speed, on one device.
 
     python benchmarks/quantized.py [--examples 120] [--json FILE]         how far the probabilities of tokens move
     python benchmarks/quantized.py --kernels [--json FILE]                what single products take, on a GPU
@@ -6,8 +6,8 @@
 Quality: the demo model reads held-out questions with their true answers, and so do tiny models with random weights
 (whose logits say nothing, which makes them the hardest). The divergence of each next token's distribution from that of
 the same weights in half precision is averaged over the answers' positions: with FP8 everywhere, in the decoder alone,
-and in tower and projector alone. What half precision itself loses against float32 stands beside it. The demo model also
-answers the questions by itself; the share of right answers is shown for both.
+in tower and projector alone, and with INT8 everywhere. What half precision itself loses against float32 stands beside
+it. The demo model also answers the questions by itself; the share of right answers is shown for each.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def quality(num_examples: int) -> dict[str, Any]:
-    """Print and return divergences, in nats a token, by model and by what is FP8."""
+    """Print and return divergences, in nats a token, by model and by what is quantised."""
     report: dict[str, Any] = {}
     each = max(1, num_examples // len(KINDS))
     examples = [example for kind in KINDS for example in examples_of(kind, each, seed=1)]
@@ -148,6 +148,7 @@ def divergences(model: str, cases_of: Callable[[LLM], list[Case]], **settings: A
     """Mean Kullback-Leibler divergences of tokens' distributions, in nats."""
     half = Reader(model, dtype="bfloat16", **settings)
     quarter = Reader(model, dtype="bfloat16", quantization="fp8", **settings)
+    integers = Reader(model, dtype="bfloat16", quantization="int8", **settings)
     cases = cases_of(half.llm)
     expected = [half.read(case) for case in cases]
     result: dict[str, float] = {}
@@ -156,10 +157,11 @@ def divergences(model: str, cases_of: Callable[[LLM], list[Case]], **settings: A
         result["bfloat16 from float32"] = mean_divergence((exact.read(case) for case in cases), expected)
         exact.llm.shutdown()
     tops = [rows.argmax(-1) for rows in expected]
-    read = [quarter.read(case) for case in cases]
-    result["FP8 from bfloat16"] = mean_divergence(expected, read)
-    same = [(rows.argmax(-1) == top).float().mean() for rows, top in zip(read, tops, strict=True)]
-    result["FP8: tokens with the same favourite, share"] = float(torch.stack(same).mean())
+    for title, reader in (("FP8", quarter), ("INT8", integers)):
+        read = [reader.read(case) for case in cases]
+        result[f"{title} from bfloat16"] = mean_divergence(expected, read)
+        same = [(rows.argmax(-1) == top).float().mean() for rows, top in zip(read, tops, strict=True)]
+        result[f"{title}: tokens with the same favourite, share"] = float(torch.stack(same).mean())
     for title, theirs in (("decoder alone", "decoder"), ("tower and projector alone", "")):
         mixed = Reader(model, dtype="bfloat16", quantization="fp8", **settings)
         for name, part in half.model.named_children():
@@ -168,7 +170,7 @@ def divergences(model: str, cases_of: Callable[[LLM], list[Case]], **settings: A
         result[f"FP8 in {title}"] = mean_divergence(expected, (mixed.read(case) for case in cases))
         mixed.llm.shutdown()
     result["spread of bfloat16's logits"] = statistics.mean(float(rows.std(-1).mean()) for rows in expected)
-    for reader in (half, quarter):
+    for reader in (half, quarter, integers):
         reader.llm.shutdown()
     return result
 
@@ -182,7 +184,7 @@ def mean_divergence(p: Any, q: Any) -> float:
 def right_answers(examples: Sequence[Example]) -> dict[str, float]:
     prompts: Any = [{"prompt": e.prompt, "multi_modal_data": {"image": list(e.pictures)}} for e in examples]
     shares: dict[str, float] = {}
-    for title, quantization in (("bfloat16", None), ("FP8", "fp8")):
+    for title, quantization in (("bfloat16", None), ("FP8", "fp8"), ("INT8", "int8")):
         settings: Any = {"dtype": "bfloat16", "quantization": quantization}
         with LLM("demo", media_workers=0, **settings) as llm:
             outputs = llm.generate(prompts, ANSWER, use_tqdm=False)

@@ -64,10 +64,10 @@ class ModelConfig:
         "auto", "Weights and activations; 'auto' is bfloat16 where the hardware has it, else float32."
     )
     load_format: Literal["auto", "safetensors", "dummy"] = setting("auto", "'dummy' fills the weights at random.")
-    quantization: Literal["fp8"] | None = setting(
+    quantization: Literal["fp8", "int8"] | None = setting(
         None,
-        "'fp8' stores the linear layers of a half-precision checkpoint in 8 bits and multiplies them so; checkpoints "
-        "that are FP8 already say it themselves.",
+        "Stores the linear layers of a half-precision checkpoint in 8 bits: 'fp8' for GPUs, which multiply them so, "
+        "'int8' for CPUs. Checkpoints that are FP8 already say it themselves.",
     )
     max_model_len: int | None = setting(
         None, "Longest prompt plus answer, in tokens; the model's own limit by default."
@@ -279,7 +279,7 @@ class EngineSettings(TypedDict, total=False):
     revision: str | None
     dtype: DType
     load_format: Literal["auto", "safetensors", "dummy"]
-    quantization: Literal["fp8"] | None
+    quantization: Literal["fp8", "int8"] | None
     max_model_len: int | None
     chat_template: str | None
     hf_overrides: Mapping[str, Any]

@@ -1,10 +1,12 @@
-"""e4m3 linear layers: the reference against plain arithmetic in float64."""
+"""Linear layers of 8 bits: the reference against plain arithmetic in float64, and the CPU's kernel against it."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from opsin.kernels.quantized import FP8, quantize_rows, quantized_linear
+from opsin.kernels import packed
+from opsin.kernels.quantized import FP8, INT8, int8_linear, quantize_rows, quantize_weight, quantized_linear
 
 
 def test_rows_are_scaled_to_the_largest_number_and_rounded_to_three_bits():
@@ -49,3 +51,35 @@ def test_product_equals_that_of_the_rounded_numbers():
     # And stays near the product that it stands for: every factor is at most 2**-4 off.
     exact = x.double() @ weight.double().T + bias
     assert (expected - exact).norm() / exact.norm() < 0.05
+
+
+def test_integers_are_the_nearest_ones_and_their_scales_fit_every_dtype():
+    weight = (
+        torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-4, 1, 9, 0.1, 1e3, 0]]).T
+    )
+    values, scale = quantize_weight(weight, INT8)
+    assert values.dtype == INT8
+    assert torch.equal(scale, scale.bfloat16().float())
+    assert values[5].eq(0).all()
+    assert values[:5].abs().amax(1).ge(126).all()
+    # Half a step, and for a row's largest value what its scale lost in bfloat16: 127 * 2**-9 of a step.
+    assert ((values * scale - weight).abs() <= 0.75 * scale).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 40])  # around the border between the two ways
+def test_integer_products_on_a_cpu_equal_the_reference(dtype: torch.dtype, has_bias: bool, rows: int):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*size, generator=generator) for size in ((rows, 48), (2064, 48), (2064,)))
+    values, scale = quantize_weight(weight, INT8)
+    given = (x.to(dtype), values, scale.squeeze(1), bias.to(dtype) if has_bias else None)
+    expected = x.to(dtype).double() @ (values.double() * scale).T + (bias.to(dtype).double() if has_bias else 0)
+    for linear in (int8_linear, packed.int8_linear):
+        got = linear(*given)
+        assert got.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * 8)
+    assert torch.equal(
+        packed.int8_linear(given[0].view(rows, 1, 48), *given[1:]).view(rows, -1), packed.int8_linear(*given)
+    )

@@ -1,4 +1,4 @@
-"""FP8 linear layers: quantised when loaded, or read from checkpoints that are."""
+"""Linear layers of 8 bits: quantised when loaded, or read from checkpoints that are."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opsin.errors import UnsupportedModelError, WeightError
+from opsin.errors import ConfigError, UnsupportedModelError, WeightError
 from opsin.kernels.quantized import FP8, quantize_rows, quantized_linear
 from opsin.layers.linear import Linear, MergedLinear
 from opsin.models.hub import find_model
 from opsin.models.llava.model import LlavaModel
 from opsin.models.load import load_model
-from opsin.models.quantization import is_stored_quantized, quantized_linears
+from opsin.models.quantization import check_device, is_stored_quantized, quantized_linears
 from opsin.models.rule import PixelNorm
 from tests.factory import LlavaShape
 
@@ -129,6 +129,35 @@ def test_dummy_weights_are_those_of_the_plain_model_quantised(folder: Path):
     for name, module in quantized_linears(ours):
         expected = quantize_rows(plain.get_parameter(f"{name}.weight"))
         assert torch.equal(module.weight.view(torch.uint8), expected.values_TI.view(torch.uint8))
+
+
+def test_int8_model_is_the_one_with_its_rounded_weights(folder: Path):
+    rounded, ours = load(folder, kernels="reference"), load(folder, quantization="int8")
+    names = dict(quantized_linears(ours))
+    assert names.keys() == dict(quantized_linears(load(folder, quantization="fp8"))).keys()
+    for name, module in names.items():
+        assert module.weight.dtype == torch.int8
+        assert module.weight_scale is not None
+        weight = rounded.get_parameter(f"{name}.weight")
+        exact = module.weight * module.weight_scale.unsqueeze(1)
+        assert 0 < (exact - weight).abs().max() < 0.01 * weight.abs().max()
+        weight.data.copy_(exact)
+    generator = torch.Generator().manual_seed(0)
+    tiles = [torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator)]
+    layouts: Any = [None]
+    expected, got = (model.encode([tiles], layouts) for model in (rounded, ours))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_of_a_checkpoint_that_is_fp8_is_refused(folder: Path):
+    quantize(folder, compressed(), "channel")
+    with pytest.raises(ConfigError, match=r"is 'int8'; the checkpoint is FP8 already"):
+        load(folder, quantization="int8")
+
+
+def test_int8_on_a_gpu_is_refused_with_what_to_use():
+    with pytest.raises(ConfigError, match=r"kernels are a CPU's.*Use 'fp8'"):
+        check_device(torch.device("cuda"), torch.int8)
 
 
 @pytest.mark.parametrize("scales", ["channel", "tensor", "number"])

@@ -45,6 +45,14 @@ class QuantizedLinear(Protocol):
         ...
 
 
+class Int8Linear(Protocol):
+    def __call__(
+        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor, bias_O: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x @ (weight * scale).T + bias; the weight is int8, both its sizes multiples of 16."""
+        ...
+
+
 class RmsNorm(Protocol):
     def __call__(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
@@ -179,6 +187,7 @@ class Kernels:
     linear: Linear
     quantize_rows: QuantizeRows
     quantized_linear: QuantizedLinear
+    int8_linear: Int8Linear
     rms_norm: RmsNorm
     layer_norm: LayerNorm
     activation: Activation

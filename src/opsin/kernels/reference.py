@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.kernels.ops import Kernels
-from opsin.kernels.quantized import quantize_rows, quantized_linear
+from opsin.kernels.quantized import int8_linear, quantize_rows, quantized_linear
 
 
 def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
@@ -307,6 +307,7 @@ KERNELS = Kernels(
     linear=linear,
     quantize_rows=quantize_rows,
     quantized_linear=quantized_linear,
+    int8_linear=int8_linear,
     rms_norm=rms_norm,
     layer_norm=layer_norm,
     activation=activation,

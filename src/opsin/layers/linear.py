@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from opsin.kernels.quantized import FP8, FP8_UNIT
+from opsin.kernels.quantized import FP8, UNIT
 from opsin.layers import Placement
 
 ShardAxis = Literal["out", "in"]
@@ -22,7 +22,7 @@ class Linear(nn.Module):
         shard: the axis to split over ranks: 'out' features (outputs stay apart), 'in' features (outputs are summed),
             or None for a copy on each.
         checkpoint_shape: the weight's shape in checkpoints where it is not (out, in), as for a convolution.
-        weight_scale: float32 (out,), what the rows of a quantised (e4m3) weight are multiplied by; else None.
+        weight_scale: float32 (out,), what the rows of a quantised (e4m3 or int8) weight are multiplied by; else None.
     """
 
     may_be_quantized: ClassVar[bool] = True
@@ -50,14 +50,14 @@ class Linear(nn.Module):
     @property
     def is_quantizable(self) -> bool:
         """Whether kernels for quantised weights take this layer: both sizes are multiples of 16."""
-        fits = all(size % FP8_UNIT == 0 for size in self.weight.shape)
+        fits = all(size % UNIT == 0 for size in self.weight.shape)
         return self.may_be_quantized and self.checkpoint_shape is None and fits
 
-    def allocate(self, *, quantized: bool) -> None:
-        """Give a deferred weight its memory, in the model's dtype or as e4m3 with scales."""
-        if quantized:
+    def allocate(self, kind: torch.dtype | None) -> None:
+        """Give a deferred weight its memory: e4m3 or int8 with scales, or the model's dtype where ``kind`` is None."""
+        if kind is not None:
             self.weight_scale = self.place._replace(dtype=torch.float32).parameter(self.weight.shape[0])
-        place = self.place._replace(dtype=FP8) if quantized else self.place
+        place = self.place if kind is None else self.place._replace(dtype=kind)
         self.weight = place.parameter(*self.weight.shape)
 
     def pack(self) -> None:
@@ -71,6 +71,8 @@ class Linear(nn.Module):
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         if self.weight_scale is None:
             return self.kernels.linear(x_TI, self.weight, self.bias)
+        if self.weight.dtype != FP8:
+            return self.kernels.int8_linear(x_TI, self.weight, self.weight_scale, self.bias)
         rows = self.kernels.quantize_rows(x_TI)
         return self.kernels.quantized_linear(rows, self.weight, self.weight_scale, self.bias, x_TI.dtype)
 

@@ -6,12 +6,14 @@ from typing import Literal
 
 import torch
 
+from opsin.errors import ConfigError
 from opsin.kernels import select
+from opsin.kernels.quantized import FP8
 from opsin.layers import Placement
-from opsin.models import quantization as fp8
 from opsin.models import resolve
 from opsin.models.hub import ModelFiles
 from opsin.models.interface import VisionLanguageModel
+from opsin.models.quantization import KEY, KINDS, UNUSED, allocate, check_device, is_stored_quantized
 from opsin.models.rule import PixelNorm
 from opsin.models.weights import WeightTable, fill_randomly, load_weights, pack, stored_dtypes
 
@@ -24,7 +26,7 @@ def load_model(
     dtype: torch.dtype,
     max_model_len: int | None = None,
     load_format: Literal["auto", "safetensors", "dummy"] = "auto",
-    quantization: str | None = None,
+    quantization: Literal["fp8", "int8"] | None = None,
     kernels: str = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -35,27 +37,29 @@ def load_model(
         norm: what the family's rule read from the processor config.
         max_model_len: the longest sequence that will be run; the model's own limit by default.
         load_format: 'dummy' fills the weights at random from ``seed``.
-        quantization: 'fp8' quantises a half-precision checkpoint's linear layers; one that is quantised stays as it is.
+        quantization: 'fp8' or 'int8' quantises a half-precision checkpoint's linear layers; one that is FP8 stays so.
 
     Raises:
         UnsupportedModelError: the architecture, or a setting of it.
         WeightError: the checkpoint does not match.
-        ConfigError: the device cannot multiply what is asked for.
+        ConfigError: the device cannot multiply what is asked for, or the checkpoint is quantised otherwise.
     """
     family = resolve(files.config)
-    is_stored_quantized = fp8.is_stored_quantized(files.config)
-    is_quantized = is_stored_quantized or quantization is not None
-    if is_quantized:
-        fp8.check_device(device)
-    config = {name: value for name, value in files.config.items() if name != fp8.KEY}
-    place = Placement(select(device, kernels), device, dtype, defers_linears=is_quantized)
+    is_stored = is_stored_quantized(files.config)
+    if is_stored and quantization == "int8":
+        raise ConfigError("quantization is 'int8'; the checkpoint is FP8 already. Leave quantization out.")
+    kind = FP8 if is_stored else None if quantization is None else KINDS[quantization]
+    if kind is not None:
+        check_device(device, kind)
+    config = {name: value for name, value in files.config.items() if name != KEY}
+    place = Placement(select(device, kernels), device, dtype, defers_linears=kind is not None)
     model = family.load_model().from_hf(config, place=place, norm=norm, max_model_len=max_model_len)
     table: WeightTable = model.weight_table()
     from_files = load_format != "dummy"
-    if is_stored_quantized:
-        table = table.without(fp8.UNUSED)
-    if is_quantized:
-        fp8.allocate(model, stored_dtypes(files.folder, table) if is_stored_quantized and from_files else None)
+    if is_stored:
+        table = table.without(UNUSED)
+    if kind is not None:
+        allocate(model, kind, stored_dtypes(files.folder, table) if is_stored and from_files else None)
     if from_files:
         load_weights(model, files.folder, table, progress=progress)
     else:

@@ -1,8 +1,8 @@
-"""Which linear layers are stored as 8-bit floating point: what a checkpoint's config.json says, and what fits.
+"""Which linear layers are stored in 8 bits: what a user or a checkpoint's config.json says, and what fits.
 
-Two roads lead there. A half-precision checkpoint is quantised as it is loaded, tensor by tensor; one that was quantised
-by others brings its own weights and scales. Of the latter, the tensors' dtypes say which layers those are, so lists of
-exceptions in config.json need no reading.
+Two roads lead there. A half-precision checkpoint is quantised as it is loaded, tensor by tensor, to FP8 or INT8; one
+that was quantised by others, which is FP8 alone, brings its own weights and scales. Of the latter, the tensors' dtypes
+say which layers those are, so lists of exceptions in config.json need no reading.
 
 Activations are always scaled row by row as they come. Scales that a checkpoint measured for them beforehand would save
 the search for a row's largest value, and are never nearer to it; they are left out.
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from opsin.errors import ConfigError, UnsupportedModelError, WeightError
+from opsin.kernels.quantized import FP8, INT8
 from opsin.layers.linear import Linear, MergedLinear
 from opsin.models.strict import StrictConfig
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 KEY = "quantization_config"
 STORED_DTYPE = "F8_E4M3"  # safetensors' name
+KINDS = {"fp8": FP8, "int8": INT8}  # as users ask for them
 UNUSED = (r".*\.(input|output|k|v|q)_scale",)
 """Names of the tensors, beside ``weight_scale``, that quantised checkpoints carry."""
 _INSTEAD = (
@@ -108,11 +110,15 @@ def _read_floats(values: Mapping[str, Any], where: str, allowed: tuple[tuple[str
     settings.finish()
 
 
-def check_device(device: torch.device) -> None:
+def check_device(device: torch.device, kind: torch.dtype) -> None:
     """
     Raises:
-        ConfigError: a GPU without 8-bit tensor cores.
+        ConfigError: a GPU without 8-bit tensor cores, or one asked for integers.
     """
+    if device.type == "cuda" and kind == INT8:
+        raise ConfigError(
+            "quantization is 'int8', whose kernels are a CPU's; the device is a GPU. Use 'fp8' there, or leave it out."
+        )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(
             f"FP8 needs a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell); this one, "
@@ -120,8 +126,8 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def allocate(model: nn.Module, stored: Mapping[str, str] | None = None) -> None:
-    """Give every deferred linear layer its memory: e4m3 where it is to be quantised.
+def allocate(model: nn.Module, kind: torch.dtype, stored: Mapping[str, str] | None = None) -> None:
+    """Give every deferred linear layer its memory: of ``kind`` where it is to be quantised.
 
     Args:
         stored: dtypes of the checkpoint's tensors by their renamed names, where it is the checkpoint that decides; by
@@ -135,14 +141,15 @@ def allocate(model: nn.Module, stored: Mapping[str, str] | None = None) -> None:
         if not isinstance(module, Linear) or not module.weight.is_meta:
             continue
         quantized = module.is_quantizable if stored is None else _is_stored_quantized(path, module, stored)
-        module.allocate(quantized=quantized)
+        module.allocate(kind if quantized else None)
         if not quantized:
             left.add(re.sub(r"\d+", "*", path))
-    logger.info("FP8 linear layers; in half precision remain %s", ", ".join(sorted(left)) or "none")
+    name = next(name for name, known in KINDS.items() if known == kind).upper()
+    logger.info("%s linear layers; in half precision remain %s", name, ", ".join(sorted(left)) or "none")
 
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """The layers whose weights are e4m3, by path."""
+    """The layers whose weights are quantised, by path."""
     for path, module in model.named_modules():
         if isinstance(module, Linear) and module.weight_scale is not None:
             yield path, module

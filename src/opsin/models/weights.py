@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from opsin.errors import WeightError
-from opsin.kernels.quantized import FP8, quantize_rows
+from opsin.kernels.quantized import FP8, INT8, quantize_weight
 from opsin.layers.embedding import LMHead
 from opsin.layers.linear import Linear, MergedLinear
 from opsin.layers.norm import RMSNorm
@@ -70,7 +70,7 @@ class _Slot:
 
     Attributes:
         parts: the names of the smallest pieces that it covers.
-        scale: of an e4m3 weight, the place of its rows' scales.
+        scale: of a quantised weight, the place of its rows' scales.
     """
 
     target: torch.Tensor
@@ -103,7 +103,7 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
                     slots[part] = _Slot(target, tuple(target.shape), frozenset({part}))
             slots[name] = _Slot(parameter.data, shape, frozenset(parts))
     for name, slot in slots.items():
-        if slot.target.dtype == FP8:
+        if slot.target.dtype in (FP8, INT8):
             slot.scale = slots[f"{name}_scale"]
     return slots
 
@@ -203,8 +203,7 @@ def _open(path: Path, device: torch.device) -> Iterator[tuple[str, Any]]:
 
 def _copy(slot: _Slot, stored: Any, name: str, path: Path) -> None:
     dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
-    is_quantized = slot.scale is not None
-    if dtype not in _FLOATS and not (is_quantized and dtype == STORED_DTYPE):
+    if dtype not in _FLOATS and not (slot.target.dtype == FP8 and dtype == STORED_DTYPE):
         raise WeightError(
             f"{name!r} in {path.name} has dtype {dtype}; expected one of {', '.join(sorted(_FLOATS))}. "
             "Of quantised checkpoints, FP8 ones are supported if config.json says how they were made."
@@ -227,7 +226,7 @@ def _copy(slot: _Slot, stored: Any, name: str, path: Path) -> None:
 def _quantize(value_OI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor) -> None:
     """In pieces, since float32 takes four times the room of what is made of it."""
     for value, weight, scale in zip(*(x.split(_ROWS_AT_ONCE) for x in (value_OI, weight_OI, scale_O)), strict=True):
-        rows = quantize_rows(value.to(weight.device))
+        rows = quantize_weight(value.to(weight.device), weight.dtype)
         weight.copy_(rows.values_TI)
         scale.copy_(rows.scale_T1.squeeze(1))
 
