@@ -65,11 +65,6 @@ class MediaFeeder:
         """Pictures that were asked for and have not come."""
         return len(self._decoding) + len(self._encoding) + len(self._backlog)
 
-    @property
-    def must_tidy(self) -> bool:
-        """A request has ended since the last ``pump``, and pictures that were on their way for it may be unwanted."""
-        return self._may_be_unwanted
-
     def hold(self, request: EngineRequest, sources: Sequence[MediaSource]) -> None:
         """Keep a request's sources until ``release``."""
         if sources:
@@ -87,11 +82,24 @@ class MediaFeeder:
         for key, features in () if self._tower is None else self._tower.poll():
             self._encoding.discard(key)
             core.put_payload(key, features)
-        if self._may_be_unwanted:
-            self._forget_unwanted(core)
+        self.tidy(core)
         self._backlog += core.take_needs()
         while self._backlog and len(self._decoding) < MAX_PENDING:
             self._start(core, self._backlog.popleft())
+
+    def tidy(self, core: EngineCore) -> None:
+        """Give up what was on its way for requests that have ended, unless others want it."""
+        if not self._may_be_unwanted:
+            return
+        self._may_be_unwanted = False
+        for key in [key for key in self._decoding if not core.wants(key)]:
+            self._pool.cancel(key)
+            del self._decoding[key]
+        for key in [key for key in self._encoding if not core.wants(key)]:
+            assert self._tower is not None
+            self._tower.cancel(key)
+            self._encoding.remove(key)
+        self._backlog = deque(need for need in self._backlog if need.request_id in self._held)
 
     def close(self) -> None:
         if self._tower is not None:
@@ -133,13 +141,3 @@ class MediaFeeder:
             error = finished.error
             code = error.code or "image_parse_error" if isinstance(error, RequestError) else None
             core.fail_media(finished.job_id, str(error), code)
-
-    def _forget_unwanted(self, core: EngineCore) -> None:
-        self._may_be_unwanted = False
-        for key in [key for key in self._decoding if not core.wants(key)]:
-            self._pool.cancel(key)
-            del self._decoding[key]
-        for key in [key for key in self._encoding if not core.wants(key)]:
-            assert self._tower is not None
-            self._tower.cancel(key)
-            self._encoding.remove(key)
