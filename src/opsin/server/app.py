@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import opsin
 from opsin.server.admission import Admission
@@ -20,7 +22,7 @@ from opsin.server.completions import create_completion
 from opsin.server.config import ServerConfig
 from opsin.server.embeddings import create_embeddings
 from opsin.server.errors import MethodNotAllowedError, RouteNotFoundError
-from opsin.server.gate import Gate, Keys
+from opsin.server.gate import PROBES, Gate, Keys
 from opsin.server.metrics import Metrics
 from opsin.server.page import FILES, page_file
 from opsin.server.pick import create_pick
@@ -86,10 +88,29 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         tool_parser=tool_parser_name(config, engine.get_chat_template(tools=True)),
     )
     about = (opsin.__doc__ or "").strip()
-    app = FastAPI(title="opsin", version=opsin.__version__, description=about, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="opsin",
+        version=opsin.__version__,
+        description=about,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
+        servers=[{"url": config.root_path}] if config.root_path else None,
+    )
     app.state.server = server
     quotas = Quotas(config.max_requests_per_minute, config.max_requests_per_key)
-    app.add_middleware(Gate, keys=Keys(config.api_key), quotas=quotas, metrics=server.metrics)
+    app.add_middleware(Posts, server=server)
+    unlogged = None if config.disable_uvicorn_access_log else PROBES | config.unlogged_paths
+    app.add_middleware(Gate, keys=Keys(config.api_key), quotas=quotas, metrics=server.metrics, unlogged=unlogged)
+    if config.allowed_origins:  # outside: browsers ask without a key, and are to read refusals as well
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_exception_handler(HTTPException, _raise_in_form)
     for path, handler, body in _POSTS:
         _add_post(app, server, path, handler, body)
@@ -98,6 +119,8 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         app.add_api_route("/v1/responses/{name}" + path, find_response, methods=[method])
     for path in FILES:
         _add_file(app, path)
+    if config.disable_fastapi_docs:
+        return app
     app.openapi = _documented(app.openapi)
 
     async def docs() -> Response:  # FastAPI's own page loads its scripts from elsewhere
@@ -106,6 +129,28 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
 
     app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
     return app
+
+
+class Posts:
+    """ASGI middleware that takes POSTs to their handlers, past the router and what it wraps around each event sent.
+
+    Args:
+        app: answers everything else.
+    """
+
+    def __init__(self, app: ASGIApp, server: ServerState) -> None:
+        self._app = app
+        self._server = server
+        self._handlers = {path: handler for path, handler, _ in _POSTS}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        handler = self._handlers.get(scope["path"]) if is_post else None
+        if handler is None:
+            await self._app(scope, receive, send)
+            return
+        response = await handler(HTTPRequest(scope, receive), self._server)
+        await response(scope, receive, send)
 
 
 def _add_post(app: FastAPI, server: ServerState, path: str, handler: Handler, body: type[msgspec.Struct]) -> None:
