@@ -117,7 +117,10 @@ class ServerState:
                 chat_template=request.chat_template,
                 chat_template_content_format=self.config.chat_template_content_format,
                 isolate_template=True,
-                chat_template_kwargs=request.chat_template_kwargs,
+                chat_template_kwargs={
+                    **self.config.default_chat_template_kwargs,
+                    **(request.chat_template_kwargs or {}),
+                },
                 tools=tools,
                 documents=documents,
                 add_generation_prompt=add_generation_prompt and not continues if given is None else given,
