@@ -236,7 +236,7 @@ OWN_FAULT = ""
 """``RequestUpdate.error_code`` of a request that is itself to blame, where no other code says how; None blames none."""
 
 
-class RequestUpdate(msgspec.Struct, kw_only=True):
+class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one committed step did for one request.
 
     ``values`` are what a pooling task read at several positions, in their order: float32 numbers as bytes.
