@@ -192,7 +192,7 @@ class PoolingItem(msgspec.Struct):
     """What was read off one input, as numbers or as base64 of little-endian float32."""
 
     index: int
-    data: list[float] | list[list[float]] | str
+    data: list[float | list[float]] | str
     object: Literal["pooling"] = "pooling"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 import msgspec
 from fastapi import FastAPI
@@ -24,6 +23,7 @@ from opsin.server.embeddings import create_embeddings
 from opsin.server.errors import MethodNotAllowedError, RouteNotFoundError
 from opsin.server.gate import PROBES, Gate, Keys
 from opsin.server.metrics import Metrics
+from opsin.server.openapi import body_of, complete
 from opsin.server.page import FILES, page_file
 from opsin.server.pick import create_pick
 from opsin.server.pooling import classify, create_pooling
@@ -69,7 +69,6 @@ _POSTS: Sequence[tuple[str, Handler, type[msgspec.Struct]]] = (
     ("/tokenize", tokenize, TokenizeRequest),
     ("/detokenize", detokenize, DetokenizeRequest),
 )
-_SCHEMAS = "#/components/schemas/{name}"
 
 
 def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> FastAPI:
@@ -87,7 +86,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         root=model,
         tool_parser=tool_parser_name(config, engine.get_chat_template(tools=True)),
     )
-    about = (opsin.__doc__ or "").strip()
+    about = (opsin.__doc__ or "").partition("\n")[0]
     app = FastAPI(
         title="opsin",
         version=opsin.__version__,
@@ -121,7 +120,8 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         _add_file(app, path)
     if config.disable_fastapi_docs:
         return app
-    app.openapi = _documented(app.openapi)
+    routes, bodies = app.openapi, {path: body for path, _, body in _POSTS}
+    app.openapi = lambda: complete(routes(), bodies, needs_key=bool(config.api_key))
 
     async def docs() -> Response:  # FastAPI's own page loads its scripts from elsewhere
         page, headers = reference_page(app.openapi())
@@ -157,14 +157,13 @@ def _add_post(app: FastAPI, server: ServerState, path: str, handler: Handler, bo
     async def endpoint(http: HTTPRequest) -> Response:
         return await handler(http, server)
 
-    reference = {"$ref": _SCHEMAS.format(name=body.__name__)}
     app.add_api_route(
         path,
         endpoint,
         methods=["POST"],
         name=handler.__name__,
         description=handler.__doc__,
-        openapi_extra={"requestBody": {"content": {"application/json": {"schema": reference}}, "required": True}},
+        openapi_extra=body_of(body),
     )
 
 
@@ -250,15 +249,3 @@ async def _raise_in_form(http: HTTPRequest, error: Exception) -> Response:
     if error.status_code == 405:
         raise MethodNotAllowedError(f"{where}: this path takes another method.", headers=error.headers)
     raise RouteNotFoundError(f"{where}: there is nothing here; /docs lists the routes.")
-
-
-def _documented(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """FastAPI's description of itself, with the bodies that it does not know."""
-
-    def described() -> dict[str, Any]:
-        document = openapi()
-        _, schemas = msgspec.json.schema_components([body for _, _, body in _POSTS], ref_template=_SCHEMAS)
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
-        return document
-
-    return described
