@@ -15,6 +15,7 @@ from opsin.engine.histogram import SECONDS, Histogram
 from opsin.engine.tower import TowerThread
 from opsin.errors import RequestError
 from opsin.media.pool import MAX_PENDING, Finished, MediaPool
+from opsin.media.raw import raw_plan
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.prompts import MediaSource
 from opsin.runner.executor import Embedding, Pixels
@@ -24,6 +25,7 @@ from opsin.types import EngineRequest, MediaLayout, MediaNeed
 class _Job(NamedTuple):
     begun_s: float
     layout: MediaLayout
+    is_raw: bool
 
     @property
     def num_pixels(self) -> int:
@@ -36,11 +38,14 @@ class MediaFeeder:
 
     Args:
         tower: encodes pictures beside the steps; without one, the steps do.
+        max_raw_pixels: of pictures that are only decoded here, as ``media.raw.raw_plan`` says; 0 where the device does
+            not resize.
     """
 
-    def __init__(self, pool: MediaPool, tower: TowerThread | None = None) -> None:
+    def __init__(self, pool: MediaPool, tower: TowerThread | None = None, *, max_raw_pixels: int = 0) -> None:
         self._pool = pool
         self._tower = tower
+        self._max_raw_pixels = max_raw_pixels
         self._held: dict[str, tuple[EngineRequest, Sequence[MediaSource]]] = {}
         self._backlog: deque[MediaNeed] = deque()  # the pool takes a bounded number of jobs
         self._decoding: dict[bytes, _Job] = {}
@@ -120,19 +125,21 @@ class MediaFeeder:
             core.put_payload(need.key, Embedding(source.data))
             return
         layout = request.media[need.item].layout
-        self._decoding[need.key] = _Job(time.monotonic(), layout)
-        self._pool.submit(need.key, source, layout.plan)
+        raw = raw_plan(layout.plan, self._max_raw_pixels)
+        self._decoding[need.key] = _Job(time.monotonic(), layout, raw is not None)
+        self._pool.submit(need.key, source, raw or layout.plan)
 
     def _hand_in(self, core: EngineCore, finished: Finished) -> None:
         assert isinstance(finished.job_id, bytes)
         job = self._decoding.pop(finished.job_id, None)
+        if job is None:  # nobody waits for it any more
+            return
         if finished.pixels is not None:
             self.num_decoded += 1
-            pixels = Pixels(finished.pixels)
-            if job is not None:
-                self.num_pixels_decoded += job.num_pixels
-                self.decode_seconds.observe(time.monotonic() - job.begun_s)
-            if job is None or self._tower is None:
+            self.num_pixels_decoded += job.num_pixels
+            self.decode_seconds.observe(time.monotonic() - job.begun_s)
+            pixels = Pixels(finished.pixels, job.is_raw)
+            if self._tower is None:
                 core.put_payload(finished.job_id, pixels)
             elif core.wants(finished.job_id):
                 self._encoding.add(finished.job_id)

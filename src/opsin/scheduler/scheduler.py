@@ -60,7 +60,11 @@ class Scheduler:
         self._on_finish = on_finish
         self._pool = BlockPool(limits.num_blocks)
         self._features = FeatureCache(
-            limits.feature_bytes, limits.feature_row_bytes, limits.pixel_bytes, as_features=limits.encodes_beside
+            limits.feature_bytes,
+            limits.feature_row_bytes,
+            limits.pixel_bytes,
+            as_features=limits.encodes_beside,
+            max_raw_pixels=limits.max_raw_pixels,
         )
         self._line = Line(limits.max_num_seqs)
         self._num_added = 0
