@@ -23,6 +23,7 @@ from opsin.server.answers import (
     ChatMessage,
     Usage,
 )
+from opsin.server.constraints import blame_form, field_of
 from opsin.server.errors import ErrorBody
 from opsin.server.generation import DATA, Form, respond
 from opsin.server.logprobs import chat_logprobs, prompt_logprobs
@@ -79,7 +80,9 @@ async def answer_chat(
             )
         ]
 
-    with blame("messages"):  # a picture that turns out to be broken when it is decoded, if it is not known which
+    form = field_of(request) if use.constraint is None else "tools"
+    # A picture that turns out to be broken when it is decoded is the messages' fault, if it is not known which.
+    with blame_form(form), blame("messages"):
         return await respond(
             http,
             server,

@@ -14,6 +14,7 @@ from opsin.outputs import CompletionOutput, Logprob, RequestOutput
 from opsin.params import MAX_N
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
+from opsin.server.constraints import blame_form, field_of
 from opsin.server.errors import ErrorBody
 from opsin.server.generation import DATA, respond
 from opsin.server.logprobs import completion_logprobs, prompt_logprobs
@@ -52,15 +53,16 @@ async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
             await echo.read(server, prompts, prepared)
         return prepared
 
-    return await respond(
-        http,
-        server,
-        _CompletionForm(name, server.names[0], params.n, params.logprobs, echo),
-        prepare,
-        num_answers=num_answers,
-        stream=bool(request.stream),
-        options=request.stream_options,
-    )
+    with blame_form(field_of(request)):
+        return await respond(
+            http,
+            server,
+            _CompletionForm(name, server.names[0], params.n, params.logprobs, echo),
+            prepare,
+            num_answers=num_answers,
+            stream=bool(request.stream),
+            options=request.stream_options,
+        )
 
 
 class _Echo:
