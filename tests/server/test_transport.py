@@ -19,7 +19,8 @@ from opsin.errors import RequestError
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
 from opsin.server.gate import OPEN
-from opsin.server.requests import ChatCompletionRequest, decode
+from opsin.server.decoding import decode
+from opsin.server.requests import ChatCompletionRequest
 from tests.server.conftest import NAME, chat, serving
 
 URL = "/v1/chat/completions"

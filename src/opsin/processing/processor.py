@@ -168,6 +168,7 @@ class InputProcessor:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         media_io_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool | None = None,
         isolate_template: bool = False,
     ) -> ChatPrompt:
         """Render one conversation with the model's template, or with ``chat_template`` (jinja text).
@@ -196,7 +197,9 @@ class InputProcessor:
         FrameChoice.of(media_io_kwargs)  # before anything is fetched
         self._check_limits([reference.modality for reference in chat.media], "messages")
         media = [self._with_frames(reference) for reference in chat.media]
-        return dataclasses.replace(chat, media=media, media_io_kwargs=media_io_kwargs)
+        return dataclasses.replace(
+            chat, media=media, media_io_kwargs=media_io_kwargs, add_special_tokens=add_special_tokens
+        )
 
     def open_reference(
         self,
@@ -214,7 +217,6 @@ class InputProcessor:
         *,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str = "",
-        add_special_tokens: bool | None = None,
     ) -> Prompt:
         """The prompt of a rendered conversation and its opened media."""
         return Prompt(
@@ -222,7 +224,7 @@ class InputProcessor:
             media=list(media),
             processor_options=mm_processor_kwargs or {},
             cache_salt=cache_salt,
-            add_special_tokens=add_special_tokens,
+            add_special_tokens=chat.add_special_tokens,
         )
 
     # ----------------------------------------------------------------------------------------------- requests

@@ -29,7 +29,7 @@ from opsin.server.generation import DATA, Form, respond
 from opsin.server.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.requests import ChatCompletionRequest
 from opsin.server.sampling import refuse_unsupported, sampling_params
-from opsin.server.state import ServerState, blame
+from opsin.server.state import ServerState, Telling, blame
 from opsin.server.tools import CallCollector, ToolUse, tool_use
 
 
@@ -38,7 +38,7 @@ async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Resp
     request = await server.read(http, ChatCompletionRequest)
 
     def new_form(name: str, params: SamplingParams, use: ToolUse) -> Form:
-        return _ChatForm(name, server.names[0], params.n, params.logprobs, use, _echo(request))
+        return _ChatForm(name, server.names[0], params.n, params.logprobs, use, _echo(request), server.telling(request))
 
     return await answer_chat(http, server, request, server.name_of(http, request, "chatcmpl"), new_form)
 
@@ -62,6 +62,8 @@ async def answer_chat(
     refuse_unsupported(request)
     params = sampling_params(request, server.engine.get_default_sampling_params(max_tokens=None))
     use = tool_use(request, server.tool_parser)
+    if request.tool_choice == "none" and server.config.exclude_tools_when_tool_choice_none:
+        use = ToolUse()
     use.apply_to(params)
     if request.reasoning_effort is not None:
         effort = {"reasoning_effort": request.reasoning_effort}
@@ -90,7 +92,7 @@ async def answer_chat(
             prepare,
             num_answers=params.n,
             stream=bool(request.stream),
-            options=request.stream_options,
+            options=server.stream_options(request.stream_options),
         )
 
 
@@ -110,17 +112,22 @@ class _ChatForm:
         top: alternatives to tell per token; None tells no log-probabilities.
         use: how the answers are read for tool calls.
         echo: what stands in front of every answer.
+        telling: how ids are told.
     """
 
     framing = DATA
 
-    def __init__(self, name: str, model: str, n: int, top: int | None, use: ToolUse, echo: str) -> None:
+    def __init__(
+        self, name: str, model: str, n: int, top: int | None, use: ToolUse, echo: str, telling: Telling
+    ) -> None:
         self._name = name
         self._model = model
         self._n = n
         self._top = top
         self._use = use
         self._echo = echo
+        self._telling = telling
+        self._tells_prompt = telling.token_ids  # it was not told yet
         self._collectors = [CallCollector(use) for _ in range(n)]
         self._created = int(time.time())
 
@@ -136,10 +143,14 @@ class _ChatForm:
                 self._logprobs(answer),
                 self._finish_reason(answer),
                 UNSET if answer.finish_reason is None else answer.stop_reason,
+                answer.token_ids if self._telling.token_ids else UNSET,
             )
             for answer in output.outputs
         ]
-        return [self._chunk(choices, usage)]
+        chunk = self._chunk(choices, usage)
+        if self._tells_prompt:
+            chunk.prompt_token_ids, self._tells_prompt = output.prompt_token_ids, False
+        return [chunk]
 
     def _delta(self, answer: CompletionOutput) -> ChatDelta:
         content, calls = self._collectors[answer.index].take(answer.text, answer.finish_reason is not None)
@@ -174,11 +185,15 @@ class _ChatForm:
                 self._logprobs(answer),
                 self._finish_reason(answer),
                 answer.stop_reason,
+                answer.token_ids if self._telling.token_ids else UNSET,
             )
             for answer in output.outputs
         ]
         told = UNSET if output.prompt_logprobs is None else prompt_logprobs(output.prompt_logprobs)
-        return ChatCompletion(self._name, self._created, self._model, choices, usage, prompt_logprobs=told)
+        ids = output.prompt_token_ids if self._telling.token_ids else UNSET
+        return ChatCompletion(
+            self._name, self._created, self._model, choices, usage, prompt_logprobs=told, prompt_token_ids=ids
+        )
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(self._name, self._created, self._model, choices, usage=usage)
@@ -186,4 +201,4 @@ class _ChatForm:
     def _logprobs(self, answer: CompletionOutput) -> ChatLogprobs | None:
         if self._top is None or answer.logprobs is None:
             return None
-        return chat_logprobs(answer.token_ids, answer.logprobs, self._top)
+        return chat_logprobs(answer.token_ids, answer.logprobs, self._top, by_id=self._telling.names_ids)
