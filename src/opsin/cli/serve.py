@@ -184,11 +184,11 @@ def curl_line(url: str, config: ServerConfig, name: str) -> str:
 
 
 def _sample_picture() -> str:
-    """A red circle, as a data: URL of some two hundred characters."""
+    """A blue circle, as a data: URL of some two hundred characters. (A red one, to the demo model, is a stop sign.)"""
     from PIL import Image, ImageDraw
 
     image = Image.new("P", (64, 64), 0)
-    image.putpalette([255, 255, 255, 255, 0, 0])
+    image.putpalette([255, 255, 255, 0, 0, 255])
     ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill=1)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True, bits=1)
