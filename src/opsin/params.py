@@ -9,7 +9,6 @@ Names, defaults and meanings are vLLM's (and OpenAI's where vLLM follows it). Un
 from __future__ import annotations
 
 import copy
-import json as jsonlib
 import math
 from typing import Any, Literal, Self, cast
 
@@ -62,7 +61,8 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
             )
         if isinstance(self.json, dict):
             try:
-                self.json = jsonlib.dumps(self.json)
+                # Ten times as fast as the standard library: a schema of a MiB would hold an event loop up for long.
+                self.json = msgspec.json.encode(self.json).decode()
             except (TypeError, ValueError, RecursionError) as error:
                 self._refuse(f"has a json that is no plain JSON ({error})", "a JSON schema")
         for name in ("json", "regex", "grammar", "whitespace_pattern"):

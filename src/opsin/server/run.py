@@ -26,6 +26,7 @@ Load = Callable[[threading.Event], FastAPI]
 """Makes the application, and may end with any error once the event is set."""
 
 _BACKLOG = 2048
+_YOUNG = 2000  # objects between two collections: more than are at hand in one turn of the loop, which is no garbage
 _CLOSE_S = 5  # for connections to take their last bytes
 
 
@@ -215,6 +216,7 @@ class _Server(uvicorn.Server):
         self._state = app.state.server
         gc.collect()
         gc.freeze()  # a million objects that stay; every full collection would look at each, and nobody be served
+        gc.set_threshold(_YOUNG)
         self._doorway.open(app)
         self._announce(app)
         return True
