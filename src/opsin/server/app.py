@@ -29,6 +29,7 @@ from opsin.server.pick import create_pick
 from opsin.server.pooling import classify, create_pooling
 from opsin.server.quota import Quotas
 from opsin.server.reference import reference_page
+from opsin.server.render import render_chat, render_completion
 from opsin.server.requests import (
     ChatCompletionRequest,
     ClassifyRequest,
@@ -66,6 +67,8 @@ _POSTS: Sequence[tuple[str, Handler, type[msgspec.Struct]]] = (
     ("/v1/rerank", rerank, RerankRequest),
     ("/v2/rerank", rerank, RerankRequest),
     ("/classify", classify, ClassifyRequest),
+    ("/v1/chat/completions/render", render_chat, ChatCompletionRequest),
+    ("/v1/completions/render", render_completion, CompletionRequest),
     ("/tokenize", tokenize, TokenizeRequest),
     ("/detokenize", detokenize, DetokenizeRequest),
 )

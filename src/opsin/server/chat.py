@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request as HTTPRequest
@@ -59,6 +59,44 @@ async def answer_chat(
     Raises:
         OpsinError: it cannot be answered.
     """
+    plan = plan_chat(server, request, name)
+    # A picture that turns out to be broken when it is decoded is the messages' fault, if it is not known which.
+    with blame_form(plan.form_field), blame("messages"):
+        return await respond(
+            http,
+            server,
+            new_form(name, plan.params, plan.use),
+            plan.prepare,
+            num_answers=plan.params.n,
+            stream=bool(request.stream),
+            options=server.stream_options(request.stream_options),
+        )
+
+
+class ChatPlan(NamedTuple):
+    """How a conversation is to be answered.
+
+    Attributes:
+        use: how tools are used.
+        form_field: the body's field that asks for a form.
+        prepare: makes the engine's request.
+    """
+
+    params: SamplingParams
+    use: ToolUse
+    form_field: str
+    prepare: Callable[[], Awaitable[list[ProcessedRequest]]]
+
+
+def plan_chat(server: ServerState, request: ChatCompletionRequest, name: str) -> ChatPlan:
+    """Read how a conversation is to be answered.
+
+    Args:
+        name: the answer's id.
+
+    Raises:
+        RequestError: what is wrong.
+    """
     refuse_unsupported(request)
     params = sampling_params(request, server.engine.get_default_sampling_params(max_tokens=None))
     use = tool_use(request, server.tool_parser)
@@ -82,18 +120,7 @@ async def answer_chat(
             )
         ]
 
-    form = field_of(request) if use.constraint is None else "tools"
-    # A picture that turns out to be broken when it is decoded is the messages' fault, if it is not known which.
-    with blame_form(form), blame("messages"):
-        return await respond(
-            http,
-            server,
-            new_form(name, params, use),
-            prepare,
-            num_answers=params.n,
-            stream=bool(request.stream),
-            options=server.stream_options(request.stream_options),
-        )
+    return ChatPlan(params, use, field_of(request) if use.constraint is None else "tools", prepare)
 
 
 def _echo(request: ChatCompletionRequest) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from msgspec import UnsetType
 from starlette.requests import Request as HTTPRequest
@@ -11,7 +12,7 @@ from starlette.responses import Response
 
 from opsin.errors import RequestError
 from opsin.outputs import CompletionOutput, Logprob, RequestOutput
-from opsin.params import MAX_N
+from opsin.params import MAX_N, SamplingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
 from opsin.server.constraints import blame_form, field_of
@@ -28,6 +29,43 @@ _MAX_ANSWERS = 8 * MAX_N
 async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
     """Go on writing one prompt or several."""
     request = await server.read(http, CompletionRequest)
+    name = server.name_of(http, request, "cmpl")
+    params, num_prompts, echo, prepare = plan_completion(server, request, name)
+    with blame_form(field_of(request)):
+        return await respond(
+            http,
+            server,
+            _CompletionForm(name, server.names[0], params.n, params.logprobs, echo, server.telling(request)),
+            prepare,
+            num_answers=num_prompts * params.n,
+            stream=bool(request.stream),
+            options=server.stream_options(request.stream_options),
+        )
+
+
+class CompletionPlan(NamedTuple):
+    """How prompts are to be gone on with.
+
+    Attributes:
+        echo: their own text, where it is asked for; ``prepare`` reads it.
+        prepare: makes the engine's requests.
+    """
+
+    params: SamplingParams
+    num_prompts: int
+    echo: _Echo | None
+    prepare: Callable[[], Awaitable[list[ProcessedRequest]]]
+
+
+def plan_completion(server: ServerState, request: CompletionRequest, name: str) -> CompletionPlan:
+    """Read how prompts are to be gone on with.
+
+    Args:
+        name: the answer's id.
+
+    Raises:
+        RequestError: what is wrong.
+    """
     refuse_unsupported(request)
     only_echo = bool(request.echo) and request.max_tokens == 0
     if only_echo:
@@ -43,8 +81,6 @@ async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
             "for at once.",
             param="prompt",
         )
-    name = server.name_of(http, request, "cmpl")
-
     echo: _Echo | None = _Echo(only_echo) if request.echo else None
 
     async def prepare() -> list[ProcessedRequest]:
@@ -53,16 +89,7 @@ async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
             await echo.read(server, prompts, prepared)
         return prepared
 
-    with blame_form(field_of(request)):
-        return await respond(
-            http,
-            server,
-            _CompletionForm(name, server.names[0], params.n, params.logprobs, echo, server.telling(request)),
-            prepare,
-            num_answers=num_answers,
-            stream=bool(request.stream),
-            options=server.stream_options(request.stream_options),
-        )
+    return CompletionPlan(params, len(prompts), echo, prepare)
 
 
 class _Echo:

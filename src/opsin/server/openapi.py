@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,13 +26,16 @@ from opsin.server.answers import (
 )
 from opsin.server.errors import ErrorBody
 from opsin.server.gate import OPEN, PROBES
+from opsin.server.render import RenderedRequest
 from opsin.server.response_answers import ModelResponse, ResponseEvent
 from opsin.server.seen import Seen
 
 _REFERENCE = "#/components/schemas/{name}"
 _JSON, _STREAM, _TEXT = "application/json", "text/event-stream", "text/plain"
 
-_ANSWERS: Mapping[str, Mapping[str, type[msgspec.Struct] | None]] = {
+_Answer = type[msgspec.Struct] | type[list[RenderedRequest]]
+
+_ANSWERS: Mapping[str, Mapping[str, _Answer | None]] = {
     "/v1/chat/completions": {_JSON: ChatCompletion, _STREAM: ChatChunk},
     "/v1/responses": {_JSON: ModelResponse, _STREAM: ResponseEvent},
     "/v1/completions": {_JSON: Completion, _STREAM: Completion},
@@ -44,6 +48,8 @@ _ANSWERS: Mapping[str, Mapping[str, type[msgspec.Struct] | None]] = {
     "/rerank": {_JSON: Reranking},
     "/v1/rerank": {_JSON: Reranking},
     "/v2/rerank": {_JSON: Reranking},
+    "/v1/chat/completions/render": {_JSON: RenderedRequest},
+    "/v1/completions/render": {_JSON: list[RenderedRequest]},
     "/tokenize": {_JSON: Tokens},
     "/detokenize": {_JSON: Text},
     "/v1/models": {_JSON: ModelList},
@@ -96,5 +102,9 @@ def _responses(path: str) -> dict[str, Any]:
     return responses
 
 
-def _schema(kind: type[msgspec.Struct] | None) -> dict[str, str]:
-    return {"type": "string"} if kind is None else {"$ref": _REFERENCE.format(name=kind.__name__)}
+def _schema(kind: _Answer | None) -> dict[str, Any]:
+    if kind is None:
+        return {"type": "string"}
+    if items := typing.get_args(kind):
+        return {"type": "array", "items": _schema(items[0])}
+    return {"$ref": _REFERENCE.format(name=kind.__name__)}
