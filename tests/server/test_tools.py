@@ -250,7 +250,7 @@ def test_sdk_reads_calls_that_the_model_makes_by_itself(
                 "tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "objekt"}}}],
                 "tool_choice": "required",
             },
-            "structured_outputs",
+            "tools",
             "not usable",
         ),
     ],
