@@ -37,7 +37,16 @@ def raw_plan(plan: PixelPlan, max_pixels: int) -> PixelPlan | None:
                 return None
     if not resizes:
         return None
-    return PixelPlan(plan.width, plan.height, (View((), plan.height, plan.width),), plan.frames[:1])
+    return PixelPlan(plan.width, plan.height, (_as_it_is(plan),), plan.frames[:1])
+
+
+def is_raw(plan: PixelPlan) -> bool:
+    """The plan is what ``raw_plan`` makes: its one tile is the picture."""
+    return plan.views == (_as_it_is(plan),) and len(plan.frames) == 1
+
+
+def _as_it_is(plan: PixelPlan) -> View:
+    return View((), height=plan.height, width=plan.width)
 
 
 def _is_small(width: int, height: int, max_pixels: int) -> bool:
