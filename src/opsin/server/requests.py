@@ -163,13 +163,18 @@ class EmbeddingRequest(VectorRequest, kw_only=True):
     """``POST /v1/embeddings``: ``input``, or ``messages`` for one conversation with pictures.
 
     Attributes:
-        encoding_format: numbers, or base64 of little-endian float32.
+        encoding_format: "float" for numbers, "base64" or "bytes"; the header ``metadata`` then says where in the body
+            which vector is, but with "bytes_only".
+        embed_dtype: how base64 and bytes write a number; float32 by default.
+        endianness: in which order its bytes are; the machine's own by default.
         dimensions: cut the vector to this length, before it is normalised.
     """
 
     input: str | list[str | int | list[int]] | None = None
     messages: list[dict[str, Any]] | None = None
-    encoding_format: Literal["float", "base64"] | None = None
+    encoding_format: Literal["float", "base64", "bytes", "bytes_only"] | None = None
+    embed_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    endianness: Literal["native", "little", "big"] | None = None
     dimensions: int | None = None
 
 
