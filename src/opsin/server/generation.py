@@ -90,9 +90,10 @@ class Form(Protocol):
 
 @dataclass(slots=True)
 class Tally:
-    """The tokens of one HTTP request, over all its prompts."""
+    """The tokens of one HTTP request, over all its prompts, and how many of these are still answered."""
 
     details: bool
+    num_running: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     media_tokens: int = 0
@@ -174,14 +175,17 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     quiet = None if options.include_usage else UNSET  # OpenAI: null in all chunks but the last
     frame, end = form.framing
+    # What is known together is sent together: every send is a call of the kernel's, and wakes the client.
+    ready = b"".join(map(frame, form.opening()))
     async with contextlib.aclosing(outputs):
         try:
-            for event in form.opening():
-                yield frame(event)
             item: _Numbered | None = first
             while item is not None:
-                for event in form.events(*item, tally.usage() if options.continuous_usage_stats else quiet):
-                    yield frame(event)
+                usage = tally.usage() if options.continuous_usage_stats else quiet
+                ready += b"".join(map(frame, form.events(*item, usage)))
+                if ready and tally.num_running:
+                    yield ready
+                    ready = b""
                 item = await anext(outputs, None)
         except Exception as error:
             # Clients would take a stream that merely ends for a short answer.
@@ -189,12 +193,11 @@ async def _events(
             status, body, _ = describe(error, name)
             log_failure(error, name)
             server.metrics.refused(status, body.error.code or body.error.type)
-            yield frame(form.failure(body))
+            yield ready + frame(form.failure(body))
             return
-    for event in form.closing(tally.usage(), tell_usage=bool(options.include_usage)):
-        yield frame(event)
-    if end:
-        yield end
+    closing = form.closing(tally.usage(), tell_usage=bool(options.include_usage))
+    if last := ready + b"".join(map(frame, closing)) + end:
+        yield last
 
 
 async def _run(
@@ -214,6 +217,7 @@ async def _run(
             tally.media_tokens += sum(span.length for span in processed.request.spans)
             metrics.admitted(num_tokens, len(processed.sources))
         running = {prompt: _Progress() for prompt in range(len(prepared))}
+        tally.num_running = len(running)
         try:
             async with contextlib.aclosing(_merged(server.engine, prepared, kind)) as outputs:
                 async for prompt, output in outputs:
@@ -224,6 +228,7 @@ async def _run(
                     metrics.generated(new, token_s)
                     if output.finished:
                         longest = max(running.pop(prompt).lengths.values(), default=0)
+                        tally.num_running = len(running)
                         metrics.finished(output.outputs[0].finish_reason or "stop", output.metrics, now_s, longest)
                     yield prompt, output
         except Exception:
