@@ -98,6 +98,8 @@ class _Service:
             self._send(LoadFailed("EngineDeadError", f"The model could not be loaded: {type(error).__name__}: {error}"))
             return 1
         self._engine = engine
+        gc.collect()
+        gc.freeze()  # what a model and its libraries leave stays; a full collection would hold up every answer for it
         threading.Thread(target=self._listen, args=(engine,), name="opsin-listen", daemon=True).start()
         self._send(Loaded(engine.facts))
         try:
