@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py --requests 5000 --clients 8
 
-Starts ``opsin serve demo``, streams a text canary alone, then again while clients flood the server with pictures that
-no two requests share, and reads ``/health`` all the time. Prints one JSON object. Linux, since it reads /proc. Flags
+Starts ``opsin serve demo``, and by turns streams a text canary alone and while clients flood the server with pictures
+that no two requests share; reads ``/health`` all the time. Prints one JSON object. Linux, since it reads /proc. Flags
 that it does not know go to the server.
 
 Growth is measured after the caches are full: the KV pool is touched block by block, so its memory comes to be resident
@@ -150,26 +150,33 @@ async def run(server: Server, requests: int, clients: int, solo: int, seed: int)
     """The whole measurement.
 
     Args:
-        solo: canaries that run alone, half of them before the flood and half behind it: others use the machine too.
+        solo: canaries that run alone, by twos; the flood stops for them, since others may use the machine as well, and
+            what they do to a canary they are to do to both kinds.
     """
     alone, among = Seen(), Seen()
     for _ in range(3):
         await canary(server, Seen())  # warm
-    for _ in range(solo - solo // 2):
-        await canary(server, alone)
     rng = np.random.default_rng(seed)
     # Made beforehand: the canary is read on this loop too, and what making pictures takes is not the server's.
     questions = iter([(number, question(rng)) for number in range(1, requests + 1)])
-    begun = time.perf_counter()
-    floods = [asyncio.create_task(flood(server, among, questions)) for _ in range(clients)]
     probing = asyncio.create_task(probe(server, among))
-    while not all(task.done() for task in floods):
-        await canary(server, among)
-    await asyncio.gather(*floods)
-    seconds = time.perf_counter() - begun
+    seconds = 0.0
+    num_parts = max(1, solo // 2)
+    for _ in range(num_parts):
+        for _ in range(2):
+            await canary(server, alone)
+        begun = time.perf_counter()
+        part = itertools.islice(questions, -(-requests // num_parts))
+        floods = [asyncio.create_task(flood(server, among, part)) for _ in range(clients)]
+        while not all(task.done() for task in floods):
+            one = Seen()
+            await canary(server, one)
+            if not all(task.done() for task in floods) or not among.gaps_s:  # it was not alone towards its end
+                among.gaps_s += one.gaps_s
+                among.errors += one.errors
+        await asyncio.gather(*floods)
+        seconds += time.perf_counter() - begun
     probing.cancel()
-    for _ in range(solo // 2):
-        await canary(server, alone)
     left = await _left(server)
     errors = [*alone.errors, *among.errors]
     p99 = [1e3 * float(np.quantile(seen.gaps_s, 0.99)) for seen in (alone, among)]

@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoImageProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     GenerationConfig,
@@ -253,9 +254,20 @@ def _processor(shape: LlavaShape, tokenizer: PreTrainedTokenizerFast) -> Any:
     )
 
 
+def load_processor(kind: Any, folder: Path) -> Any:
+    """transformers' processor of a kind, its pictures resized by Pillow.
+
+    Left to itself it takes torchvision where that is installed, whose values differ by a level here and there, and
+    log-probabilities then by 1e-2.
+    """
+    processor = kind.from_pretrained(folder)
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return processor
+
+
 def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
     """What transformers' processor makes of a prompt, with ``options`` for the pictures."""
-    processor: Any = LlavaProcessor.from_pretrained(folder)
+    processor = load_processor(LlavaProcessor, folder)
     return dict(processor(text=text, images=list(images) or None, return_tensors="pt", **options))
 
 

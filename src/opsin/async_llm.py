@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack
 
 from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.engine import EngineFacts
-from opsin.engine.front import Front, template_text
+from opsin.engine.front import Front, is_at_hand, template_text
 from opsin.engine.histogram import Histogram
 from opsin.engine.remote import Watch
 from opsin.engine.spawn import spawn_front
@@ -29,7 +29,7 @@ from opsin.media.ops import PixelArray
 from opsin.media.pool import default_num_workers
 from opsin.outputs import PickOutput, PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
-from opsin.processing.chat import ChatOptions, MediaReference
+from opsin.processing.chat import ChatOptions, ChatPrompt, MediaReference
 from opsin.processing.jinja import ContentFormat
 from opsin.processing.messages import as_choices
 from opsin.processing.messages import question as ask
@@ -233,8 +233,8 @@ class AsyncLLM:
         Raises:
             As ``generate``.
         """
-        read = await self._beside(lambda: self._front.read_prompt(prompt, mm_processor_kwargs))
-        return await self._process(read, params, request_id, priority)
+        process = await self._processor(params, request_id, priority)
+        return await self._beside(lambda: process(self._front.read_prompt(prompt, mm_processor_kwargs)))
 
     async def prepare_chat(
         self,
@@ -251,14 +251,22 @@ class AsyncLLM:
 
         ``chat_template`` is jinja text here, never a path, since it may come from the network.
         """
-        chat = await self._beside(lambda: self._front.inputs.render_chat(messages, **options))
-        fetched = await self._fetch(chat.media)
-        waits = any(reference.modality == "video" for reference in chat.media)
-        prompt = await self._beside(
-            lambda: self._front.open_chat(chat, fetched, mm_processor_kwargs, cache_salt),
-            self._waiters if waits else self._readers,
-        )
-        return await self._process(prompt, params, request_id, priority)
+        front = self._front
+        process = await self._processor(params, request_id, priority)
+
+        def finish(chat: ChatPrompt, fetched: Sequence[bytes | None]) -> ProcessedRequest:
+            return process(front.open_chat(chat, fetched, mm_processor_kwargs, cache_salt))
+
+        def begin() -> ProcessedRequest | ChatPrompt:  # each change of threads waits for the interpreter
+            chat = front.inputs.render_chat(messages, **options)
+            return finish(chat, front.fetch(chat.media)) if is_at_hand(chat.media) else chat
+
+        begun = await self._beside(begin)
+        if isinstance(begun, ProcessedRequest):
+            return begun
+        fetched = await self._fetch(begun.media)
+        waits = any(reference.modality == "video" for reference in begun.media)
+        return await self._beside(lambda: finish(begun, fetched), self._waiters if waits else self._readers)
 
     async def look(self, processed: ProcessedRequest) -> PixelArray:
         """What the model sees of the only picture that ``prepare_chat`` opened: its tiles, one behind the other.
@@ -392,15 +400,16 @@ class AsyncLLM:
         self.require_running()
         return await asyncio.get_running_loop().run_in_executor(threads or self._readers, work)
 
-    async def _process(
-        self, prompt: Prompt, params: SamplingParams | PoolingParams, request_id: str | None, priority: int
-    ) -> ProcessedRequest:
+    async def _processor(
+        self, params: SamplingParams | PoolingParams, request_id: str | None, priority: int
+    ) -> Callable[[Prompt], ProcessedRequest]:
+        """What makes a request of a prompt, on any thread, once the form of its answers is compiled."""
         name = f"async-{next(self._ids)}" if request_id is None else request_id
         inputs = self._front.inputs
         form, grammars = params.structured_outputs if isinstance(params, SamplingParams) else None, inputs.grammars
         if form is not None and grammars is not None and not grammars.is_known(form):  # some take seconds
             await asyncio.get_running_loop().run_in_executor(self._compilers, grammars.check, form)
-        return await self._beside(lambda: inputs.process(name, prompt, params, priority=priority))
+        return lambda prompt: inputs.process(name, prompt, params, priority=priority)
 
     async def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
         """The bytes behind each reference that is a URL; the first that fails ends the wait."""

@@ -21,6 +21,9 @@ import msgspec
 
 from opsin.errors import ConfigError
 
+GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+"""What is taken from a generation_config.json for requests that do not say."""
+
 DType = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 
 
@@ -75,6 +78,14 @@ class ModelConfig:
     chat_template: str | None = setting(
         None, "Jinja chat template: a path, text, or the name of one that comes with opsin; the model's own by default."
     )
+    generation_config: str = setting(
+        "auto",
+        "Where requests say nothing, 'auto' samples as the model's generation_config.json asks, 'vllm' does not, and a "
+        "folder's own is read in its place.",
+    )
+    override_generation_config: Mapping[str, Any] = setting(
+        None, "Values that replace those (JSON); max_new_tokens then also bounds every answer.", factory=dict
+    )
     hf_overrides: Mapping[str, Any] = setting(None, "Values that replace config.json's (JSON).", factory=dict)
     trust_remote_code: bool = setting(False, "Accepted for compatibility; opsin never runs a checkpoint's code.")
     runner: Literal["auto", "generate", "pooling"] = setting("auto", "Generate text, or pool embeddings.")
@@ -83,6 +94,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", self.model, "a model id or a folder")
         _require(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "positive")
+        for name, value in self.override_generation_config.items():
+            key = f"override_generation_config[{name!r}]"
+            _require(name in GENERATION_DEFAULTS, key, value, f"left out, or one of {', '.join(GENERATION_DEFAULTS)}")
+            _require(isinstance(value, int | float) and not isinstance(value, bool), key, value, "a number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +297,8 @@ class EngineSettings(TypedDict, total=False):
     quantization: Literal["fp8", "int8"] | None
     max_model_len: int | None
     chat_template: str | None
+    generation_config: str
+    override_generation_config: Mapping[str, Any]
     hf_overrides: Mapping[str, Any]
     trust_remote_code: bool
     runner: Literal["auto", "generate", "pooling"]

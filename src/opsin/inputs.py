@@ -41,6 +41,7 @@ class TextPrompt(TypedDict):
     mm_processor_kwargs: NotRequired[Mapping[str, Any] | None]
     multi_modal_uuids: NotRequired[MultiModalUUIDs | None]
     cache_salt: NotRequired[str | None]
+    add_special_tokens: NotRequired[bool]
 
 
 class TokensPrompt(TypedDict):

@@ -9,7 +9,6 @@ Names, defaults and meanings are vLLM's (and OpenAI's where vLLM follows it). Un
 from __future__ import annotations
 
 import copy
-import json as jsonlib
 import math
 from typing import Any, Literal, Self, cast
 
@@ -62,7 +61,8 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
             )
         if isinstance(self.json, dict):
             try:
-                self.json = jsonlib.dumps(self.json)
+                # Ten times as fast as the standard library: a schema of a MiB would hold an event loop up for long.
+                self.json = msgspec.json.encode(self.json).decode()
             except (TypeError, ValueError, RecursionError) as error:
                 self._refuse(f"has a json that is no plain JSON ({error})", "a JSON schema")
         for name in ("json", "regex", "grammar", "whitespace_pattern"):
@@ -198,17 +198,19 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
 
     def _whole(self, name: str, low: int, high: int = _MAX_WHOLE, *, optional: bool = False) -> None:
         value = getattr(self, name)
-        ok = isinstance(value, int) and low <= value <= high
-        span = f"at least {low}" if high == _MAX_WHOLE else f"between {low} and {high}"
-        self._require(ok or (optional and value is None), name, f"a whole number {span}" + ", or None" * optional)
+        if not ((isinstance(value, int) and low <= value <= high) or (optional and value is None)):
+            span = f"at least {low}" if high == _MAX_WHOLE else f"between {low} and {high}"
+            self._require(False, name, f"a whole number {span}" + ", or None" * optional)
 
     def _finite(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
-        is_number = isinstance(value, int | float) and math.isfinite(value)
-        self._require(is_number and low <= value <= high, name, f"a number between {low:g} and {high:g}")
+        if not (isinstance(value, (int, float)) and low <= value <= high):  # which NaN is not
+            self._require(False, name, f"a number between {low:g} and {high:g}")
 
     def _strings(self, name: str, max_count: int) -> None:
         items = cast("list[str]", getattr(self, name))
+        if items == []:
+            return
         ok = isinstance(items, list) and len(items) <= max_count and all(isinstance(s, str) and s for s in items)
         self._require(ok, name, f"at most {max_count} non-empty strings")
         self._require(sum(map(len, items)) <= MAX_WORDS_CHARS, name, f"at most {MAX_WORDS_CHARS} characters together")

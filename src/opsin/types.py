@@ -1,6 +1,7 @@
 """The values that travel between opsin's rooms. No torch here, and nothing that computes.
 
-Everything is a msgspec struct, so that each message can cross a process border as bytes. Three groups:
+Everything is a msgspec struct, so that each message can cross a process border as bytes. Those of which a step makes
+many hold no cycles, and Python's garbage collector need not know of them (``gc=False``). Three groups:
 
 * media, from sizes alone: ``PixelPlan`` (what a media worker must make), ``Clip`` (a video and the frames chosen of
   it) and ``MediaLayout`` (what a family's rule says about one item);
@@ -220,7 +221,7 @@ class MediaNeed(msgspec.Struct, frozen=True):
     item: int
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probability and 1-based rank of one token at one position."""
 
     token_id: int
@@ -236,7 +237,7 @@ OWN_FAULT = ""
 """``RequestUpdate.error_code`` of a request that is itself to blame, where no other code says how; None blames none."""
 
 
-class RequestUpdate(msgspec.Struct, kw_only=True):
+class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """What one committed step did for one request.
 
     ``values`` are what a pooling task read at several positions, in their order: float32 numbers as bytes.
@@ -277,7 +278,7 @@ class SlotOpen(msgspec.Struct, frozen=True, array_like=True):
     stop_token_ids: frozenset[int]
 
 
-class FeatureUse(msgspec.Struct, frozen=True, array_like=True):
+class FeatureUse(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """``length`` tokens of a row, from its ``offset``-th, take rows of a stored feature from ``feature_start``."""
 
     feature_id: int
@@ -286,7 +287,7 @@ class FeatureUse(msgspec.Struct, frozen=True, array_like=True):
     length: int
 
 
-class RowPlan(msgspec.Struct, frozen=True, array_like=True):
+class RowPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request's share of a step: run its tokens [start, start + num_tokens).
 
     Attributes:
@@ -332,7 +333,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
         return sum(row.num_tokens for row in self.rows)
 
 
-class RowResult(msgspec.Struct, array_like=True):
+class RowResult(msgspec.Struct, array_like=True, gc=False):
     """What one row brought: a token where it emits, prompt logprobs where asked, an embedding where it pools.
 
     ``values`` holds what is read at single positions of the prompt, float32 numbers as bytes, by position.

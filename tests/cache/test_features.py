@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from opsin.cache.features import FeatureCache, Lease
-from opsin.types import MediaItem, MediaLayout, PixelPlan, View
+from opsin.types import MediaItem, MediaLayout, PixelPlan, Resize, View
 
 A, B, C = (0, 1), (0, 2), (0, 3)  # places in the line
 
@@ -230,3 +230,13 @@ def test_payloads_that_come_encoded_weigh_what_their_features_do() -> None:
     cache.payload_ready(b"wide")
     assert encoded(cache) == [b"wide"]
     assert asked(cache) == [(b"late", "r2")]
+
+
+def test_payloads_that_come_as_they_are_weigh_what_the_picture_does() -> None:
+    cache = FeatureCache(1000, 2, 1300, max_raw_pixels=400)
+    for name, width in (("raw", 20), ("large", 21)):  # of 20 rows
+        plan = PixelPlan(width=width, height=20, views=(View(ops=(Resize(5, 2),), height=2, width=5),))
+        layout = MediaLayout(plan=plan, num_features=4, num_patches=1)
+        lease(cache, MediaItem(key=name.encode(), modality="image", layout=layout), A if name == "raw" else B)
+        asked(cache)
+    assert cache.payload_bytes == 3 * 400 + 3 * 10

@@ -12,7 +12,7 @@ import pytest
 
 from opsin.cli import main, verify
 from opsin.cli.oracle import OracleAnswer
-from tests.factories.families import FAMILIES
+from tests.factories.families import over
 from tests.factories.family import Family
 
 
@@ -23,11 +23,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # transformers', of NumPy
-@pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if family.oracle is None], ids=lambda family: family.name
-)
-def test_verify_tiny_checkpoint_agrees(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder = family.write(tmp_path / "model", family.shapes[family.served[0]])
+@over(lambda family: () if family.oracle else family.served)
+def test_verify_tiny_checkpoint_agrees(family: Family, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = family.write(tmp_path / "model", family.shapes[name])
     code, out, err = run(capsys, str(folder), "--json", "--dtype", "float32")
     if "needs torchvision" in err:
         assert code == 3
@@ -36,7 +34,8 @@ def test_verify_tiny_checkpoint_agrees(family: Family, tmp_path: Path, capsys: p
     assert code == 0, report
     assert report["agrees"] is True
     assert {"one picture", "text alone"} <= {case["case"] for case in report["cases"]}
-    assert all(case["same_tokens"] == 16 for case in report["cases"])
+    assert all(case["same_tokens"] == case["num_tokens"] for case in report["cases"])
+    assert report["cases"][0]["num_tokens"] == 16
 
 
 def test_verify_demo_prints_a_table(capsys: pytest.CaptureFixture[str]):
@@ -82,11 +81,12 @@ def theirs(rows: Sequence[Sequence[float]], prompt: list[int] | None = None, pix
         (answer([0, 1], [-0.1, -0.2]), theirs([[-0.1, -3], [-0.1, -3]]), False),  # another token
         (answer([0, 1], [-0.1, -0.6931]), theirs([[-0.1, -3], [-0.693, -0.6931]]), True),  # a tie
         (answer([0], [-0.1]), theirs([[-0.2, -3]]), False),  # another probability
+        (answer([0, 1], [-0.1, -9]), theirs([[-0.1, -3]]), True),  # the rest is not scored
         (answer([0], [-0.1]), theirs([[-0.1, -3]], prompt=[1, 3]), False),
         (answer([0], [-0.1], [0.5, 0.25]), theirs([[-0.1, -3]], pixels=[0.25, 0.5, 0.5, 0.25]), True),
         (answer([0], [-0.1], [0.5, 0.25]), theirs([[-0.1, -3]], pixels=[0.25, 0.51]), False),
     ],
-    ids=["same", "token", "tie", "probability", "prompt", "pixels twice", "pixels"],
+    ids=["same", "token", "tie", "probability", "a part", "prompt", "pixels twice", "pixels"],
 )
 def test_verdict_passes_only_what_the_dtype_explains(ours: Any, other: OracleAnswer, passes: bool):
     assert verify._verdict(ours, other, 1e-3).passes(1e-3) is passes

@@ -49,3 +49,11 @@ def report(animal: Literal["dog", "elephant"]) -> str:
 
 called = llm.bind_tools([report], tool_choice="any").invoke(ask("What is in the picture?"))
 assert called.tool_calls[0]["name"] == "report", called
+
+responses = ChatOpenAI(
+    model="demo", base_url=f"{sys.argv[1]}/v1", api_key="any", temperature=0, max_tokens=100, use_responses_api=True
+)
+assert responses.invoke(ask("What is in the picture?")).text == whole.content
+assert "".join(chunk.text for chunk in responses.stream(ask("What is in the picture?"))) == whole.content
+found = responses.with_structured_output(Count, method="json_schema").invoke(ask("Is there a dog?"))
+assert isinstance(found, Count), found

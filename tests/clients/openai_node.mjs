@@ -41,6 +41,41 @@ const called = await client.chat.completions.create({
 });
 assert.equal(called.choices[0].message.tool_calls[0].function.name, "report");
 
+const request = {
+  model: "demo",
+  temperature: 0,
+  max_output_tokens: 32,
+  input: [{ role: "user", content: [{ type: "input_image", image_url: picture, detail: "auto" }, { type: "input_text", text: "What is in the picture?" }] }],
+};
+const response = await client.responses.create(request);
+assert.equal(response.status, "completed");
+assert.equal(response.output_text, whole.choices[0].message.content);
+assert.equal(response.usage.input_tokens, whole.usage.prompt_tokens);
+let told = "";
+let completed = null;
+for await (const event of await client.responses.create({ ...request, stream: true })) {
+  if (event.type === "response.output_text.delta") told += event.delta;
+  if (event.type === "response.completed") completed = event.response;
+}
+assert.equal(told, response.output_text);
+assert.equal(completed.usage.output_tokens, response.usage.output_tokens);
+const formed = await client.responses.create({
+  ...request,
+  max_output_tokens: 100,
+  text: { format: { type: "json_schema", name: "answer", schema, strict: true } },
+});
+assert.ok(Number.isInteger(JSON.parse(formed.output_text).count));
+const asked = await client.responses.create({
+  ...request,
+  max_output_tokens: 100,
+  tools: [{ type: "function", name: "report", parameters: schema, strict: true }],
+  tool_choice: "required",
+  parallel_tool_calls: false,
+});
+assert.equal(asked.output.find((item) => item.type === "function_call").name, "report");
+await assert.rejects(client.responses.create({ ...request, max_output_tokens: 0 }), (error) => error.status === 400 && error.param === "max_output_tokens");
+await assert.rejects(client.responses.create({ ...request, previous_response_id: "resp_1" }), (error) => error.status >= 400 && error.status < 500);
+
 const runner = client.chat.completions.stream({ ...given });
 assert.match(await runner.finalContent(), /penguin/);
 

@@ -94,4 +94,6 @@ def hf_processor(folder: Path) -> Any:
     """transformers' processor of a checkpoint."""
     from transformers import LlavaProcessor
 
-    return LlavaProcessor.from_pretrained(folder)
+    from tests.factory import load_processor
+
+    return load_processor(LlavaProcessor, folder)

@@ -66,6 +66,8 @@ def main(descriptor: int) -> None:
                 os._exit(7)
             case "babbles":
                 end.send(os.urandom(64))
+            case "nests without end":
+                end.send(b"\x83\xa4type\xa4News\xa7updates\x90\xa1x" + b"\x91" * 10**6)
             case "lies about lengths":
                 end._connection.sendall(b"\xff" * 64)
             case "falls silent":

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from opsin.config import EngineConfig, MediaConfig
-from opsin.engine import remote
+from opsin.engine import messages, remote
 from opsin.engine.channel import EngineEnd, FrontEnd
 from opsin.engine.messages import pack_sources, unpack_sources
 from opsin.engine.remote import RemoteEngine, Watch
@@ -76,7 +76,9 @@ def test_sources_cross_to_the_process_and_answers_come_back():
         steps_until(engine, lambda _: engine.stats()["num_requests_running"] == 1)
 
 
-def test_sources_are_what_they_were_on_the_other_side():
+@pytest.mark.parametrize("most_inline", [0, 2**18], ids=["beside", "inline"])
+def test_sources_are_what_they_were_on_the_other_side(monkeypatch: pytest.MonkeyPatch, most_inline: int):
+    monkeypatch.setattr(messages, "_MAX_INLINE_BYTES", most_inline)
     config = MediaConfig()
     sources: list[Any] = [
         open_picture(_encoded(picture(1)), config),
@@ -141,7 +143,7 @@ def test_process_that_cannot_load_says_why(behaviour: str, error: type[Exception
 
 @pytest.mark.parametrize(
     "behaviour",
-    ["dies", "babbles", "lies about lengths", "falls silent", "is stuck"],
+    ["dies", "babbles", "nests without end", "lies about lengths", "falls silent", "is stuck"],
     ids=lambda b: b.replace(" ", "-"),
 )
 def test_request_of_a_process_that_fails_is_told_and_the_process_replaced(behaviour: str):

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from tests.factories.gemma import build_gemma_tokenizer, redraw_gemma_weights
-from tests.factory import VOCAB_SIZE, write_generation_config
+from tests.factory import VOCAB_SIZE, load_processor, write_generation_config
 
 EDGE, PATCH_SIZE = 32, 8
 IMAGE = "<start_of_image>"
@@ -110,5 +110,5 @@ def build_gemma3(shape: Gemma3Shape, tokenizer: PreTrainedTokenizerFast) -> Any:
 
 def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
     """What transformers' processor makes of a prompt, with ``options`` for the pictures."""
-    processor: Any = Gemma3Processor.from_pretrained(folder)
+    processor = load_processor(Gemma3Processor, folder)
     return dict(processor(text=[text], images=[list(images)] if images else None, return_tensors="pt", **options))

@@ -1,9 +1,23 @@
 """config.json of checkpoints on the hub, in the spelling of the transformers that wrote them.
 
-The hub is out of reach here. Found equal to copies in public code: those of both Phi-3-visions (code that exports them
-to ONNX), of Qwen3-VL-4B (diffusion models that read text with it) and of Pixtral (transformers' own tests), and those
-of InternVL's towers (the script that converts them). The shape of Gemma 3's is that of copies of its sisters. The
-others were not compared with a copy.
+The hub is out of reach here, so each is compared with what public code holds of it:
+
+- equal to whole copies: LLaVA-1.5 (a test of lite_llama; a log of transformers), LLaVA-1.6-Mistral (a test of
+  TensorRT-LLM), Qwen2-VL-2B (a test of PaddleMIX), Mistral-Small-3.1 (a test of brolm, verbatim), Pixtral
+  (transformers' tests), both Phi-3-visions (code that exports them to ONNX), Qwen3-VL-4B (diffusion models that read
+  text with it);
+- equal to copies in parts: Qwen2.5-VL-7B (a test of Megatron-Bridge but for depths, which diffusion models that read
+  text with it hold), Gemma 3 4B (text: tests of three runtimes; vision: a test of Megatron-Bridge), PaliGemma
+  (transformers' script that converts ColPali, at another resolution), PaliGemma 2 (transformers' script that converts
+  it; vision: moshi's encoder), InternVL3 (its towers and token: transformers' script that converts them; text: an
+  issue of vLLM, 8B's);
+- of the shape that transformers' scripts which convert them give: LLaVA-1.6-Vicuna, both LLaVA-OneVisions (rows of
+  the vocabulary, padded to 64, among it), Idefics3 (its vocabulary and token);
+- of the shape of printed sisters: SmolVLM-256M and SmolVLM2-2.2B (the 500M, whole; of the 2.2B itself edges and
+  scale), Qwen2-VL-7B (its printed modules), Qwen2.5-VL-3B (the 7B). Their other values were not compared with
+  anything.
+
+VLM2Vec's is Phi-3.5-vision's, and that of DSE is Qwen2-VL-2B's: no copies of theirs were found.
 """
 
 from __future__ import annotations
@@ -68,7 +82,6 @@ _LLAVA_1_6: dict[str, Any] = {
 LLAVA_NEXT: dict[str, dict[str, Any]] = {
     "v1.6-mistral-7b": _LLAVA_1_6
     | {
-        "pad_token_id": 32001,
         "text_config": {
             "_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2",
             "architectures": ["MistralForCausalLM"],
@@ -731,7 +744,7 @@ MISTRAL3: dict[str, dict[str, Any]] = {
         "vision_config": {
             "attention_dropout": 0.0,
             "head_dim": 64,
-            "hidden_act": "gelu",
+            "hidden_act": "silu",
             "hidden_size": 1024,
             "image_size": 1540,
             "initializer_range": 0.02,

@@ -16,6 +16,7 @@ from tests.factory import (
     LlavaShape,
     build_llava,
     build_tokenizer,
+    load_processor,
     redraw_weights,
     write_generation_config,
 )
@@ -73,5 +74,5 @@ def build_processor(shape: LlavaShape, **settings: Any) -> Any:
 
 def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **options: Any) -> dict[str, torch.Tensor]:
     """What transformers' processor makes of a prompt, with ``options`` for the pictures."""
-    processor: Any = LlavaNextProcessor.from_pretrained(folder)
+    processor = load_processor(LlavaNextProcessor, folder)
     return dict(processor(text=text, images=list(images) or None, return_tensors="pt", **options))

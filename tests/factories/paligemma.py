@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tests.factories.gemma import build_gemma_tokenizer, redraw_gemma_weights
-from tests.factory import VOCAB_SIZE, write_generation_config
+from tests.factory import VOCAB_SIZE, load_processor, write_generation_config
 
 PATCH_SIZE = 8
 
@@ -106,7 +106,7 @@ def hf_inputs(folder: Path, text: str, images: Sequence[Image.Image] = (), **opt
 
     It refuses prompts without pictures; they are written here as it writes the others.
     """
-    processor: Any = PaliGemmaProcessor.from_pretrained(folder)
+    processor = load_processor(PaliGemmaProcessor, folder)
     if images:
         with warnings.catch_warnings():  # of NumPy, which the processor hands tensors
             warnings.simplefilter("ignore", DeprecationWarning)

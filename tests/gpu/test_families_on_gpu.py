@@ -20,7 +20,7 @@ from tests.engine.conftest import assert_idle, picture
 from tests.factories.families import FAMILIES
 from tests.factories.family import Family, Size
 
-TOLERANCE = 2e-2  # of float32's log-probabilities, 8e-3 with the oldest libraries tried; bfloat16's err by 0.03 to 0.2
+TOLERANCE = 5e-3  # of float32's log-probabilities, 1e-5 on a CPU; bfloat16's err by 0.03 to 0.2
 MAX_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
 TOLD = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=20)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
 from opsin.params import SamplingParams
-from opsin.runner.sampler import SampleRow, sample
+from opsin.runner.sampler import NUMBERS, ParticularRow, SampleRows, numbers_of, sample
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +37,9 @@ def waiting_refused() -> Iterator[None]:
 @pytest.mark.parametrize("params", ASKED, ids=str)
 def test_sample_does_not_wait_for_the_device(params: SamplingParams) -> None:
     table = torch.ones(2, 16, dtype=torch.int64, device="cuda")
-    rows = [SampleRow(slot, 6, 4, params, slot, frozenset({7}), mask=b"\xff" * 128) for slot in range(2)]
+    asked = ParticularRow(params, frozenset({7}), mask=b"\xff" * 128)
+    numbers = np.array([numbers_of(params, 4, seed) for seed in range(2)], NUMBERS)
+    rows = SampleRows(np.arange(2), np.full(2, 6), numbers, {0: asked, 1: asked})
     logits = torch.randn(2, VOCAB, device="cuda")
     sample(logits.clone(), rows, table)  # libraries may wait where they are used first
     with waiting_refused():

@@ -19,6 +19,7 @@ from opsin.config import MediaConfig
 from opsin.errors import MediaError, RequestFailedError
 from opsin.media.pool import INLINE_PIXELS, Finished, MediaPool
 from opsin.media.source import PictureSource, open_picture
+from opsin.types import PixelPlan, View
 
 from .pictures import encode, photo, slow_png, square_plan
 
@@ -325,3 +326,28 @@ time.sleep(60)
             return True
 
     wait_until(is_gone)
+
+
+def test_decoded_pictures_that_fail_or_need_no_worker_leave_it_to_the_next_in_line() -> None:
+    shrunk = photo(30, 20)
+    source = open_picture(shrunk, MediaConfig())
+    shrunk.thumbnail((10, 10))  # a caller who changes a picture that it has handed over
+    whole = np.asarray(photo(21, 13))
+    plan = PixelPlan(21, 13, (View((), height=13, width=21),))
+    with MediaPool(MediaConfig(media_workers=1)) as pool:
+        run(pool, {"ready": open_picture(encode(photo(8, 8)), MediaConfig())})
+        with pool._changed:  # so that one look at the queue finds them all
+            pool.submit("changed", source, square_plan((30, 20)))
+            pool.submit("raw", open_picture(whole, MediaConfig()), plan)
+            pool.submit("last", open_picture(encode(photo(9, 9)), MediaConfig()), square_plan((9, 9)))
+        done: dict[object, Finished] = {}
+        while len(done) < 3:
+            finished = pool.wait(20)
+            assert finished, "the pool is stuck"
+            done |= {item.job_id: item for item in finished}
+    assert isinstance(done["changed"].error, MediaError)
+    raw = done["raw"].pixels
+    assert raw is not None
+    np.testing.assert_array_equal(raw.reshape(13, 21, 3), whole)
+    assert raw.flags.writeable
+    assert done["last"].error is None

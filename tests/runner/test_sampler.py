@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from opsin.params import SamplingParams
-from opsin.runner.sampler import SampleRow, _gumbel, _row_key, logprob_lists, sample
+from opsin.runner import sampler
+from opsin.runner.sampler import (
+    NUMBERS,
+    ParticularRow,
+    SampledTokens,
+    SampleRows,
+    _gumbel,
+    _row_key,
+    is_particular,
+    logprob_lists,
+    numbers_of,
+)
+from opsin.runner.sampler import sample as sample_rows
 
 VOCAB = 50
 STOP = 7
 
 
-def row(tokens=(1, 2, 3), num_prompt=3, slot=0, seed=0, stop=frozenset(), **params) -> SampleRow:
-    return SampleRow(slot, len(tokens), num_prompt, SamplingParams(**params), seed, frozenset(stop))
+class Row(NamedTuple):
+    slot: int
+    num_tokens: int
+    num_prompt: int
+    seed: int
+    stop: frozenset[int]
+    params: SamplingParams
+
+
+def row(tokens=(1, 2, 3), num_prompt=3, slot=0, seed=0, stop=frozenset(), **params) -> Row:
+    return Row(slot, len(tokens), num_prompt, seed, frozenset(stop), SamplingParams(**params))
+
+
+def sample(logits_BV: torch.Tensor, rows: Sequence[Row], tokens_SL: torch.Tensor) -> SampledTokens:
+    asked = SampleRows(
+        slot_B=np.array([row.slot for row in rows]),
+        num_tokens_B=np.array([row.num_tokens for row in rows]),
+        numbers_B=np.array([numbers_of(row.params, row.num_prompt, row.seed) for row in rows], NUMBERS),
+        particular={
+            b: ParticularRow(row.params, row.stop) for b, row in enumerate(rows) if is_particular(row.params, row.stop)
+        },
+    )
+    return sample_rows(logits_BV, asked, tokens_SL)
 
 
 def table(*sequences) -> torch.Tensor:
@@ -88,8 +124,8 @@ def test_sample_seeded_row_same_alone_and_in_any_batch():
 
 
 def test_noise_depends_on_draw_index_and_seed():
-    keys = torch.tensor([_row_key(1, 0), _row_key(1, 1), _row_key(2, 0)])
-    a, b, c = _gumbel(keys, 1000)
+    keys = torch.from_numpy(_row_key([1, 1, 2], [0, 1, 0]))
+    a, b, c = _gumbel(keys[:, None], torch.arange(1000)[None])
     assert torch.isfinite(torch.stack([a, b, c])).all()
     for x, y in ((a, b), (a, c), (b, c)):
         assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 0.1
@@ -166,3 +202,49 @@ def test_sample_logprobs_are_of_the_raw_logits():
     assert first[0].logprob == pytest.approx(raw[0, 11].item(), abs=1e-6)
     assert first[0].rank == int((raw[0] > raw[0, 11]).sum()) + 1
     assert [entry.token_id for entry in first[1:]] == raw[0].topk(3).indices.tolist()
+
+
+MANY = 400  # tokens, of which 64 are few
+MIXED = [
+    {"temperature": 0.0},
+    {"top_k": 1},
+    {"top_k": 3, "temperature": 0.5},
+    {"top_k": 20, "top_p": 0.8, "min_p": 0.01},
+    {"top_k": 300, "top_p": 0.9},
+    {"top_p": 0.7},
+    {},
+]
+
+
+def mixed_draws() -> tuple[torch.Tensor, list[Row], torch.Tensor]:
+    x = torch.randn(len(MIXED), MANY, generator=torch.Generator().manual_seed(1))
+    return x, [row(slot=i, seed=i, **params) for i, params in enumerate(MIXED)], table(*[(1, 2, 3)] * len(MIXED))
+
+
+def test_sample_rows_of_every_kind_together_equal_each_alone():
+    x, rows, tokens = mixed_draws()
+    together = sample(x.clone(), rows, tokens).ids_B.tolist()
+    assert together == [sample(x[i : i + 1].clone(), [row], tokens).ids_B.item() for i, row in enumerate(rows)]
+    assert together[:2] == x[:2].argmax(-1).tolist()
+
+
+def test_sample_among_candidates_equals_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch):
+    x, rows, tokens = mixed_draws()
+    few = [sample(x.clone(), [r._replace(seed=seed) for r in rows], tokens).ids_B.tolist() for seed in range(50)]
+    monkeypatch.setattr(sampler, "_MAX_NARROW", 0)
+    all_ = [sample(x.clone(), [r._replace(seed=seed) for r in rows], tokens).ids_B.tolist() for seed in range(50)]
+    assert few == all_
+    assert len({tuple(ids) for ids in few}) > 1
+
+
+def test_sample_keeps_tokens_as_likely_as_the_last_one_kept():
+    x = torch.zeros(1, MANY)
+    x[0, [7, 30, 200]] = 5.0
+    drawn = {sample(x.clone(), [row(seed=seed, top_k=2)], table((1, 2, 3))).ids_B.item() for seed in range(40)}
+    assert drawn == {7, 30, 200}
+
+
+def test_sample_keeps_a_token_where_top_p_is_less_than_any_token_has():
+    x, _, tokens = mixed_draws()
+    asked = [row(slot=i, seed=i, top_p=1e-6) for i in range(len(x))]
+    assert sample(x.clone(), asked, tokens).ids_B.tolist() == x.argmax(-1).tolist()

@@ -38,10 +38,11 @@ def engine(tiny_llava: Callable[[LlavaShape], Path]) -> Iterator[AsyncLLM]:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """Run an application on an ephemeral port of loopback; yields its address."""
-    listener = listen(ServerConfig(port=0))
-    server = uvicorn.Server(uvicorn_config(app))
+def serving(app: FastAPI, config: ServerConfig | None = None) -> Iterator[str]:
+    """Run an application, on an ephemeral port of loopback unless ``config`` says otherwise; yields its address."""
+    config = config or ServerConfig(port=0)
+    listener = listen(config)
+    server = uvicorn.Server(uvicorn_config(app, config))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
@@ -49,7 +50,7 @@ def serving(app: FastAPI) -> Iterator[str]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     try:
-        yield url_of(listener)
+        yield url_of(listener, config)
     finally:
         server.should_exit = True
         thread.join(20)

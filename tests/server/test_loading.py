@@ -53,12 +53,12 @@ def running(load: Callable[[threading.Event], FastAPI], announced: threading.Eve
 
     def work() -> None:
         try:
-            end.set_result(run(listener, load, lambda _: announced.set()))
+            end.set_result(run(listener, load, lambda _: announced.set(), ServerConfig(port=0)))
         except BaseException as error:
             end.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return url_of(listener), end
+    return url_of(listener, ServerConfig()), end
 
 
 def test_server_whose_model_loads_answers_probes_and_then_everything(engine: AsyncLLM):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import httpx
 import pytest
 
 from opsin import AsyncLLM
+from opsin.cli.serve import curl_line
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
 from opsin.server.page import FILES
@@ -135,6 +138,12 @@ def demo() -> Iterator[str]:
         serving(create_app(engine, ServerConfig(), model="demo")) as address,
     ):
         yield address
+
+
+def test_line_of_the_banner_is_answered_truly(demo: str):
+    line = curl_line(demo, ServerConfig(), "demo")
+    pasted = subprocess.run(["sh", "-c", f"{line} --noproxy '*'"], capture_output=True, check=True)
+    assert json.loads(pasted.stdout)["choices"][0]["message"]["content"] == "a blue circle"
 
 
 @pytest.fixture

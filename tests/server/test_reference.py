@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import httpx
+import pytest
 
+from opsin import AsyncLLM
+from opsin.server.app import create_app
+from opsin.server.config import ServerConfig
+from opsin.server.gate import OPEN, PROBES
 from opsin.server.reference import reference_page
+from tests.server.conftest import NAME
 
 
 def test_page_lists_every_route_and_field(client: httpx.Client):
@@ -25,7 +32,55 @@ def test_page_loads_nothing(client: httpx.Client):
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "<script" not in answer.text
-    assert re.findall(r'(?:src|href)="([^"]*)"', answer.text) == ["/openapi.json"]
+    assert re.findall(r'(?:src|href)="([^"]*)"', answer.text) == ["openapi.json"]
+
+
+def test_document_tells_answers_and_errors_of_every_route(client: httpx.Client):
+    document = client.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    assert "HTTPValidationError" not in schemas  # FastAPI's own, which is never sent
+    nothing = {"/classify", *(path for path in document["paths"] if path.startswith("/v1/responses/"))}
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            responses = operation["responses"]
+            assert ("200" in responses) != (path in nothing), path
+            for response in responses.values():
+                for content in response.get("content", {}).values():
+                    assert content["schema"].get("$ref", "").rpartition("/")[2] in {*schemas, ""}
+            if path not in PROBES:
+                error = responses["default"]["content"]["application/json"]["schema"]
+                assert error == {"$ref": "#/components/schemas/ErrorBody"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 1}),
+        ("/v1/embeddings", {"input": "a"}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [5]}),
+        ("/v1/models", None),
+        ("/version", None),
+        ("/load", None),
+    ],
+)
+def test_document_names_the_fields_that_are_answered(client: httpx.Client, path: str, body: dict[str, Any] | None):
+    document = client.get("/openapi.json").json()
+    answer = (client.get(path) if body is None else client.post(path, json=body)).json()
+    operation = document["paths"][path]["get" if body is None else "post"]
+    name = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    schema = document["components"]["schemas"][name]
+    assert set(schema.get("required", ())) <= answer.keys() <= schema["properties"].keys()
+
+
+def test_document_tells_which_routes_want_a_key(engine: AsyncLLM):
+    document = create_app(engine, ServerConfig(api_key=("k",)), model=NAME).openapi()
+    assert document["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+    wanting = {path for path, methods in document["paths"].items() if any("security" in m for m in methods.values())}
+    assert wanting == document["paths"].keys() - OPEN
+    assert "securitySchemes" not in create_app(engine, ServerConfig(), model=NAME).openapi()["components"]
 
 
 def test_page_shows_what_is_written_as_text():

@@ -18,6 +18,8 @@ SCHEMA = {
     "additionalProperties": False,
 }
 MESSAGES = [{"role": "user", "content": "Hello"}]
+NOWHERE = {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": NOWHERE}}
 
 
 def ask(client: httpx.Client, **body: Any) -> httpx.Response:
@@ -99,3 +101,29 @@ def test_chat_constraint_that_cannot_be_followed_is_a_400(
     error = response.json()["error"]
     assert error["param"] == param
     assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"structured_outputs": {"json": NOWHERE}}, "structured_outputs"),
+        ({"guided_json": NOWHERE}, "guided_json"),
+        ({"guided_regex": "(a"}, "guided_regex"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": NOWHERE}}}, "response_format"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tools"),
+    ],
+)
+def test_form_that_cannot_be_compiled_is_blamed_on_the_field_that_asked_for_it(
+    client: httpx.Client, body: dict[str, Any], param: str
+):
+    response = ask(client, **body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param} is not usable")
+
+
+def test_completion_form_that_cannot_be_compiled_is_blamed_on_its_field(client: httpx.Client):
+    error = client.post("/v1/completions", json={"prompt": "a", "guided_grammar": "root ::= ("}).json()["error"]
+    assert error["param"] == "guided_grammar"
+    assert "structured_outputs" not in error["message"]

@@ -121,6 +121,28 @@ def test_chat_required_tool_is_one_of_those_given(client: httpx.Client):
     assert choice["finish_reason"] == "tool_calls"
 
 
+def test_chat_required_tools_keep_each_their_own_definitions(client: httpx.Client):
+    fields = {"type": "object", "required": ["a"], "additionalProperties": False}
+
+    def tool(name: str, **schema: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, "parameters": {**fields, **schema}}}
+
+    tools = [
+        tool("first", properties={"a": {"$ref": "#/$defs/Item"}}, **{"$defs": {"Item": {"enum": ["one"]}}}),
+        tool("second", properties={"a": {"$ref": "#/$defs/Item"}}, **{"$defs": {"Item": {"enum": ["two"]}}}),
+        tool("third", properties={"a": {"$ref": "#/definitions/Item"}}, definitions={"Item": {"enum": ["three"]}}),
+        tool("fourth", properties={"a": {"anyOf": [{"const": "end"}, {"$ref": "#"}]}}),
+    ]
+    allowed = {"first": "one", "second": "two", "third": "three"}
+    for seed in range(8):
+        body = {"tool_choice": "required", "tools": tools, "temperature": 2, "seed": seed, "max_tokens": 400}
+        for call in choice_of(ask(client, parallel_tool_calls=False, **body))["message"].get("tool_calls", ()):
+            value = json.loads(call["function"]["arguments"])["a"]
+            while isinstance(value, dict):  # the fourth refers to itself
+                value = value["a"]
+            assert value == allowed.get(call["function"]["name"], "end")
+
+
 def test_chat_streamed_tool_call_joins_to_the_whole_one(client: httpx.Client):
     body: dict[str, Any] = {"tool_choice": "required", "tools": [COUNT], "parallel_tool_calls": False}
     whole = choice_of(ask(client, **body))["message"]["tool_calls"][0]["function"]
@@ -228,7 +250,7 @@ def test_sdk_reads_calls_that_the_model_makes_by_itself(
                 "tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "objekt"}}}],
                 "tool_choice": "required",
             },
-            "structured_outputs",
+            "tools",
             "not usable",
         ),
     ],

@@ -18,8 +18,9 @@ from opsin import AsyncLLM
 from opsin.errors import RequestError
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
+from opsin.server.decoding import decode
 from opsin.server.gate import OPEN
-from opsin.server.requests import ChatCompletionRequest, decode
+from opsin.server.requests import ChatCompletionRequest
 from tests.server.conftest import NAME, chat, serving
 
 URL = "/v1/chat/completions"

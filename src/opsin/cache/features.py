@@ -22,6 +22,7 @@ from collections import OrderedDict
 from enum import Enum
 from typing import NamedTuple
 
+from opsin.media.raw import raw_plan
 from opsin.types import EncodeItem, MediaItem, MediaNeed
 
 Order = tuple[int, int]
@@ -46,10 +47,11 @@ class _State(Enum):
 class _Entry:
     __slots__ = ("asked_of", "feature_id", "item", "leases", "num_bytes", "payload_bytes", "state")
 
-    def __init__(self, item: MediaItem, row_bytes: int, as_features: bool) -> None:
+    def __init__(self, item: MediaItem, row_bytes: int, as_features: bool, max_raw_pixels: int) -> None:
         self.item = item
         self.num_bytes = item.layout.num_features * row_bytes
-        self.payload_bytes = item.layout.plan.num_bytes or self.num_bytes  # embeddings come as they are
+        plan = raw_plan(item.layout.plan, max_raw_pixels) or item.layout.plan
+        self.payload_bytes = plan.num_bytes or self.num_bytes  # embeddings come as they are
         if as_features:
             self.payload_bytes = max(self.payload_bytes, self.num_bytes)
         self.state = _State.ABSENT
@@ -74,10 +76,17 @@ class FeatureCache:
         row_bytes: bytes of one feature row.
         payload_budget_bytes: payloads asked for and not yet encoded; one larger item goes alone.
         as_features: payloads may have become features already when they come.
+        max_raw_pixels: see ``media.raw.raw_plan``, which says of which items the payload is the picture as it is.
     """
 
     def __init__(
-        self, capacity_bytes: int, row_bytes: int, payload_budget_bytes: int, *, as_features: bool = False
+        self,
+        capacity_bytes: int,
+        row_bytes: int,
+        payload_budget_bytes: int,
+        *,
+        as_features: bool = False,
+        max_raw_pixels: int = 0,
     ) -> None:
         self.capacity_bytes = capacity_bytes
         self.row_bytes = row_bytes
@@ -85,6 +94,7 @@ class FeatureCache:
         self.payload_bytes = 0
         self._payload_budget = payload_budget_bytes
         self._as_features = as_features
+        self._max_raw_pixels = max_raw_pixels
         self._entries: dict[bytes, _Entry] = {}
         self._idle: OrderedDict[bytes, _Entry] = OrderedDict()  # stored, not leased
         self._idle_bytes = 0
@@ -107,7 +117,7 @@ class FeatureCache:
         """Keep, or make, the item's features until ``release``. A request leases equal items once."""
         entry = self._entries.get(item.key)
         if entry is None:
-            entry = self._entries[item.key] = _Entry(item, self.row_bytes, self._as_features)
+            entry = self._entries[item.key] = _Entry(item, self.row_bytes, self._as_features, self._max_raw_pixels)
         assert order not in entry.leases
         if entry.state is _State.STORED and not entry.leases:
             del self._idle[item.key]

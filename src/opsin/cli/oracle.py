@@ -9,6 +9,7 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class OracleAnswer:
     Attributes:
         prompt_token_ids: its processor's, or None where that cannot be loaded here.
         pixels: the values that its processor gives the tower, flat; None without pictures.
-        logprobs_TV: log-probabilities behind the prompt and behind each token of the answer it was given, float32.
+        logprobs_TV: log-probabilities of each token of the answer that is scored, float32.
     """
 
     prompt_token_ids: list[int] | None
@@ -48,7 +49,9 @@ class Oracle:
     def __init__(self, folder: Path, device: Any, dtype: Any) -> None:
         import torch
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self._torch = torch
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.name = f"transformers {_version()}"
@@ -57,9 +60,11 @@ class Oracle:
         )
         self._model = self._model.to(device).eval()
         self._device = device
-        self._image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+        self._image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, **_pillow())
         self._processor = _processor(folder)
-        if self._processor is None and config.model_type in _WHOLE_PROCESSORS:
+        if self._processor is not None:
+            self._processor.image_processor = self._image_processor
+        elif config.model_type in _WHOLE_PROCESSORS:
             raise ImportError("its processor needs torchvision (pip install torchvision)")
         self._image_options = _image_options(config.model_type)
         self._image_token_id = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
@@ -67,7 +72,7 @@ class Oracle:
     def answer(
         self, prompt: str, pictures: Sequence[Image.Image], prompt_ids: Sequence[int], answer_ids: Sequence[int]
     ) -> OracleAnswer:
-        """Score an answer token by token.
+        """Score an answer token by token, up to one that stands for a picture: the model would look for its features.
 
         Args:
             prompt_ids: the expanded prompt as opsin has it, which the model is run on.
@@ -76,7 +81,8 @@ class Oracle:
         made = self._processed(prompt, pictures)
         theirs = made.pop("input_ids", None)
         made = {name: value for name, value in made.items() if name in _PICTURE_INPUTS}
-        ids = torch.tensor([[*prompt_ids, *answer_ids]], device=self._device)
+        given = list(takewhile(lambda token_id: token_id != self._image_token_id, answer_ids[:-1]))
+        ids = torch.tensor([[*prompt_ids, *given]], device=self._device)
         inputs = {name: _to(value, self._device, self._model.dtype) for name, value in made.items()}
         is_picture = (ids == self._image_token_id).int()
         is_answer = torch.zeros_like(is_picture)
@@ -89,7 +95,7 @@ class Oracle:
         with torch.inference_mode():
             mask = torch.ones_like(ids)
             logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
-        logprobs_TV = logits[0, len(prompt_ids) - 1 : -1].float().log_softmax(-1).cpu().numpy()
+        logprobs_TV = logits[0, len(prompt_ids) - 1 :].float().log_softmax(-1).cpu().numpy()
         pixels = made.get("pixel_values")
         return OracleAnswer(
             None if theirs is None else theirs[0].tolist(),
@@ -105,13 +111,22 @@ class Oracle:
         return dict(self._image_processor(images=list(pictures), return_tensors="pt", **self._image_options))
 
 
+def _pillow() -> Mapping[str, Any]:
+    """Asks for the picture processor that resizes with Pillow, as opsin does: torchvision's values differ a little."""
+    release = tuple(int(part) for part in _version().split(".")[:2])
+    return {"backend": "pil"} if release >= (5, 4) else {"use_fast": False}
+
+
 def _processor(folder: Path) -> Any:
-    """transformers' joint processor; None where it needs what is not installed (torchvision, for videos)."""
+    """transformers' joint processor.
+
+    None where it needs what is not installed (torchvision, for videos), or tokens that the tokenizer does not name.
+    """
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=False)
-    except (ImportError, ValueError, OSError, TypeError):
+        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ImportError, ValueError, OSError, TypeError, AttributeError):
         return None
 
 

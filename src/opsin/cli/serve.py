@@ -71,7 +71,7 @@ def execute(args: argparse.Namespace) -> int:
     config = server_config(args)
     settings = serving_settings(engine_settings(args), os.environ)
     listener = listen(config)  # first: a busy port should not cost the loading of a model
-    url = url_of(listener)
+    url = url_of(listener, config) + config.root_path.rstrip("/")
 
     def load(is_unwanted: threading.Event) -> FastAPI:
         from opsin.async_llm import AsyncLLM
@@ -92,7 +92,7 @@ def execute(args: argparse.Namespace) -> int:
         print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
 
     try:
-        run(listener, load, announce)
+        run(listener, load, announce, config)
     finally:
         listener.close()
         if config.uds is not None:
@@ -178,16 +178,17 @@ def curl_line(url: str, config: ServerConfig, name: str) -> str:
     }
     words = ["curl", "-s", f"{url}/v1/chat/completions"]
     words += ["--unix-socket", config.uds] if config.uds else []
+    words += ["--cacert", config.ssl_certfile] if config.ssl_certfile else []
     line = shlex.join([*words, "-H", "Content-Type: application/json", "-d", json.dumps(body)])
     return f'{line} -H "Authorization: Bearer $OPSIN_API_KEY"' if config.api_key else line
 
 
 def _sample_picture() -> str:
-    """A red circle, as a data: URL of some two hundred characters."""
+    """A blue circle, as a data: URL of some two hundred characters. (A red one, to the demo model, is a stop sign.)"""
     from PIL import Image, ImageDraw
 
     image = Image.new("P", (64, 64), 0)
-    image.putpalette([255, 255, 255, 255, 0, 0])
+    image.putpalette([255, 255, 255, 0, 0, 255])
     ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill=1)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True, bits=1)

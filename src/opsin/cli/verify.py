@@ -197,18 +197,19 @@ def _compare(checkpoint: Checkpoint, answers: Sequence[_Answer], dtype: str, dev
 
 def _verdict(answer: _Answer, theirs: OracleAnswer, tolerance: float) -> Verdict:
     best = theirs.logprobs_TV.argmax(axis=1)
-    differs = np.flatnonzero(best != np.array(answer.ids))
-    same = int(differs[0]) if len(differs) else len(answer.ids)
-    chosen = theirs.logprobs_TV[np.arange(len(answer.ids)), answer.ids]
-    gap = theirs.logprobs_TV[same].max() - chosen[same] if same < len(answer.ids) else 0.0
+    ids = answer.ids[: len(best)]
+    differs = np.flatnonzero(best != np.array(ids))
+    same = int(differs[0]) if len(differs) else len(ids)
+    chosen = theirs.logprobs_TV[np.arange(len(ids)), ids]
+    gap = theirs.logprobs_TV[same].max() - chosen[same] if same < len(ids) else 0.0
     return Verdict(
         case=answer.case,
         prompt_tokens=len(answer.prompt_ids),
         prompt_ids=None if theirs.prompt_token_ids is None else theirs.prompt_token_ids == answer.prompt_ids,
         pixels=_pixel_difference(answer.pixels, theirs.pixels),
         same_tokens=same,
-        num_tokens=len(answer.ids),
-        logprob=float(np.abs(chosen - np.array(answer.logprobs)).max()),
+        num_tokens=len(ids),
+        logprob=float(np.abs(chosen - np.array(answer.logprobs[: len(ids)])).max()),
         near_tie=bool(gap <= tolerance),
     )
 

@@ -230,7 +230,7 @@ TABLE: tuple[Foreign, ...] = (
     Foreign("rope-scaling rope-theta", "value", "use --hf-overrides", ""),
     Foreign("tokenizer-revision", "value", "give --tokenizer a folder", ""),
     Foreign("skip-tokenizer-init", "nothing", "prompts may be token ids all the same", ""),
-    Foreign("device-ids", "values", "use --device cuda:N, or set CUDA_VISIBLE_DEVICES", ""),
+    Foreign("device-ids", "values", "set CUDA_VISIBLE_DEVICES", ""),
     Foreign("quantization-config quantization-param-path", "value", _FP8, ""),
     Foreign("allow-deprecated-quantization", "nothing", _FP8, ""),
     Foreign("disable-sliding-window", "nothing", "use --max-model-len", ""),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 
 from opsin.config import DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -20,7 +21,10 @@ from opsin.engine.front import Front
 from opsin.engine.local import LocalEngine
 from opsin.engine.tower import Encode, TowerThread
 from opsin.errors import ConfigError
+from opsin.kernels import reference, select
 from opsin.media.pool import MediaPool
+from opsin.media.raw import MAX_RAW_PIXELS
+from opsin.media.resample import is_pillows
 from opsin.models.hub import ModelFiles
 from opsin.models.interface import VisionLanguageModel
 from opsin.models.load import load_model
@@ -38,7 +42,7 @@ from opsin.types import MediaLayout
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
-_GPU_MEASURED_SIDE = 1024  # pixels; the picture that stands for all when a step is measured
+_GPU_MEASURED_SIDE = 1000  # pixels, of the picture that stands for all when a step is measured; resized, as most are
 _CPU_MEASURED_SIDE = 448  # at its own resolution, a larger one can take a CPU minutes
 
 
@@ -122,6 +126,7 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside
     )
     feature_bytes = int(config.cache.vision_cache_gb * _GIB)
     measured_side = _GPU_MEASURED_SIDE if device.type == "cuda" else _CPU_MEASURED_SIDE
+    max_raw_pixels = most_raw_pixels(device)
     memory = plan_memory(
         runner,
         max_num_tokens=budgets.max_num_batched_tokens,
@@ -132,13 +137,14 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside
         layouts=fill_budget(rule, budgets.max_num_batched_patches, measured_side, config.media.mm_processor_kwargs),
         kv_bytes=config.cache.kv_cache_memory_bytes,
         num_blocks=config.cache.num_gpu_blocks_override,
+        max_raw_pixels=max_raw_pixels,
     )
     logger.info("%s on %s in %s", config.model.model, device, str(dtype).removeprefix("torch."))
     logger.info("Memory plan:\n%s", describe(memory, spec, max_model_len))
 
     news = threading.Event()
     tower = TowerThread(_encoder(model, device), news.set) if encodes_beside and device.type == "cpu" else None
-    feeder = MediaFeeder(MediaPool(config.media, on_finished=news.set), tower)
+    feeder = MediaFeeder(MediaPool(config.media, on_finished=news.set), tower, max_raw_pixels=max_raw_pixels)
     scheduler = Scheduler(
         SchedulerLimits(
             max_num_seqs=budgets.max_num_seqs,
@@ -147,6 +153,7 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside
             max_num_tokens_beside_decodes=budgets.max_num_tokens_beside_decodes,
             max_num_patches_beside_decodes=budgets.max_num_patches_beside_decodes if tower is None else None,
             encodes_beside=tower is not None,
+            max_raw_pixels=max_raw_pixels,
             max_model_len=max_model_len,
             num_blocks=memory.num_blocks,
             block_size=memory.block_size,
@@ -191,6 +198,18 @@ def _encoder(model: VisionLanguageModel, device: torch.device) -> Encode:
         return tower([pixels], [layout]).float().numpy()
 
     return encode
+
+
+def most_raw_pixels(device: torch.device) -> int:
+    """Pixels of a picture that the device is to resize, at most; 0 where the media workers resize all."""
+    if device.type != "cuda" or select(device).resample is reference.resample:
+        return 0
+    if not is_pillows():
+        logger.warning(
+            "Pictures are resized on the CPU: Pillow %s has other arithmetic than is known.", PIL.__version__
+        )
+        return 0
+    return MAX_RAW_PIXELS
 
 
 def resolve_device(config: DeviceConfig) -> torch.device:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from opsin.config import EngineConfig, ModelConfig
 from opsin.engine.engine import EngineFacts
+from opsin.errors import ConfigError, RequestError
 from opsin.models import Family, resolve
-from opsin.models.hub import ModelFiles, find_model
+from opsin.models.hub import ModelFiles, find_model, read_generation_config
 from opsin.processing.grammar import GrammarCheck
 from opsin.processing.jinja import read_template
 from opsin.processing.pooling import VectorSizes
@@ -35,6 +36,9 @@ class Checkpoint:
             ConfigError, UnsupportedModelError: what is wrong, and what to do.
         """
         files, family = find(config.model)
+        if config.model.generation_config not in ("auto", "vllm"):
+            generation = read_generation_config(Path(config.model.generation_config).expanduser())
+            files = replace(files, generation_config=generation)
         tokenizer = Tokenizer.from_folder(_tokenizer_folder(config.model, files), files.generation_config)
         rule = family.load_rule().from_hf(files.config, files.processor, tokenizer)
         return cls(files, family, tokenizer, rule)
@@ -44,15 +48,21 @@ class Checkpoint:
 
         Args:
             facts: the engine's.
+
+        Raises:
+            ConfigError: ``override_generation_config`` has a value that cannot be.
         """
         given = config.model.chat_template
-        return InputProcessor(
+        override = config.model.override_generation_config
+        defaults = dict[str, Any]() if config.model.generation_config == "vllm" else self.files.generation_config
+        processor = InputProcessor(
             self.tokenizer,
             self.rule,
             facts.spec,
             media=config.media,
             max_model_len=facts.max_model_len,
-            generation_config=self.files.generation_config,
+            generation_config={**defaults, **override},
+            max_answer_len=override.get("max_new_tokens"),
             default_seed=config.model.seed,
             family=self.family.folder,
             folder=self.files.folder,
@@ -60,6 +70,12 @@ class Checkpoint:
             grammars=grammars,
             vector_sizes=VectorSizes.from_config(self.files.config, facts.spec.hidden_size),
         )
+        if override:
+            try:
+                processor.default_sampling_params()
+            except RequestError as error:  # said now, not to everybody who asks
+                raise ConfigError(f"override_generation_config: {error}") from error
+        return processor
 
 
 def find(config: ModelConfig) -> tuple[ModelFiles, Family]:

@@ -15,6 +15,7 @@ from opsin.engine.histogram import SECONDS, Histogram
 from opsin.engine.tower import TowerThread
 from opsin.errors import RequestError
 from opsin.media.pool import MAX_PENDING, Finished, MediaPool
+from opsin.media.raw import raw_plan
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.prompts import MediaSource
 from opsin.runner.executor import Embedding, Pixels
@@ -24,6 +25,7 @@ from opsin.types import EngineRequest, MediaLayout, MediaNeed
 class _Job(NamedTuple):
     begun_s: float
     layout: MediaLayout
+    is_raw: bool
 
     @property
     def num_pixels(self) -> int:
@@ -36,11 +38,14 @@ class MediaFeeder:
 
     Args:
         tower: encodes pictures beside the steps; without one, the steps do.
+        max_raw_pixels: of pictures that are only decoded here, as ``media.raw.raw_plan`` says; 0 where the device does
+            not resize.
     """
 
-    def __init__(self, pool: MediaPool, tower: TowerThread | None = None) -> None:
+    def __init__(self, pool: MediaPool, tower: TowerThread | None = None, *, max_raw_pixels: int = 0) -> None:
         self._pool = pool
         self._tower = tower
+        self._max_raw_pixels = max_raw_pixels
         self._held: dict[str, tuple[EngineRequest, Sequence[MediaSource]]] = {}
         self._backlog: deque[MediaNeed] = deque()  # the pool takes a bounded number of jobs
         self._decoding: dict[bytes, _Job] = {}
@@ -65,11 +70,6 @@ class MediaFeeder:
         """Pictures that were asked for and have not come."""
         return len(self._decoding) + len(self._encoding) + len(self._backlog)
 
-    @property
-    def must_tidy(self) -> bool:
-        """A request has ended since the last ``pump``, and pictures that were on their way for it may be unwanted."""
-        return self._may_be_unwanted
-
     def hold(self, request: EngineRequest, sources: Sequence[MediaSource]) -> None:
         """Keep a request's sources until ``release``."""
         if sources:
@@ -87,11 +87,24 @@ class MediaFeeder:
         for key, features in () if self._tower is None else self._tower.poll():
             self._encoding.discard(key)
             core.put_payload(key, features)
-        if self._may_be_unwanted:
-            self._forget_unwanted(core)
+        self.tidy(core)
         self._backlog += core.take_needs()
         while self._backlog and len(self._decoding) < MAX_PENDING:
             self._start(core, self._backlog.popleft())
+
+    def tidy(self, core: EngineCore) -> None:
+        """Give up what was on its way for requests that have ended, unless others want it."""
+        if not self._may_be_unwanted:
+            return
+        self._may_be_unwanted = False
+        for key in [key for key in self._decoding if not core.wants(key)]:
+            self._pool.cancel(key)
+            del self._decoding[key]
+        for key in [key for key in self._encoding if not core.wants(key)]:
+            assert self._tower is not None
+            self._tower.cancel(key)
+            self._encoding.remove(key)
+        self._backlog = deque(need for need in self._backlog if need.request_id in self._held)
 
     def close(self) -> None:
         if self._tower is not None:
@@ -112,19 +125,21 @@ class MediaFeeder:
             core.put_payload(need.key, Embedding(source.data))
             return
         layout = request.media[need.item].layout
-        self._decoding[need.key] = _Job(time.monotonic(), layout)
-        self._pool.submit(need.key, source, layout.plan)
+        raw = raw_plan(layout.plan, self._max_raw_pixels)
+        self._decoding[need.key] = _Job(time.monotonic(), layout, raw is not None)
+        self._pool.submit(need.key, source, raw or layout.plan)
 
     def _hand_in(self, core: EngineCore, finished: Finished) -> None:
         assert isinstance(finished.job_id, bytes)
         job = self._decoding.pop(finished.job_id, None)
+        if job is None:  # nobody waits for it any more
+            return
         if finished.pixels is not None:
             self.num_decoded += 1
-            pixels = Pixels(finished.pixels)
-            if job is not None:
-                self.num_pixels_decoded += job.num_pixels
-                self.decode_seconds.observe(time.monotonic() - job.begun_s)
-            if job is None or self._tower is None:
+            self.num_pixels_decoded += job.num_pixels
+            self.decode_seconds.observe(time.monotonic() - job.begun_s)
+            pixels = Pixels(finished.pixels, job.is_raw)
+            if self._tower is None:
                 core.put_payload(finished.job_id, pixels)
             elif core.wants(finished.job_id):
                 self._encoding.add(finished.job_id)
@@ -133,13 +148,3 @@ class MediaFeeder:
             error = finished.error
             code = error.code or "image_parse_error" if isinstance(error, RequestError) else None
             core.fail_media(finished.job_id, str(error), code)
-
-    def _forget_unwanted(self, core: EngineCore) -> None:
-        self._may_be_unwanted = False
-        for key in [key for key in self._decoding if not core.wants(key)]:
-            self._pool.cancel(key)
-            del self._decoding[key]
-        for key in [key for key in self._encoding if not core.wants(key)]:
-            assert self._tower is not None
-            self._tower.cancel(key)
-            self._encoding.remove(key)

@@ -7,9 +7,10 @@ happens on this side of the ``Engine``, which sees ids, keys and pixels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Unpack
 
 from opsin.config import MediaConfig
@@ -69,7 +70,21 @@ class Front:
             RequestError, MediaError: what is wrong with it.
         """
         chat = self.inputs.render_chat(messages, **options)
-        return self.open_chat(chat, self._fetch(chat.media), mm_processor_kwargs)
+        return self.open_chat(chat, self.fetch(chat.media), mm_processor_kwargs)
+
+    def fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
+        """The bytes behind each reference that is a URL, several at a time.
+
+        Raises:
+            MediaError: one cannot be fetched.
+        """
+        urls = {ref.value: ref for ref in references if isinstance(ref.value, str) and not ref.is_embedding}
+        if is_at_hand(references):
+            jobs = {url: partial(fetch, url, self._media, ref.modality) for url, ref in urls.items()}
+            return _fetched(references, jobs)
+        with ThreadPoolExecutor(min(_FETCH_THREADS, len(urls)), thread_name_prefix="opsin-fetch") as threads:
+            futures = {url: threads.submit(fetch, url, self._media, ref.modality) for url, ref in urls.items()}
+            return _fetched(references, {url: future.result for url, future in futures.items()})
 
     def open_chat(
         self,
@@ -230,23 +245,6 @@ class Front:
 
     # ------------------------------------------------------------------------------------ inside
 
-    def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
-        """The bytes behind each reference that is a URL, several at a time."""
-        urls = {ref.value: ref for ref in references if isinstance(ref.value, str) and not ref.is_embedding}
-        if not urls:
-            return [None] * len(references)
-        with ThreadPoolExecutor(min(_FETCH_THREADS, len(urls)), thread_name_prefix="opsin-fetch") as threads:
-            jobs = {url: threads.submit(fetch, url, self._media, ref.modality) for url, ref in urls.items()}
-            fetched: list[bytes | None] = []
-            for ref in references:
-                job = jobs.get(ref.value) if isinstance(ref.value, str) else None
-                try:
-                    fetched.append(job.result() if job is not None else None)
-                except RequestError as error:
-                    error.param = error.param or ref.param
-                    raise
-        return fetched
-
     def _with_options(self, prompt: Prompt, options: Mapping[str, Any] | None) -> Prompt:
         """Processor settings: the engine's, then the call's, then the prompt's own."""
         if options is not None and not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -260,6 +258,26 @@ class Front:
                 f"mm_processor_kwargs must be keyed by strings, got {wrong!r}.", param="mm_processor_kwargs"
             )
         return replace(prompt, processor_options=merged)
+
+
+def is_at_hand(references: Iterable[MediaReference]) -> bool:
+    """Whether all media came with the request, as data: URLs or as objects, and no process has to look into one."""
+    return all(
+        ref.modality == "image" and (not isinstance(ref.value, str) or ref.is_embedding or ref.value[:5] == "data:")
+        for ref in references
+    )
+
+
+def _fetched(references: Sequence[MediaReference], jobs: Mapping[str, Callable[[], bytes]]) -> list[bytes | None]:
+    fetched: list[bytes | None] = []
+    for ref in references:
+        job = jobs.get(ref.value) if isinstance(ref.value, str) else None
+        try:
+            fetched.append(job() if job is not None else None)
+        except RequestError as error:
+            error.param = error.param or ref.param
+            raise
+    return fetched
 
 
 def template_text(given: str | None) -> str | None:

@@ -47,8 +47,7 @@ class LocalEngine:
 
     @property
     def has_work(self) -> bool:
-        # Also when the last request was aborted: what is decoded for nobody is given up in a step, not kept.
-        return self.core.has_work or self.feeder.must_tidy
+        return self.core.has_work
 
     def add(self, requests: Sequence[EngineRequest], sources: Sequence[MediaSource]) -> None:
         for i, request in enumerate(requests):
@@ -63,6 +62,7 @@ class LocalEngine:
 
     def abort(self, request_id: str) -> None:
         self.core.abort(request_id)
+        self.feeder.tidy(self.core)  # now: if nobody is left, there may be no step for long
 
     def step(self) -> list[RequestUpdate]:
         """One step; waits a moment if pictures are being decoded and nothing else can be done."""

@@ -1,4 +1,4 @@
-"""What the front and its engine process say to one another. Pictures go beside the messages, in shared memory."""
+"""What the front and its engine process say to one another. Large pictures go beside the messages, in shared memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from opsin.types import Clip, EngineRequest, RequestUpdate
 
 
 class SourceHead(msgspec.Struct, frozen=True, array_like=True):
-    """One ``MediaSource`` but for its bytes, which lie behind one another in the memory that comes along."""
+    """One ``MediaSource``; its bytes are ``data``, or lie behind one another in the memory that comes along."""
 
     kind: Literal["encoded", "pixels", "video", "frames", "features"]
     num_bytes: int
@@ -36,6 +36,7 @@ class SourceHead(msgspec.Struct, frozen=True, array_like=True):
     extras: Mapping[str, tuple[int, ...]] = {}
     video: VideoHeader | None = None
     clip: Clip | None = None
+    data: bytes = b""
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -95,8 +96,11 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 FromEngine = Loaded | LoadFailed | News | Beat
 
 
+_MAX_INLINE_BYTES = 2**18  # fewer are copied in less time than memory is made, mapped twice, and taken away
+
+
 def pack_sources(sources: Sequence[MediaSource]) -> tuple[list[SourceHead], int | None]:
-    """The sources' heads, and the descriptor of shared memory with their bytes; None where there are no sources.
+    """The sources' heads, and the descriptor of shared memory with their bytes; None where the heads have these.
 
     Raises:
         MediaError: a picture object cannot be converted to RGB.
@@ -107,9 +111,10 @@ def pack_sources(sources: Sequence[MediaSource]) -> tuple[list[SourceHead], int 
         data, head = _packed(source)
         heads.append(head)
         parts.append(data)
-    if not heads:
-        return [], None
-    descriptor, memory = allocate(max(1, sum(head.num_bytes for head in heads)))
+    num_bytes = sum(head.num_bytes for head in heads)
+    if num_bytes <= _MAX_INLINE_BYTES:
+        return [msgspec.structs.replace(h, data=bytes(part)) for h, part in zip(heads, parts, strict=True)], None
+    descriptor, memory = allocate(num_bytes)
     with memory:
         for part in parts:
             memory.write(part)
@@ -119,9 +124,9 @@ def pack_sources(sources: Sequence[MediaSource]) -> tuple[list[SourceHead], int 
 def unpack_sources(heads: Sequence[SourceHead], descriptor: int | None) -> list[MediaSource]:
     """What ``pack_sources`` packed; the descriptor is closed."""
     if descriptor is None:
-        return []
+        return [_unpacked(head, head.data) for head in heads]
     try:
-        memory = map_memory(descriptor, max(1, sum(head.num_bytes for head in heads)))
+        memory = map_memory(descriptor, sum(head.num_bytes for head in heads))
     finally:
         os.close(descriptor)
     with memory:  # copied out, since older Pythons keep a descriptor for as long as a mapping

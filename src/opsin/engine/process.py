@@ -6,6 +6,7 @@ It ends when the front's end of the socket closes, so it does not outlive the pr
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import logging
 import os
 import queue
@@ -23,6 +24,7 @@ from opsin.engine.build import build_engine
 from opsin.engine.channel import EngineEnd
 from opsin.engine.checkpoint import Checkpoint
 from opsin.engine.grammars import GrammarThreads
+from opsin.engine.heap import give_back
 from opsin.engine.local import LocalEngine
 from opsin.engine.messages import (
     Abort,
@@ -42,6 +44,7 @@ from opsin.types import OWN_FAULT, RequestUpdate
 logger = logging.getLogger(__name__)
 
 _BEAT_S = 0.2
+_BEATS_PER_TIDYING = 50  # every ten seconds
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _LAST_STEP_S = 2.0  # that a step may still take once the front is gone
 
@@ -95,6 +98,8 @@ class _Service:
             self._send(LoadFailed("EngineDeadError", f"The model could not be loaded: {type(error).__name__}: {error}"))
             return 1
         self._engine = engine
+        gc.collect()
+        gc.freeze()  # what a model and its libraries leave stays; a full collection would hold up every answer for it
         threading.Thread(target=self._listen, args=(engine,), name="opsin-listen", daemon=True).start()
         self._send(Loaded(engine.facts))
         try:
@@ -162,10 +167,12 @@ class _Service:
 
     def _beat(self) -> None:
         try:
-            while True:
+            for number in itertools.count(1):
                 engine = self._engine
                 stats, histograms = ({}, {}) if engine is None else (_stats(engine), engine.histograms())
                 self._send(Beat(self._step_begun_s, stats, histograms))
+                if number % _BEATS_PER_TIDYING == 0:
+                    give_back()
                 time.sleep(_BEAT_S)
         except EOFError:
             _leave()

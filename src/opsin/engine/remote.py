@@ -216,7 +216,7 @@ class RemoteEngine:
                 if ready & selectors.EVENT_READ:
                     for body in self._end.receive():
                         self._take(_decoder.decode(body))
-        except (EOFError, msgspec.MsgspecError):
+        except (EOFError, msgspec.MsgspecError, RecursionError):  # the last of what is nested without end
             self._end_process(f"ended ({_how(self._process)})")
         else:
             self._look()

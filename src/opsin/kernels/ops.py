@@ -169,6 +169,19 @@ class Patchify(Protocol):
         ...
 
 
+class Resample(Protocol):
+    def __call__(self, picture_YX3: torch.Tensor, taps: torch.Tensor, axis: int, out_YX3: torch.Tensor) -> None:
+        """One pass of a resize, with Pillow's integers: fills ``out_YX3``. Both are uint8.
+
+        Args:
+            picture_YX3: bytes of a row lie side by side; rows may lie apart.
+            taps: int32 (1 + taps, pixels of ``out_YX3`` along ``axis``), as ``media.resample.make_taps`` makes them.
+            axis: 0 down the picture, 1 across it.
+            out_YX3: contiguous.
+        """
+        ...
+
+
 class Greedy(Protocol):
     def __call__(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(int64 (B,) the likeliest token, the first of equals; bool (B,) whether the row's largest is a number)."""
@@ -198,5 +211,6 @@ class Kernels:
     paged_attention: PagedAttention
     varlen_attention: VarlenAttention
     patchify: Patchify
+    resample: Resample
     greedy: Greedy
     replayable: bool = False

@@ -298,6 +298,17 @@ def patchify(tiles_BYX3: torch.Tensor, patch_size: int, table_3: torch.Tensor, d
     return torch.cat(channels, dim=1)
 
 
+def resample(picture_YX3: torch.Tensor, taps: torch.Tensor, axis: int, out_YX3: torch.Tensor) -> None:
+    """The sum is kept in 32 bits, as Pillow's: of 255 and weights of 22 fractional bits."""
+    first, weights = taps[0], taps[1:].unsqueeze(-1)
+    if axis == 0:
+        weights = weights.unsqueeze(-1)
+    total = torch.full(out_YX3.shape, 1 << 21, dtype=torch.int32, device=out_YX3.device)
+    for tap, weight in enumerate(weights):
+        total += picture_YX3.index_select(axis, first + tap) * weight
+    out_YX3.copy_((total >> 22).clamp_(0, 255))
+
+
 def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits_BV.argmax(dim=-1), logits_BV.amax(dim=-1).isfinite()
 
@@ -318,5 +329,6 @@ KERNELS = Kernels(
     paged_attention=paged_attention,
     varlen_attention=varlen_attention,
     patchify=patchify,
+    resample=resample,
     greedy=greedy,
 )

@@ -79,7 +79,7 @@ def _upload(arrays: Sequence[np.ndarray], device: torch.device, into: torch.Tens
 
 def num_bytes(arrays: Sequence[np.ndarray]) -> int:
     """What ``upload`` needs for these arrays."""
-    return sum(_aligned(array.nbytes) for array in arrays)
+    return sum(_aligned(array.nbytes) for array in arrays[:-1]) + sum(array.nbytes for array in arrays[-1:])
 
 
 def views(packed: torch.Tensor, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:

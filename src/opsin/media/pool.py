@@ -28,6 +28,7 @@ from opsin.config import MediaConfig
 from opsin.errors import MediaError, OpsinError, RequestFailedError
 from opsin.media.clips import EncodedVideo, VideoSource
 from opsin.media.ops import PixelArray, distinct
+from opsin.media.raw import is_raw
 from opsin.media.source import EncodedPicture, PictureSource
 from opsin.media.spawn import START_TIMEOUT_S, start_worker
 from opsin.media.wire import Job, Reply, allocate, carry_out, receive, send
@@ -298,11 +299,12 @@ class MediaPool:
     def _assign(self, selector: selectors.BaseSelector) -> None:
         """Give queued tasks to idle workers; start a process for every one that is left, up to the limit."""
         for worker in [worker for worker in self._workers if worker.idle]:
-            with self._changed:
-                if not self._queue:
-                    return
-                task = self._queue.popleft()
-            self._give(selector, worker, task)
+            while worker.idle and worker in self._workers:  # what is settled without the worker leaves it idle
+                with self._changed:
+                    if not self._queue:
+                        return
+                    task = self._queue.popleft()
+                self._give(selector, worker, task)
         num_starting = sum(not worker.ready for worker in self._workers)
         num_free = self._max_workers - len(self._workers)
         for _ in range(min(len(self._queue) - num_starting, num_free)):
@@ -322,9 +324,12 @@ class MediaPool:
             data = source.data
         else:
             try:
-                data = b"".join(frame.tobytes() for frame in source.frames(distinct(task.plan.frames)))
+                data = bytearray().join(frame.tobytes() for frame in source.frames(distinct(task.plan.frames)))
             except MediaError as error:
                 self._finish(task, None, MediaError(str(error), code=error.code))
+                return
+            if is_raw(task.plan):  # nothing is left to do
+                self._finish(task, np.frombuffer(data, np.uint8), None)
                 return
         descriptors: list[int] = []
         try:

@@ -100,7 +100,10 @@ def receive(connection: socket.socket, kind: type[T], num_descriptors: int = 0) 
     length = int.from_bytes(prefix, "little")
     if not prefix or length > _MAX_MESSAGE_BYTES:
         raise EOFError
-    return msgspec.msgpack.decode(_receive_exactly(connection, length), type=kind), descriptors
+    try:
+        return msgspec.msgpack.decode(_receive_exactly(connection, length), type=kind), descriptors
+    except RecursionError:  # nested without end, in a field that nobody asked for
+        raise msgspec.DecodeError("The message is nested too deeply.") from None
 
 
 def allocate(num_bytes: int) -> tuple[int, mmap.mmap]:

@@ -81,6 +81,20 @@ def find_model(
     )
 
 
+def read_generation_config(folder: Path) -> Mapping[str, Any]:
+    """A folder's generation_config.json.
+
+    Raises:
+        ConfigError: there is none, or it is not JSON.
+    """
+    found = _read_json(folder / "generation_config.json")
+    if found is None:
+        raise ConfigError(
+            f"generation_config: {folder} has no generation_config.json; give a folder that has, 'auto' or 'vllm'."
+        )
+    return found
+
+
 def _find_folder(model: str, revision: str | None, weights: bool) -> Path:
     if model == DEMO:
         folder = Path(str(resources.files("opsin"))) / "demo" / "model"

@@ -64,6 +64,7 @@ class ChatOptions(TypedDict, total=False):
         continue_final_message: go on with the last message instead of answering it.
         chat_template_kwargs: more variables for the template; they cannot replace its own.
         media_io_kwargs: which frames of the videos to take, over the engine's own setting of the name.
+        add_special_tokens: put the tokenizer's own before the prompt; None does unless the template has.
         isolate_template: run ``chat_template`` in a process that may be killed, since it comes from afar.
     """
 
@@ -75,17 +76,19 @@ class ChatOptions(TypedDict, total=False):
     documents: Sequence[Mapping[str, Any]] | None
     chat_template_kwargs: Mapping[str, Any] | None
     media_io_kwargs: Mapping[str, Any] | None
+    add_special_tokens: bool | None
     isolate_template: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A rendered conversation: the prompt, which of its control strings are a user's own words, its media, and which
-    frames to take of videos among them."""
+    """A rendered conversation: the prompt, which of its control strings are a user's own words, its media, which frames
+    to take of videos among them, and whether special tokens come before it."""
 
     prompt: Rendered
     media: list[MediaReference] = field(default_factory=list)
     media_io_kwargs: Mapping[str, Any] | None = None
+    add_special_tokens: bool | None = None
 
 
 class _Text(NamedTuple):

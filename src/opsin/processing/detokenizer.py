@@ -7,6 +7,7 @@ that are not UTF-8, ``decode`` of the whole also loses the valid characters next
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,20 +21,25 @@ _LONG_WINDOW = 16  # tokens
 class Detokenizer:
     """The text of one growing sequence.
 
-    Decodes a short window of the last tokens, with one settled piece in front: a piece's text may depend on there
-    being something before it (a leading space).
+    Where tokens are bytes, these are decoded as they come. Elsewhere a short window of the last tokens is, with one
+    settled piece in front: a piece's text may depend on there being something before it (a leading space).
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.is_byte_level else None
         self._window: list[int] = []
         self._settled = 0  # tokens at the window's start that end on a clean boundary
         self._emitted = 0  # characters of the window's text that were given out
 
     def add(self, token_id: int) -> str:
         """The text that this token settles; often its own, sometimes none."""
-        if token_id in self._skipped or not self._tokenizer.has_text(token_id):
+        if token_id in self._skipped:
+            return ""
+        if self._utf8 is not None:
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        if not self._tokenizer.has_text(token_id):
             return ""  # not even kept: a piece's context must be a piece with text
         self._window.append(token_id)
         text = self._decode(self._window)
@@ -58,6 +64,8 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The text that still waited, as far as it goes; the sequence has ended."""
+        if self._utf8 is not None:
+            return self._utf8.decode(b"", final=True)
         new = self._decode(self._window)[self._emitted :]
         self._emitted += len(new)
         return new

@@ -307,7 +307,10 @@ class _Request:
 
     @property
     def finished(self) -> bool:
-        return all(answer.finish_reason is not None for answer in self.answers)
+        for answer in self.answers:  # asked for every token, and so no generator
+            if answer.finish_reason is None:
+                return False
+        return True
 
     def take(self, index: int, update: RequestUpdate, now: float) -> bool:
         """Take in one update; True when a stop string ends that answer."""

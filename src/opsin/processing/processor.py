@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from opsin.config import MediaConfig
+from opsin.config import GENERATION_DEFAULTS, MediaConfig
 from opsin.errors import ContextLengthError, RequestError
 from opsin.media.clips import EncodedVideo, FrameChoice, FrameSequence, VideoSource
 from opsin.media.fetch import decode_frames_url
@@ -66,7 +66,8 @@ class InputProcessor:
 
     Args:
         max_model_len: longest prompt plus answer, in tokens.
-        generation_config: the checkpoint's generation_config.json.
+        generation_config: the checkpoint's generation_config.json, or what stands for it.
+        max_answer_len: most tokens of any answer.
         default_seed: seeds the requests that bring no seed of their own, each differently, by their ids.
         family: name of the model's, whose template is taken where the checkpoint has none.
         folder: the checkpoint, to look for its chat template.
@@ -84,6 +85,7 @@ class InputProcessor:
         media: MediaConfig,
         max_model_len: int,
         generation_config: Mapping[str, Any] | None = None,
+        max_answer_len: int | None = None,
         default_seed: int = 0,
         family: str = "",
         folder: Path | None = None,
@@ -102,6 +104,7 @@ class InputProcessor:
         FrameChoice.of(media.media_io_kwargs)  # a mistake in there should be told at once
         self._probe = VideoProber(media)
         self._generation_config = generation_config or {}
+        self._max_answer_len = max_answer_len or max_model_len
         self._default_seed = default_seed
         plain, with_tools = (
             chat_template or find_template(folder, tokenizer.chat_template, family, tools=tools)
@@ -126,9 +129,8 @@ class InputProcessor:
         Args:
             max_tokens: where it says nothing of it; None is what the context holds.
         """
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        found = {name: self._generation_config.get(name) for name in names}
-        longest = self._generation_config.get("max_new_tokens")
+        found = {name: self._generation_config.get(name) for name in GENERATION_DEFAULTS}
+        longest = found.pop("max_new_tokens")
         given = {name: value for name, value in found.items() if value is not None}
         return SamplingParams(**given, max_tokens=max_tokens if longest is None else longest)
 
@@ -166,6 +168,7 @@ class InputProcessor:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         media_io_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool | None = None,
         isolate_template: bool = False,
     ) -> ChatPrompt:
         """Render one conversation with the model's template, or with ``chat_template`` (jinja text).
@@ -194,7 +197,9 @@ class InputProcessor:
         FrameChoice.of(media_io_kwargs)  # before anything is fetched
         self._check_limits([reference.modality for reference in chat.media], "messages")
         media = [self._with_frames(reference) for reference in chat.media]
-        return dataclasses.replace(chat, media=media, media_io_kwargs=media_io_kwargs)
+        return dataclasses.replace(
+            chat, media=media, media_io_kwargs=media_io_kwargs, add_special_tokens=add_special_tokens
+        )
 
     def open_reference(
         self,
@@ -212,7 +217,6 @@ class InputProcessor:
         *,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str = "",
-        add_special_tokens: bool | None = None,
     ) -> Prompt:
         """The prompt of a rendered conversation and its opened media."""
         return Prompt(
@@ -220,7 +224,7 @@ class InputProcessor:
             media=list(media),
             processor_options=mm_processor_kwargs or {},
             cache_salt=cache_salt,
-            add_special_tokens=add_special_tokens,
+            add_special_tokens=chat.add_special_tokens,
         )
 
     # ----------------------------------------------------------------------------------------------- requests
@@ -433,6 +437,7 @@ class InputProcessor:
                 raise RequestError(
                     f"{name} holds {wrong}; this model's ids are 0 to {self.spec.vocab_size - 1}.", param=name
                 )
+        room = min(room, self._max_answer_len)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         bad_words = params.bad_words_token_ids
         if params.bad_words:

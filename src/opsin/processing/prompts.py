@@ -30,7 +30,15 @@ from opsin.types import Modality
 MediaSource = PictureSource | VideoSource | GivenFeatures
 """What an item's payload is made from, when the engine asks for it."""
 
-_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids", "cache_salt")
+_KEYS = (
+    "prompt",
+    "prompt_token_ids",
+    "multi_modal_data",
+    "mm_processor_kwargs",
+    "multi_modal_uuids",
+    "cache_salt",
+    "add_special_tokens",
+)
 _MODALITIES: tuple[Modality, ...] = ("image", "video")
 
 
@@ -125,6 +133,9 @@ def read_prompt(prompt: Any, opener: Opener) -> Prompt:
     salt = prompt.get("cache_salt")
     if salt is not None and not (isinstance(salt, str) and salt):
         raise RequestError(f"cache_salt must be a non-empty string, got {salt!r}.", param="cache_salt")
+    special = prompt.get("add_special_tokens", True)
+    if not isinstance(special, bool):
+        raise RequestError(f"add_special_tokens must be true or false, got {special!r}.", param="add_special_tokens")
     data = _mapping(prompt, "multi_modal_data")
     uuids = _mapping(prompt, "multi_modal_uuids")
     media: list[MediaInput] = []
@@ -145,6 +156,7 @@ def read_prompt(prompt: Any, opener: Opener) -> Prompt:
         media=media,
         processor_options={} if each is not None else _mapping(prompt, "mm_processor_kwargs"),
         cache_salt=salt or "",
+        add_special_tokens=special,
     )
 
 

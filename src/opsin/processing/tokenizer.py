@@ -19,6 +19,17 @@ from opsin.errors import UnsupportedModelError
 from opsin.processing.neutral import ControlStrings, Rendered, Span
 
 _LONG = 1024  # ids whose text takes longer to make than to ask for in a batch
+_LONG_CHARS = 8192  # likewise
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in GPT-2's vocabulary: its own if that can be seen, or one from 256 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
+
+
+_BYTE_OF = _byte_letters()
 
 
 class Tokenizer:
@@ -31,6 +42,7 @@ class Tokenizer:
     Attributes:
         special_ids: tokens that ``decode`` leaves out by default.
         byte_ids: tokens that stand for one byte each, in vocabularies that fall back to bytes.
+        is_byte_level: every token stands for bytes, ``token_bytes``, as in GPT-2's vocabulary.
         letter_id: a token that ends in plain text, to stand before another token.
         eos_token_ids: tokens that end an answer.
     """
@@ -63,6 +75,8 @@ class Tokenizer:
         self._newline_ids = self._pipeline("\n")
         self._text_starts_differ = self._starts_differ()
         self._piece_text: dict[int, str] = {}
+        self._piece_bytes: dict[int, bytes] = {}
+        self.is_byte_level: bool = type(backend.decoder).__name__ == "ByteLevel"
         byte_ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         falls_back = getattr(backend.model, "byte_fallback", False)
         self.byte_ids: frozenset[int] = frozenset(i for i in byte_ids if i is not None and falls_back)
@@ -85,7 +99,9 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids as transformers gives them: special tokens in the text are recognised."""
-        # Of one text too, since tokenizers lets other threads run only while it reads a batch.
+        if len(text) < _LONG_CHARS:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # tokenizers lets other threads run only while it reads a batch, even of one text; but it wakes threads for it.
         return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def encode_plain(self, text: str, *, at_start: bool = True) -> list[int]:
@@ -153,6 +169,17 @@ class Tokenizer:
     def has_text(self, token_id: int) -> bool:
         """Whether the vocabulary has a word for this id; models often have more rows than tokens."""
         return bool(self._backend.id_to_token(token_id))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token of a byte-level vocabulary stands for; nothing where there is no such token."""
+        piece = self._piece_bytes.get(token_id)
+        if piece is None:
+            word = self._backend.id_to_token(token_id) or ""
+            spelt = [_BYTE_OF.get(char) for char in word]
+            # An added token may hold other letters, and is then itself.
+            piece = word.encode() if None in spelt else bytes(byte for byte in spelt if byte is not None)
+            self._piece_bytes[token_id] = piece
+        return piece
 
     def token_text(self, token_id: int) -> str:
         """Text of one token as it reads inside a sentence: a leading space is kept."""

@@ -16,10 +16,12 @@ from opsin.types import ModelSpec, StepPlan, StepResult
 class Pixels(NamedTuple):
     """One item's tiles as its ``PixelPlan`` orders them: frames, then views, then rows and columns.
 
-    ``data`` is flat uint8; tile i is (height_i, width_i, 3), RGB.
+    ``data`` is flat uint8; tile i is (height_i, width_i, 3), RGB. Where it ``is_raw``, it is the one upright picture of
+    the plan's size, (height, width, 3), and the tiles are still to be made.
     """
 
     data: np.ndarray
+    is_raw: bool = False
 
 
 class Embedding(NamedTuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from opsin.runner.pooling import RowValues
 from opsin.runner.sampler import SampledTokens, logprob_lists
-from opsin.types import PositionLogprobs, RowResult, StepResult
+from opsin.types import RowResult, StepResult
 
 _NOT_FINITE = "The model's output was not finite."
 
@@ -19,7 +20,8 @@ class LaunchedStep:
     Args:
         results: one per row of the plan, to be filled in.
         sampled: what was drawn, if anything.
-        sampled_rows: the result that each draw belongs to, and how many log-probabilities it wants.
+        drawn: the index of the result that each draw belongs to.
+        counts: how many log-probabilities it wants, for draws that want any.
         pooled: results with the vector that each of them gets.
         values: what is read at single positions of rows.
     """
@@ -29,13 +31,14 @@ class LaunchedStep:
         step: int,
         results: list[RowResult],
         sampled: SampledTokens | None = None,
-        sampled_rows: Sequence[tuple[RowResult, int | None]] = (),
+        drawn: Sequence[int] = (),
+        counts: Mapping[int, int | None] = MappingProxyType({}),
         pooled: Sequence[tuple[RowResult, torch.Tensor]] = (),
         values: Sequence[RowValues] = (),
     ) -> None:
         self._step = step
         self._results = results
-        self._rows = sampled_rows
+        self._drawn, self._counts = drawn, counts
         self._sampled = None if sampled is None else _to_host(sampled)
         self._pooled = [(result, _copy(vector_D)) for result, vector_D in pooled]
         self._values = [(row, _copy(row.values_PK)) for row in values]
@@ -59,17 +62,22 @@ class LaunchedStep:
             if not row.settle(values_PK):
                 row.result.error = _NOT_FINITE
         if self._sampled is not None:
-            ids = self._sampled.ids_B.tolist()
-            finite = self._sampled.finite_B.tolist()
-            logprobs: list[PositionLogprobs | None] = [None] * len(ids)
-            if self._sampled.top is not None:
-                logprobs = logprob_lists(self._sampled.top, ids, [count for _, count in self._rows])
-            for i, (row, _) in enumerate(self._rows):
-                if finite[i]:
-                    row.token_id, row.logprobs = ids[i], logprobs[i]
-                else:
-                    row.error = _NOT_FINITE
+            self._settle(self._sampled)
         return StepResult(self._step, self._results)
+
+    def _settle(self, sampled: SampledTokens) -> None:
+        """Put what was drawn, now on the host, into its rows' results."""
+        ids, finite = sampled.ids_B.tolist(), sampled.finite_B.tolist()
+        drawn = [self._results[b] for b in self._drawn]
+        for result, token_id, is_finite in zip(drawn, ids, finite, strict=True):
+            if is_finite:
+                result.token_id = token_id
+            else:
+                result.error = _NOT_FINITE
+        if sampled.top is not None:
+            counts = [self._counts.get(i) if is_finite else None for i, is_finite in enumerate(finite)]
+            for result, logprobs in zip(drawn, logprob_lists(sampled.top, ids, counts), strict=True):
+                result.logprobs = logprobs
 
 
 def _to_host(sampled: SampledTokens) -> SampledTokens:

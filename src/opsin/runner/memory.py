@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opsin.errors import ConfigError
+from opsin.media.raw import raw_plan
 from opsin.params import SamplingParams
 from opsin.runner.executor import MemoryPlan, Pixels
+from opsin.runner.pixels import raw_bytes
 from opsin.runner.runner import ModelRunner
 from opsin.types import EncodeItem, MediaLayout, ModelSpec, RowPlan, SlotOpen, StepPlan
 
@@ -42,6 +44,7 @@ def plan_memory(
     layouts: Sequence[MediaLayout],
     kv_bytes: int | None = None,
     num_blocks: int | None = None,
+    max_raw_pixels: int = 0,
 ) -> MemoryPlan:
     """Measure a step, then divide the device's memory.
 
@@ -52,6 +55,7 @@ def plan_memory(
         layouts: pictures that fill the vision budget once.
         kv_bytes: size of the KV cache when the caller fixed it.
         num_blocks: number of KV blocks when the caller fixed it; wins over ``kv_bytes``.
+        max_raw_pixels: see ``media.raw.raw_plan``: pictures that the device resizes come as they are.
 
     Raises:
         ConfigError: one request of ``max_model_len`` tokens would not fit.
@@ -59,7 +63,7 @@ def plan_memory(
     weight_bytes = sum(p.numel() * p.element_size() for p in runner.model.parameters())
     on_gpu = runner.device.type == "cuda"
     if on_gpu:
-        peak = _measure_gpu(runner, max_num_tokens, max_num_seqs, max_model_len, layouts)
+        peak = _measure_gpu(runner, max_num_tokens, max_num_seqs, max_model_len, layouts, max_raw_pixels)
         total = torch.cuda.get_device_properties(runner.device).total_memory
         free, _ = torch.cuda.mem_get_info(runner.device)
         outside = total - free - torch.cuda.memory_reserved(runner.device)  # other processes, and CUDA's own context
@@ -118,7 +122,12 @@ def feature_rows(plan: MemoryPlan, spec: ModelSpec) -> int:
 
 
 def _measure_gpu(
-    runner: ModelRunner, num_tokens: int, max_num_seqs: int, max_model_len: int, layouts: Sequence[MediaLayout]
+    runner: ModelRunner,
+    num_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    layouts: Sequence[MediaLayout],
+    max_raw_pixels: int,
 ) -> int:
     torch.cuda.synchronize(runner.device)
     torch.cuda.empty_cache()
@@ -126,10 +135,11 @@ def _measure_gpu(
     torch.cuda.reset_peak_memory_stats(runner.device)
     num_rows = min(max_num_seqs, num_tokens)
     length = max(1, min(num_tokens // num_rows, max_model_len - 1))
-    _run(runner, _tokens(runner, num_rows, length, emits=True), _pictures(runner, layouts))
+    _run(runner, _tokens(runner, num_rows, length, emits=True), _pictures(runner, layouts, max_raw_pixels))
     peak = torch.cuda.max_memory_allocated(runner.device) - before
     torch.cuda.empty_cache()
-    return peak
+    # The largest raw picture may be much larger than those that were measured; the tower runs when it is gone.
+    return max(peak, raw_bytes(max_raw_pixels) + sum(layout.plan.num_bytes for layout in layouts))
 
 
 def _measure_cpu(
@@ -143,7 +153,7 @@ def _measure_cpu(
         _peak_of(runner, _tokens(runner, min(max_num_seqs, num_tokens), 1, emits=True), ()),
     ]
     if measured_layouts:
-        pictures = _pictures(runner, measured_layouts)
+        pictures = _pictures(runner, measured_layouts, 0)
         peaks.append(_peak_of(runner, _Tokens(), pictures) * len(layouts) // len(measured_layouts))
     return max(peaks)
 
@@ -196,11 +206,13 @@ def _tokens(runner: ModelRunner, num_rows: int, length: int, *, emits: bool) -> 
     )
 
 
-def _pictures(runner: ModelRunner, layouts: Sequence[MediaLayout]) -> tuple[EncodeItem, ...]:
+def _pictures(runner: ModelRunner, layouts: Sequence[MediaLayout], max_raw_pixels: int) -> tuple[EncodeItem, ...]:
     """Black pictures, handed in and waiting for the tower."""
     items = tuple(EncodeItem(i, i.to_bytes(4, "big"), layout) for i, layout in enumerate(layouts))
     for item in items:
-        runner.put_payload(item.key, Pixels(np.zeros(item.layout.plan.num_bytes, dtype=np.uint8)))
+        raw = raw_plan(item.layout.plan, max_raw_pixels)
+        size = (raw or item.layout.plan).num_bytes
+        runner.put_payload(item.key, Pixels(np.zeros(size, dtype=np.uint8), raw is not None))
     return items
 
 

@@ -21,7 +21,7 @@ from opsin.runner.graphs import Recorder, StepGraphs
 from opsin.runner.inputs import RowNumbers, build_inputs, step_arrays, update_blocks, views_of
 from opsin.runner.launched import LaunchedStep
 from opsin.runner.pooling import RowValues, pool, read_row
-from opsin.runner.sampler import SampledTokens, SampleRow, prompt_logprobs, sample
+from opsin.runner.sampler import ParticularRow, SampledTokens, SampleRows, prompt_logprobs, sample
 from opsin.runner.slots import SlotTable
 from opsin.runner.tower import EagerTower, ReplayedTower
 from opsin.runner.vision import VisionStore
@@ -152,66 +152,52 @@ class ModelRunner:
             last_ED: hidden states of the emitting rows' last tokens.
             token_at_E: where in the flat token table those rows' next tokens belong.
         """
+        slot_B, emits_B = numbers.slot_B, numbers.emits_B
         results = [RowResult() for _ in plan.rows]
-        if self._slots.is_plain_S[numbers.slot_B].all():
-            emitting_results = [(result, None) for result, row in zip(results, plan.rows, strict=True) if row.emits]
-            if not emitting_results:
+        if self._slots.is_plain_S[slot_B].all():
+            if not len(token_at_E):
                 return LaunchedStep(plan.step, results)
             sampled = SampledTokens(*self._kernels.greedy(self.model.logits(last_ED)), None)
             self._slots.tokens_SL.view(-1).index_copy_(0, token_at_E, sampled.ids_B)
-            return LaunchedStep(plan.step, results, sampled, emitting_results)
-        sample_rows: list[SampleRow] = []
-        sample_at: list[int] = []  # index among the emitting rows
-        pooled_at: list[tuple[int, int]] = []  # (index among all rows, index among the emitting rows)
-        sampled_results: list[RowResult] = []
+            return LaunchedStep(plan.step, results, sampled, np.flatnonzero(emits_B).tolist())
+
+        pools_B = np.zeros_like(emits_B)
+        pooled: list[tuple[RowResult, torch.Tensor]] = []
         values: list[RowValues] = []
-        emitting = 0
-        for b, (row, begin) in enumerate(zip(plan.rows, row_starts, strict=True)):
+        particular: dict[int, ParticularRow] = {}  # by index among all rows
+        place_B = np.cumsum(emits_B) - 1  # among the emitting rows
+        for b in np.flatnonzero(self._slots.is_particular_S[slot_B]).tolist():
+            row, begin = plan.rows[b], row_starts[b]
             slot = self._slots[row.slot]
-            if isinstance(slot.params, SamplingParams) and slot.params.prompt_logprobs is not None:
-                results[b].prompt_logprobs = self._score_prompt(row, begin, hidden_TD)
-            elif isinstance(slot.params, PoolingParams):
+            if isinstance(slot.params, PoolingParams):
+                pools_B[b] = True
                 own_TD = hidden_TD[begin : begin + row.num_tokens]
                 read = read_row(results[b], row, own_TD, slot.params, self.model.logits)
                 values += [] if read is None else [read]
-            if not row.emits:
+                if row.emits and slot.params.task == "embed":
+                    pooled.append((results[b], pool(last_ED[int(place_B[b])], slot.params)))
                 continue
-            if isinstance(slot.params, PoolingParams):
-                pooled_at.append((b, emitting))
-            else:
-                sample_at.append(emitting)
-                sampled_results.append(results[b])
-                sample_rows.append(
-                    SampleRow(
-                        slot=row.slot,
-                        num_tokens=row.start + row.num_tokens,
-                        num_prompt_tokens=slot.num_prompt_tokens,
-                        params=slot.params,
-                        seed=slot.seed,
-                        stop_token_ids=slot.stop_token_ids,
-                        mask=row.mask,
-                    )
-                )
-            emitting += 1
-        if not emitting:
-            return LaunchedStep(plan.step, results, values=values)
+            if slot.params.prompt_logprobs is not None:
+                results[b].prompt_logprobs = self._score_prompt(row, begin, hidden_TD)
+            particular[b] = ParticularRow(slot.params, slot.stop_token_ids, row.mask)
 
-        pooled: list[tuple[RowResult, torch.Tensor]] = []
-        for b, e in pooled_at:
-            params = self._slots[plan.rows[b].slot].params
-            assert isinstance(params, PoolingParams)
-            if params.task == "embed":
-                pooled.append((results[b], pool(last_ED[e], params)))
-        sampled = None
-        if sample_rows:
-            if pooled_at:
-                (index,) = upload([np.array(sample_at)], self.device)
-                last_ED, token_at_E = last_ED[index], token_at_E[index]
-            sampled = sample(self.model.logits(last_ED), sample_rows, self._slots.tokens_SL)
-            self._slots.tokens_SL.view(-1).index_copy_(0, token_at_E, sampled.ids_B)
-        counts = [row.params.logprobs for row in sample_rows]
-        sampled_rows = list(zip(sampled_results, counts, strict=True))
-        return LaunchedStep(plan.step, results, sampled, sampled_rows, pooled, values)
+        drawn_B = np.flatnonzero(emits_B & ~pools_B)
+        if not len(drawn_B):
+            return LaunchedStep(plan.step, results, pooled=pooled, values=values)
+        if len(drawn_B) < len(token_at_E):
+            (index,) = upload([place_B[drawn_B]], self.device)
+            last_ED, token_at_E = last_ED[index], token_at_E[index]
+        drawn = drawn_B.tolist()
+        rows = SampleRows(
+            slot_B=slot_B[drawn_B],
+            num_tokens_B=(numbers.start_B + numbers.len_B)[drawn_B],
+            numbers_B=self._slots.numbers_S[slot_B[drawn_B]],
+            particular={i: particular[b] for i, b in enumerate(drawn) if b in particular} if particular else {},
+        )
+        sampled = sample(self.model.logits(last_ED), rows, self._slots.tokens_SL)
+        self._slots.tokens_SL.view(-1).index_copy_(0, token_at_E, sampled.ids_B)
+        counts = {i: row.params.logprobs for i, row in rows.particular.items()}
+        return LaunchedStep(plan.step, results, sampled, drawn, counts, pooled, values)
 
     def _score_prompt(self, row: RowPlan, begin: int, hidden_TD: torch.Tensor) -> list[PositionLogprobs]:
         slot = self._slots[row.slot]

@@ -14,7 +14,7 @@ import torch
 
 from opsin.layers.staging import upload
 from opsin.params import PoolingParams, SamplingParams
-from opsin.runner.sampler import is_plain
+from opsin.runner.sampler import NUMBERS, is_particular, is_plain, numbers_of
 from opsin.types import SlotOpen
 
 
@@ -27,7 +27,6 @@ class Slot:
 
     num_prompt_tokens: int
     params: SamplingParams | PoolingParams
-    seed: int
     stop_token_ids: frozenset[int]
     prompt_token_ids: list[int]
     bidirectional: list[tuple[int, int]]
@@ -45,6 +44,8 @@ class SlotTable:
         num_prompt_S: prompt lengths.
         delta_S: what is added to the index of a generated token to make its rotary position.
         is_plain_S: the request takes the likeliest token and asks for nothing else (``sampler.is_plain``).
+        is_particular_S: its rows must be looked at one by one (``sampler.is_particular``).
+        numbers_S: what the sampler must know of it otherwise.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class SlotTable:
         self.num_prompt_S = np.zeros(max_num_seqs, dtype=np.int64)
         self.delta_S = np.zeros(max_num_seqs, dtype=np.int64)
         self.is_plain_S = np.zeros(max_num_seqs, dtype=bool)
+        self.is_particular_S = np.zeros(max_num_seqs, dtype=bool)
+        self.numbers_S = np.zeros(max_num_seqs, dtype=NUMBERS)
         self._new_at: list[int] = []  # flat places in the block table that the device has not seen
         self._new_blocks: list[int] = []
 
@@ -71,7 +74,6 @@ class SlotTable:
         self.slots[opened.slot] = Slot(
             num_prompt_tokens=opened.num_prompt_tokens,
             params=opened.params,
-            seed=opened.seed,
             stop_token_ids=opened.stop_token_ids,
             prompt_token_ids=opened.token_ids[: opened.num_prompt_tokens],
             bidirectional=opened.bidirectional,
@@ -81,6 +83,9 @@ class SlotTable:
         self.num_prompt_S[opened.slot] = opened.num_prompt_tokens
         self.delta_S[opened.slot] = 0 if positions is None else opened.position_delta
         self.is_plain_S[opened.slot] = is_plain(opened.params, opened.stop_token_ids)
+        self.is_particular_S[opened.slot] = is_particular(opened.params, opened.stop_token_ids)
+        if isinstance(opened.params, SamplingParams):
+            self.numbers_S[opened.slot] = numbers_of(opened.params, opened.num_prompt_tokens, opened.seed)
         (ids,) = upload([np.array(opened.token_ids, dtype=np.int64)], self.tokens_SL.device)
         self.tokens_SL[opened.slot, : len(opened.token_ids)] = ids
 

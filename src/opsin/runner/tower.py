@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from opsin.layers.staging import Uploads, handing_out, noting, num_bytes, upload, views
+from opsin.kernels import Kernels, select
+from opsin.layers.staging import Uploads, handing_out, noting
 from opsin.models.interface import VisionLanguageModel
 from opsin.runner.executor import Pixels
+from opsin.runner.pixels import PixelLoader
 from opsin.types import MediaLayout
 
 logger = logging.getLogger(__name__)
@@ -39,15 +41,23 @@ class Record(Protocol):
 
 
 class EagerTower:
-    """All items in one packed pass, launched from Python."""
+    """All items in one packed pass, launched from Python.
 
-    def __init__(self, model: VisionLanguageModel, device: torch.device) -> None:
+    Args:
+        kernels: those that resize what comes raw; by default the device's best.
+    """
+
+    def __init__(self, model: VisionLanguageModel, device: torch.device, kernels: Kernels | None = None) -> None:
         self.device = device
         self._model = model
+        self._loader = PixelLoader((kernels or select(device)).resample, device)
 
     def __call__(self, items: Sequence[Pixels], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        flats = [upload([pixels.data], self.device)[0] for pixels in items]
-        return self.encode(flats, layouts)
+        return self.encode([self.load(*pair) for pair in zip(items, layouts, strict=True)], layouts)
+
+    def load(self, pixels: Pixels, layout: MediaLayout, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One item's tiles on the device, flat uint8; ``into`` says where."""
+        return self._loader.load(pixels, layout.plan, into)
 
     def encode(self, flats: Sequence[torch.Tensor], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """Of pixels that are on the device, flat uint8 each."""
@@ -58,7 +68,7 @@ class _Captured(NamedTuple):
     """A graph, and the memory outside its pool that it reads; nothing else keeps that alive."""
 
     graph: Graph
-    packed: torch.Tensor
+    flats: list[torch.Tensor]
     uploads: Uploads
     features_MW: torch.Tensor
 
@@ -88,7 +98,8 @@ class ReplayedTower:
         captured = self._graphs.get(sizes)
         if captured is not None:
             self._remember(sizes)
-            upload([pixels.data for pixels in items], self._tower.device, into=captured.packed)
+            for item in zip(items, layouts, captured.flats, strict=True):
+                self._tower.load(*item)
             captured.graph.replay()
             return captured.features_MW.clone()
         has_come_again = sizes in self._met
@@ -121,10 +132,9 @@ class ReplayedTower:
 
     def _capture(self, sizes: Any, items: Sequence[Pixels], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """Run a pass from Python, and while the device is at it, record one for the next time."""
-        arrays = [pixels.data for pixels in items]
-        packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=self._tower.device)
-        flats = views(packed, arrays)
-        upload(arrays, self._tower.device, into=packed)
+        flats = [torch.empty(x.plan.num_bytes, dtype=torch.uint8, device=self._tower.device) for x in layouts]
+        for item in zip(items, layouts, flats, strict=True):
+            self._tower.load(*item)
         with noting() as uploads:
             features_MW = self._tower.encode(flats, layouts)
         try:
@@ -134,7 +144,7 @@ class ReplayedTower:
             logger.warning("The vision tower cannot be captured as a CUDA graph, so it runs without: %s", error)
             self._is_capturable = False
             return features_MW
-        self._graphs[sizes] = _Captured(graph, packed, uploads, replayed_MW)
+        self._graphs[sizes] = _Captured(graph, flats, uploads, replayed_MW)
         return features_MW
 
 

@@ -23,6 +23,7 @@ class SchedulerLimits:
         feature_row_bytes: bytes of one feature row.
         pixel_bytes: budget of payloads asked for and not yet encoded.
         encodes_beside: payloads come encoded, beside the steps; they weigh what their features do.
+        max_raw_pixels: of pictures that the device resizes, which therefore come as they are; 0 where it does not.
         pipeline_depth: steps planned and not yet committed.
     """
 
@@ -41,6 +42,7 @@ class SchedulerLimits:
     max_num_patches_beside_decodes: int | None = None
     enable_prefix_caching: bool = True
     encodes_beside: bool = False
+    max_raw_pixels: int = 0
 
     @property
     def context_len(self) -> int:

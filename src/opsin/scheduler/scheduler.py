@@ -60,7 +60,11 @@ class Scheduler:
         self._on_finish = on_finish
         self._pool = BlockPool(limits.num_blocks)
         self._features = FeatureCache(
-            limits.feature_bytes, limits.feature_row_bytes, limits.pixel_bytes, as_features=limits.encodes_beside
+            limits.feature_bytes,
+            limits.feature_row_bytes,
+            limits.pixel_bytes,
+            as_features=limits.encodes_beside,
+            max_raw_pixels=limits.max_raw_pixels,
         )
         self._line = Line(limits.max_num_seqs)
         self._num_added = 0
@@ -130,7 +134,7 @@ class Scheduler:
         head = self._line.head()
         if head is not None:
             self._extend_hits(head)  # may end leases on features, which makes room for the item it misses
-        max_tokens, max_patches = self.limits.step_budget(any([seq.is_decoding for seq in self._line.running]))
+        max_tokens, max_patches = self.limits.step_budget(any(seq.is_decoding for seq in self._line.running))
         # Encoding comes before rows: it may evict features, which no row of this step may then use.
         encode = self._features.encode(max_patches, self._urgent_item())
         for item in encode:
@@ -167,17 +171,20 @@ class Scheduler:
     def _plan_running(self, step: Step, head: Sequence | None) -> None:
         # One token per decoding request is set aside, so that prefills do not stall answers. The head is exempt: a
         # bidirectional range may need the whole budget, which it would otherwise wait for without bound.
-        num_reserved = sum([seq.is_decoding for seq in self._line.running])
-        for seq in tuple(self._line.running):
-            if seq.slot is None or not seq.is_runnable:  # preempted in this step, or its last token is in flight
+        running = [(seq, seq.is_decoding) for seq in self._line.running]
+        num_reserved = sum([is_decoding for _, is_decoding in running])
+        for seq, is_decoding in running:
+            if seq.slot is None:  # preempted in this step
                 continue
             budget = step.num_tokens_left
-            if seq.is_decoding:
+            if is_decoding:
                 num_reserved -= 1
                 num_tokens = 1
-            else:
+            elif seq.is_runnable:
                 self._extend_hits(seq)
                 num_tokens = step.chunk(seq, self._features, budget if seq is head else budget - num_reserved)
+            else:  # its last token is in flight
+                continue
             if 0 < num_tokens <= budget:
                 num_blocks = seq.blocks.num_missing(seq.num_computed + num_tokens)
                 if num_blocks <= 0 or self._reserve(step, seq, num_blocks):
@@ -239,7 +246,8 @@ class Scheduler:
                 begin = row.start + 1
                 entries = row_result.prompt_logprobs[: seq.num_prompt - begin]
                 seq.prompt_logprobs[begin : begin + len(entries)] = entries
-            seq.values.update(row_result.values or {})
+            if row_result.values is not None:
+                seq.values.update(row_result.values)
             if row.emits:
                 updates.append(self._commit_emission(seq, row_result))
         return updates

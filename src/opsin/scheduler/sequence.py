@@ -114,7 +114,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """A single generated token is next, rather than a prompt, or an answer that is run again."""
-        return self.is_runnable and self.num_computed >= self.num_prompt and self.num_tokens - self.num_computed == 1
+        return self.num_prompt <= self.num_computed == self.num_tokens - 1 and self.is_runnable
 
     def accept(self, token: int) -> FinishReason | None:
         """Take in a token that was drawn; why the answer ends with it, if it does."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import opsin
 from opsin.server.admission import Admission
@@ -20,13 +21,15 @@ from opsin.server.completions import create_completion
 from opsin.server.config import ServerConfig
 from opsin.server.embeddings import create_embeddings
 from opsin.server.errors import MethodNotAllowedError, RouteNotFoundError
-from opsin.server.gate import Gate, Keys
+from opsin.server.gate import PROBES, Gate, Keys
 from opsin.server.metrics import Metrics
+from opsin.server.openapi import body_of, complete
 from opsin.server.page import FILES, page_file
 from opsin.server.pick import create_pick
 from opsin.server.pooling import classify, create_pooling
 from opsin.server.quota import Quotas
 from opsin.server.reference import reference_page
+from opsin.server.render import render_chat, render_completion
 from opsin.server.requests import (
     ChatCompletionRequest,
     ClassifyRequest,
@@ -64,10 +67,11 @@ _POSTS: Sequence[tuple[str, Handler, type[msgspec.Struct]]] = (
     ("/v1/rerank", rerank, RerankRequest),
     ("/v2/rerank", rerank, RerankRequest),
     ("/classify", classify, ClassifyRequest),
+    ("/v1/chat/completions/render", render_chat, ChatCompletionRequest),
+    ("/v1/completions/render", render_completion, CompletionRequest),
     ("/tokenize", tokenize, TokenizeRequest),
     ("/detokenize", detokenize, DetokenizeRequest),
 )
-_SCHEMAS = "#/components/schemas/{name}"
 
 
 def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> FastAPI:
@@ -85,11 +89,30 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         root=model,
         tool_parser=tool_parser_name(config, engine.get_chat_template(tools=True)),
     )
-    about = (opsin.__doc__ or "").strip()
-    app = FastAPI(title="opsin", version=opsin.__version__, description=about, docs_url=None, redoc_url=None)
+    about = (opsin.__doc__ or "").partition("\n")[0]
+    app = FastAPI(
+        title="opsin",
+        version=opsin.__version__,
+        description=about,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
+        servers=[{"url": config.root_path}] if config.root_path else None,
+    )
     app.state.server = server
     quotas = Quotas(config.max_requests_per_minute, config.max_requests_per_key)
-    app.add_middleware(Gate, keys=Keys(config.api_key), quotas=quotas, metrics=server.metrics)
+    app.add_middleware(Posts, server=server)
+    unlogged = None if config.disable_uvicorn_access_log else PROBES | config.unlogged_paths
+    app.add_middleware(Gate, keys=Keys(config.api_key), quotas=quotas, metrics=server.metrics, unlogged=unlogged)
+    if config.allowed_origins:  # outside: browsers ask without a key, and are to read refusals as well
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_exception_handler(HTTPException, _raise_in_form)
     for path, handler, body in _POSTS:
         _add_post(app, server, path, handler, body)
@@ -98,7 +121,10 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         app.add_api_route("/v1/responses/{name}" + path, find_response, methods=[method])
     for path in FILES:
         _add_file(app, path)
-    app.openapi = _documented(app.openapi)
+    if config.disable_fastapi_docs:
+        return app
+    routes, bodies = app.openapi, {path: body for path, _, body in _POSTS}
+    app.openapi = lambda: complete(routes(), bodies, needs_key=bool(config.api_key))
 
     async def docs() -> Response:  # FastAPI's own page loads its scripts from elsewhere
         page, headers = reference_page(app.openapi())
@@ -108,18 +134,39 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
     return app
 
 
+class Posts:
+    """ASGI middleware that takes POSTs to their handlers, past the router and what it wraps around each event sent.
+
+    Args:
+        app: answers everything else.
+    """
+
+    def __init__(self, app: ASGIApp, server: ServerState) -> None:
+        self._app = app
+        self._server = server
+        self._handlers = {path: handler for path, handler, _ in _POSTS}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        handler = self._handlers.get(scope["path"]) if is_post else None
+        if handler is None:
+            await self._app(scope, receive, send)
+            return
+        response = await handler(HTTPRequest(scope, receive), self._server)
+        await response(scope, receive, send)
+
+
 def _add_post(app: FastAPI, server: ServerState, path: str, handler: Handler, body: type[msgspec.Struct]) -> None:
     async def endpoint(http: HTTPRequest) -> Response:
         return await handler(http, server)
 
-    reference = {"$ref": _SCHEMAS.format(name=body.__name__)}
     app.add_api_route(
         path,
         endpoint,
         methods=["POST"],
         name=handler.__name__,
         description=handler.__doc__,
-        openapi_extra={"requestBody": {"content": {"application/json": {"schema": reference}}, "required": True}},
+        openapi_extra=body_of(body),
     )
 
 
@@ -205,15 +252,3 @@ async def _raise_in_form(http: HTTPRequest, error: Exception) -> Response:
     if error.status_code == 405:
         raise MethodNotAllowedError(f"{where}: this path takes another method.", headers=error.headers)
     raise RouteNotFoundError(f"{where}: there is nothing here; /docs lists the routes.")
-
-
-def _documented(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """FastAPI's description of itself, with the bodies that it does not know."""
-
-    def described() -> dict[str, Any]:
-        document = openapi()
-        _, schemas = msgspec.json.schema_components([body for _, _, body in _POSTS], ref_template=_SCHEMAS)
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
-        return document
-
-    return described

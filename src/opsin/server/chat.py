@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request as HTTPRequest
@@ -23,12 +23,13 @@ from opsin.server.answers import (
     ChatMessage,
     Usage,
 )
+from opsin.server.constraints import blame_form, field_of
 from opsin.server.errors import ErrorBody
 from opsin.server.generation import DATA, Form, respond
 from opsin.server.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.requests import ChatCompletionRequest
 from opsin.server.sampling import refuse_unsupported, sampling_params
-from opsin.server.state import ServerState, blame
+from opsin.server.state import ServerState, Telling, blame
 from opsin.server.tools import CallCollector, ToolUse, tool_use
 
 
@@ -37,7 +38,7 @@ async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Resp
     request = await server.read(http, ChatCompletionRequest)
 
     def new_form(name: str, params: SamplingParams, use: ToolUse) -> Form:
-        return _ChatForm(name, server.names[0], params.n, params.logprobs, use, _echo(request))
+        return _ChatForm(name, server.names[0], params.n, params.logprobs, use, _echo(request), server.telling(request))
 
     return await answer_chat(http, server, request, server.name_of(http, request, "chatcmpl"), new_form)
 
@@ -58,9 +59,49 @@ async def answer_chat(
     Raises:
         OpsinError: it cannot be answered.
     """
+    plan = plan_chat(server, request, name)
+    # A picture that turns out to be broken when it is decoded is the messages' fault, if it is not known which.
+    with blame_form(plan.form_field), blame("messages"):
+        return await respond(
+            http,
+            server,
+            new_form(name, plan.params, plan.use),
+            plan.prepare,
+            num_answers=plan.params.n,
+            stream=bool(request.stream),
+            options=server.stream_options(request.stream_options),
+        )
+
+
+class ChatPlan(NamedTuple):
+    """How a conversation is to be answered.
+
+    Attributes:
+        use: how tools are used.
+        form_field: the body's field that asks for a form.
+        prepare: makes the engine's request.
+    """
+
+    params: SamplingParams
+    use: ToolUse
+    form_field: str
+    prepare: Callable[[], Awaitable[list[ProcessedRequest]]]
+
+
+def plan_chat(server: ServerState, request: ChatCompletionRequest, name: str) -> ChatPlan:
+    """Read how a conversation is to be answered.
+
+    Args:
+        name: the answer's id.
+
+    Raises:
+        RequestError: what is wrong.
+    """
     refuse_unsupported(request)
     params = sampling_params(request, server.engine.get_default_sampling_params(max_tokens=None))
     use = tool_use(request, server.tool_parser)
+    if request.tool_choice == "none" and server.config.exclude_tools_when_tool_choice_none:
+        use = ToolUse()
     use.apply_to(params)
     if request.reasoning_effort is not None:
         effort = {"reasoning_effort": request.reasoning_effort}
@@ -79,16 +120,7 @@ async def answer_chat(
             )
         ]
 
-    with blame("messages"):  # a picture that turns out to be broken when it is decoded, if it is not known which
-        return await respond(
-            http,
-            server,
-            new_form(name, params, use),
-            prepare,
-            num_answers=params.n,
-            stream=bool(request.stream),
-            options=request.stream_options,
-        )
+    return ChatPlan(params, use, field_of(request) if use.constraint is None else "tools", prepare)
 
 
 def _echo(request: ChatCompletionRequest) -> str:
@@ -107,17 +139,22 @@ class _ChatForm:
         top: alternatives to tell per token; None tells no log-probabilities.
         use: how the answers are read for tool calls.
         echo: what stands in front of every answer.
+        telling: how ids are told.
     """
 
     framing = DATA
 
-    def __init__(self, name: str, model: str, n: int, top: int | None, use: ToolUse, echo: str) -> None:
+    def __init__(
+        self, name: str, model: str, n: int, top: int | None, use: ToolUse, echo: str, telling: Telling
+    ) -> None:
         self._name = name
         self._model = model
         self._n = n
         self._top = top
         self._use = use
         self._echo = echo
+        self._telling = telling
+        self._tells_prompt = telling.token_ids  # it was not told yet
         self._collectors = [CallCollector(use) for _ in range(n)]
         self._created = int(time.time())
 
@@ -133,10 +170,14 @@ class _ChatForm:
                 self._logprobs(answer),
                 self._finish_reason(answer),
                 UNSET if answer.finish_reason is None else answer.stop_reason,
+                answer.token_ids if self._telling.token_ids else UNSET,
             )
             for answer in output.outputs
         ]
-        return [self._chunk(choices, usage)]
+        chunk = self._chunk(choices, usage)
+        if self._tells_prompt:
+            chunk.prompt_token_ids, self._tells_prompt = output.prompt_token_ids, False
+        return [chunk]
 
     def _delta(self, answer: CompletionOutput) -> ChatDelta:
         content, calls = self._collectors[answer.index].take(answer.text, answer.finish_reason is not None)
@@ -171,11 +212,15 @@ class _ChatForm:
                 self._logprobs(answer),
                 self._finish_reason(answer),
                 answer.stop_reason,
+                answer.token_ids if self._telling.token_ids else UNSET,
             )
             for answer in output.outputs
         ]
         told = UNSET if output.prompt_logprobs is None else prompt_logprobs(output.prompt_logprobs)
-        return ChatCompletion(self._name, self._created, self._model, choices, usage, prompt_logprobs=told)
+        ids = output.prompt_token_ids if self._telling.token_ids else UNSET
+        return ChatCompletion(
+            self._name, self._created, self._model, choices, usage, prompt_logprobs=told, prompt_token_ids=ids
+        )
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(self._name, self._created, self._model, choices, usage=usage)
@@ -183,4 +228,4 @@ class _ChatForm:
     def _logprobs(self, answer: CompletionOutput) -> ChatLogprobs | None:
         if self._top is None or answer.logprobs is None:
             return None
-        return chat_logprobs(answer.token_ids, answer.logprobs, self._top)
+        return chat_logprobs(answer.token_ids, answer.logprobs, self._top, by_id=self._telling.names_ids)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
-from msgspec import UNSET, UnsetType
+from msgspec import UnsetType
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from opsin.errors import RequestError
 from opsin.outputs import CompletionOutput, Logprob, RequestOutput
-from opsin.params import MAX_N
+from opsin.params import MAX_N, SamplingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
+from opsin.server.constraints import blame_form, field_of
 from opsin.server.errors import ErrorBody
 from opsin.server.generation import DATA, respond
 from opsin.server.logprobs import completion_logprobs, prompt_logprobs
 from opsin.server.requests import CompletionRequest
 from opsin.server.sampling import refuse_unsupported, sampling_params
-from opsin.server.state import ServerState, prompts_of
+from opsin.server.state import ServerState, Telling, prompts_of
 
 _MAX_ANSWERS = 8 * MAX_N
 
@@ -27,6 +29,43 @@ _MAX_ANSWERS = 8 * MAX_N
 async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
     """Go on writing one prompt or several."""
     request = await server.read(http, CompletionRequest)
+    name = server.name_of(http, request, "cmpl")
+    params, num_prompts, echo, prepare = plan_completion(server, request, name)
+    with blame_form(field_of(request)):
+        return await respond(
+            http,
+            server,
+            _CompletionForm(name, server.names[0], params.n, params.logprobs, echo, server.telling(request)),
+            prepare,
+            num_answers=num_prompts * params.n,
+            stream=bool(request.stream),
+            options=server.stream_options(request.stream_options),
+        )
+
+
+class CompletionPlan(NamedTuple):
+    """How prompts are to be gone on with.
+
+    Attributes:
+        echo: their own text, where it is asked for; ``prepare`` reads it.
+        prepare: makes the engine's requests.
+    """
+
+    params: SamplingParams
+    num_prompts: int
+    echo: _Echo | None
+    prepare: Callable[[], Awaitable[list[ProcessedRequest]]]
+
+
+def plan_completion(server: ServerState, request: CompletionRequest, name: str) -> CompletionPlan:
+    """Read how prompts are to be gone on with.
+
+    Args:
+        name: the answer's id.
+
+    Raises:
+        RequestError: what is wrong.
+    """
     refuse_unsupported(request)
     only_echo = bool(request.echo) and request.max_tokens == 0
     if only_echo:
@@ -42,8 +81,6 @@ async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
             "for at once.",
             param="prompt",
         )
-    name = server.name_of(http, request, "cmpl")
-
     echo: _Echo | None = _Echo(only_echo) if request.echo else None
 
     async def prepare() -> list[ProcessedRequest]:
@@ -52,15 +89,7 @@ async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
             await echo.read(server, prompts, prepared)
         return prepared
 
-    return await respond(
-        http,
-        server,
-        _CompletionForm(name, server.names[0], params.n, params.logprobs, echo),
-        prepare,
-        num_answers=num_answers,
-        stream=bool(request.stream),
-        options=request.stream_options,
-    )
+    return CompletionPlan(params, len(prompts), echo, prepare)
 
 
 class _Echo:
@@ -91,17 +120,20 @@ class _CompletionForm:
     Args:
         top: alternatives to tell per token; None tells no log-probabilities.
         echo: what stands in front of every answer.
+        telling: how ids are told.
     """
 
     framing = DATA
 
-    def __init__(self, name: str, model: str, n: int, top: int | None, echo: _Echo | None) -> None:
+    def __init__(self, name: str, model: str, n: int, top: int | None, echo: _Echo | None, telling: Telling) -> None:
         self._name = name
         self._model = model
         self._n = n
         self._top = top
         self._echo = echo
         self._echoed: set[int] = set()
+        self._telling = telling
+        self._begun: set[int] = set()  # answers with which the prompt's ids were told
         self._created = int(time.time())
         self._num_chars: dict[int, int] = {}
 
@@ -144,7 +176,13 @@ class _CompletionForm:
                 ids, positions = output.prompt_token_ids + ids, [*output.prompt_logprobs, *positions]
         logprobs: CompletionLogprobs | None = None
         if self._top is not None and answer.logprobs is not None:
-            offset = self._num_chars.get(index, 0)
-            logprobs = completion_logprobs(ids, positions, self._top, offset, first)
-            self._num_chars[index] = offset + sum(len(token) for token in logprobs.tokens)
-        return CompletionChoice(index, text, logprobs, answer.finish_reason, answer.stop_reason, UNSET)
+            offset, by_id = self._num_chars.get(index, 0), self._telling.names_ids
+            logprobs, offset = completion_logprobs(ids, positions, self._top, offset, first, by_id=by_id)
+            self._num_chars[index] = offset
+        choice = CompletionChoice(index, text, logprobs, answer.finish_reason, answer.stop_reason)
+        if self._telling.token_ids:
+            choice.token_ids = [] if self._echo is not None and self._echo.alone else answer.token_ids
+            if index not in self._begun:
+                self._begun.add(index)
+                choice.prompt_token_ids = output.prompt_token_ids
+        return choice

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from opsin.errors import RequestError
@@ -39,6 +40,24 @@ def constraint_of(request: SamplingRequest) -> StructuredOutputsParams | None:
         raise RequestError(f"{name}: {error}.", param=name) from None
     except RequestError as error:
         raise RequestError(str(error).replace("structured_outputs", name, 1), param=name) from None
+
+
+def field_of(request: SamplingRequest) -> str:
+    """The field of a body that asks for a form."""
+    names = [name for name in ("structured_outputs", *_GUIDED) if getattr(request, name) is not None]
+    return names[0] if names else "response_format"
+
+
+@contextmanager
+def blame_form(field: str) -> Iterator[None]:
+    """Give errors about an answer's form the name of the body's field that asked for it."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param != "structured_outputs":
+            raise
+        message = str(error).replace(error.param, field, 1)
+        raise RequestError(message, code=error.code, param=field) from error
 
 
 def _response_format(value: Any) -> dict[str, Any] | None:

@@ -1,4 +1,6 @@
-"""Who answers while the model loads: probes tell how far it is, and everybody else when to come again."""
+"""What stands before the application: a proxy's path is taken off, and while the model loads, probes tell how far it is
+and everybody else learns when to come again.
+"""
 
 from __future__ import annotations
 
@@ -32,3 +34,20 @@ class Doorway:
             name = name_of(scope)
             status, body, headers = describe(LoadingError(_LOADING), name)
             await send_error(send, status, body, {**headers, "X-Request-Id": name, "Connection": "close"})
+
+
+class UnderPath:
+    """Takes a path off in front of every request's own, for proxies that leave it on; those that take it off may.
+
+    Args:
+        prefix: ``/vlm``.
+    """
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self._app = app
+        self._prefix = prefix.rstrip("/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(self._prefix + "/"):
+            scope = {**scope, "path": scope["path"][len(self._prefix) :]}
+        await self._app(scope, receive, send)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from opsin.outputs import EmbeddingOutput
 from opsin.params import PoolingParams
-from opsin.server.answers import EmbeddingItem, Embeddings
-from opsin.server.pooling import as_base64, pool_inputs, usage_of
+from opsin.server.answers import Embeddings
+from opsin.server.pooling import pool_inputs, usage_of
 from opsin.server.requests import EmbeddingRequest
 from opsin.server.state import ServerState
-from opsin.server.transport import GoneResponse, json_response
+from opsin.server.transport import GoneResponse
+from opsin.server.vectors import vectors_response
 
 
 async def create_embeddings(http: HTTPRequest, server: ServerState) -> Response:
@@ -23,11 +25,9 @@ async def create_embeddings(http: HTTPRequest, server: ServerState) -> Response:
     if outputs is None:
         return GoneResponse()
     name, finished = outputs
-    items: list[EmbeddingItem] = []
-    for i, output in enumerate(finished):
+    vectors: list[np.ndarray] = []
+    for output in finished:
         assert isinstance(output.outputs, EmbeddingOutput)
-        vector = output.outputs
-        items.append(
-            EmbeddingItem(i, as_base64(vector.data) if request.encoding_format == "base64" else vector.embedding)
-        )
-    return json_response(Embeddings(name, int(time.time()), server.names[0], items, usage_of(finished)))
+        vectors.append(output.outputs.data)
+    body = Embeddings(name, int(time.time()), server.names[0], [], usage_of(finished))
+    return vectors_response(request, vectors, body)

@@ -86,10 +86,17 @@ class Keys:
 
 
 class Gate:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the whole application.
 
-    def __init__(self, app: ASGIApp, keys: Keys, quotas: Quotas, metrics: Metrics) -> None:
+    Args:
+        unlogged: paths whose requests are not logged; None logs none at all.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: Keys, quotas: Quotas, metrics: Metrics, unlogged: frozenset[str] | None
+    ) -> None:
         self._app = app
+        self._unlogged = unlogged
         self._keys = keys
         self._quotas = quotas
         self._metrics = metrics
@@ -129,7 +136,7 @@ class Gate:
             code = await _answer(send_named, error, name)
             self._metrics.refused(status or 500, code)
         finally:
-            if scope["path"] not in PROBES:
+            if self._unlogged is not None and scope["path"] not in self._unlogged:
                 path = scope.get("raw_path", b"").decode("latin-1")  # still percent-encoded: one line stays one
                 logger.info("%s %s %s %.3f s %s", scope["method"], path, status, time.monotonic() - start_s, name)
 

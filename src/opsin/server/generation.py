@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -91,9 +90,10 @@ class Form(Protocol):
 
 @dataclass(slots=True)
 class Tally:
-    """The tokens of one HTTP request, over all its prompts."""
+    """The tokens of one HTTP request, over all its prompts, and how many of these are still answered."""
 
     details: bool
+    num_running: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     media_tokens: int = 0
@@ -103,6 +103,25 @@ class Tally:
         details = PromptTokensDetails(sum(self.cached.values()), self.media_tokens) if self.details else UNSET
         total = self.prompt_tokens + self.completion_tokens
         return Usage(self.prompt_tokens, self.completion_tokens, total, details)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far the answers to one prompt are, in tokens by their index, and when the last one came."""
+
+    lengths: dict[int, int] = field(default_factory=dict[int, int])
+    last_s: float | None = None
+
+    def take(self, output: RequestOutput, now_s: float) -> tuple[int, float | None]:
+        """How many tokens are new, and the seconds that each took; None where there were none before them."""
+        new = steps = 0
+        for answer in output.outputs:
+            count = len(answer.token_ids)
+            new += count
+            steps = max(steps, count)
+            self.lengths[answer.index] = self.lengths.get(answer.index, 0) + count
+        before_s, self.last_s = self.last_s, now_s
+        return new, (now_s - before_s) / steps if before_s is not None and steps else None
 
 
 async def respond(
@@ -156,14 +175,17 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     quiet = None if options.include_usage else UNSET  # OpenAI: null in all chunks but the last
     frame, end = form.framing
+    # What is known together is sent together: every send is a call of the kernel's, and wakes the client.
+    ready = b"".join(map(frame, form.opening()))
     async with contextlib.aclosing(outputs):
         try:
-            for event in form.opening():
-                yield frame(event)
             item: _Numbered | None = first
             while item is not None:
-                for event in form.events(*item, tally.usage() if options.continuous_usage_stats else quiet):
-                    yield frame(event)
+                usage = tally.usage() if options.continuous_usage_stats else quiet
+                ready += b"".join(map(frame, form.events(*item, usage)))
+                if ready and tally.num_running:
+                    yield ready
+                    ready = b""
                 item = await anext(outputs, None)
         except Exception as error:
             # Clients would take a stream that merely ends for a short answer.
@@ -171,12 +193,11 @@ async def _events(
             status, body, _ = describe(error, name)
             log_failure(error, name)
             server.metrics.refused(status, body.error.code or body.error.type)
-            yield frame(form.failure(body))
+            yield ready + frame(form.failure(body))
             return
-    for event in form.closing(tally.usage(), tell_usage=bool(options.include_usage)):
-        yield frame(event)
-    if end:
-        yield end
+    closing = form.closing(tally.usage(), tell_usage=bool(options.include_usage))
+    if last := ready + b"".join(map(frame, closing)) + end:
+        yield last
 
 
 async def _run(
@@ -195,27 +216,20 @@ async def _run(
             tally.prompt_tokens += num_tokens
             tally.media_tokens += sum(span.length for span in processed.request.spans)
             metrics.admitted(num_tokens, len(processed.sources))
-        running = set(range(len(prepared)))
-        lengths: Counter[tuple[int, int]] = Counter()
-        last_s: dict[int, float] = {}
+        running = {prompt: _Progress() for prompt in range(len(prepared))}
+        tally.num_running = len(running)
         try:
             async with contextlib.aclosing(_merged(server.engine, prepared, kind)) as outputs:
                 async for prompt, output in outputs:
-                    new = steps = 0
-                    for answer in output.outputs:
-                        count = len(answer.token_ids)
-                        new, steps = new + count, max(steps, count)
-                        lengths[prompt, answer.index] += count
+                    now_s = time.monotonic()
+                    new, token_s = running[prompt].take(output, now_s)
                     tally.completion_tokens += new
                     tally.cached[prompt] = output.num_cached_tokens
-                    now_s = time.monotonic()
-                    before_s, last_s[prompt] = last_s.get(prompt), now_s
-                    metrics.generated(new, (now_s - before_s) / steps if before_s is not None and steps else None)
+                    metrics.generated(new, token_s)
                     if output.finished:
-                        running.discard(prompt)
-                        reason = output.outputs[0].finish_reason or "stop"
-                        longest = max(length for (number, _), length in lengths.items() if number == prompt)
-                        metrics.finished(reason, output.metrics, now_s, longest)
+                        longest = max(running.pop(prompt).lengths.values(), default=0)
+                        tally.num_running = len(running)
+                        metrics.finished(output.outputs[0].finish_reason or "stop", output.metrics, now_s, longest)
                     yield prompt, output
         except Exception:
             for _ in running:

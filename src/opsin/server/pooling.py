@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,10 +16,11 @@ from opsin.outputs import EmbeddingOutput, PoolingRequestOutput, TokenEmbeddingO
 from opsin.params import PoolingParams
 from opsin.processing.pooling import missing_head
 from opsin.processing.processor import ProcessedRequest
-from opsin.server.answers import EmbeddingUsage, PoolingItem, Poolings
+from opsin.server.answers import EmbeddingUsage, Poolings
 from opsin.server.requests import ClassifyRequest, EmbeddingRequest, PoolingRequest, VectorRequest
 from opsin.server.state import ServerState, blame, prompts_of
-from opsin.server.transport import ClientGone, GoneResponse, json_response, until_gone
+from opsin.server.transport import ClientGone, GoneResponse, until_gone
+from opsin.server.vectors import check_told, vectors_response
 
 _MAX_INPUTS = 2048  # OpenAI's
 
@@ -33,12 +33,12 @@ async def create_pooling(http: HTTPRequest, server: ServerState) -> Response:
     if outputs is None:
         return GoneResponse()
     name, finished = outputs
-    items: list[PoolingItem] = []
-    for i, output in enumerate(finished):
+    vectors: list[np.ndarray] = []
+    for output in finished:
         assert isinstance(output.outputs, EmbeddingOutput | TokenEmbeddingOutput)
-        data = output.outputs.data
-        items.append(PoolingItem(i, as_base64(data) if request.encoding_format == "base64" else data.tolist()))
-    return json_response(Poolings(name, int(time.time()), server.names[0], items, usage_of(finished)))
+        vectors.append(output.outputs.data)
+    body = Poolings(name, int(time.time()), server.names[0], [], usage_of(finished))
+    return vectors_response(request, vectors, body)
 
 
 async def classify(http: HTTPRequest, server: ServerState) -> Response:
@@ -65,6 +65,7 @@ async def pool_inputs(
     inputs = [] if messages is not None else prompts_of(request.input, "input")
     if len(inputs) > _MAX_INPUTS:
         raise RequestError(f"input has {len(inputs)} entries; at most {_MAX_INPUTS} are taken.", param="input")
+    check_told(request, len(inputs))
     name = server.name_of(http, request, prefix)
 
     async def prepare() -> list[ProcessedRequest]:
@@ -139,8 +140,3 @@ def usage_of(outputs: Sequence[PoolingRequestOutput]) -> EmbeddingUsage:
     """The tokens of all prompts."""
     total = sum(len(output.prompt_token_ids) for output in outputs)
     return EmbeddingUsage(total, total)
-
-
-def as_base64(numbers: np.ndarray) -> str:
-    """Little-endian float32, one row after the other."""
-    return base64.b64encode(numbers.astype("<f4").tobytes()).decode("ascii")

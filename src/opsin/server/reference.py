@@ -37,7 +37,7 @@ def reference_page(document: Schema) -> tuple[str, Mapping[str, str]]:
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style><h1>{title}</h1>',
         '<p>Errors are <code>{"error": {"message", "type", "param", "code"}}</code>. Keys go into the header '
         "<code>Authorization: Bearer KEY</code>. The same for programs: "
-        '<a href="/openapi.json">openapi.json</a>.</p>',
+        '<a href="openapi.json">openapi.json</a>.</p>',
     ]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
-from opsin.errors import RequestError
 from opsin.params import PoolingTask
 
 
@@ -33,6 +31,8 @@ class Request(msgspec.Struct, kw_only=True):
         model: a name that the server goes by; its only model if left out.
         request_id: a name for the request, to become part of the answer's id.
         priority: lower runs first, where the engine schedules by priority.
+        add_special_tokens: put the tokenizer's own before the prompt. By default they are, in conversations only where
+            the template has not written the first of them.
         mm_processor_kwargs: settings of the picture processor.
         media_io_kwargs: which frames of videos to take.
         cache_salt: cached prompts are shared only under the same salt.
@@ -44,6 +44,7 @@ class Request(msgspec.Struct, kw_only=True):
     user: str | None = None
     request_id: str | None = None
     priority: int | None = None
+    add_special_tokens: bool | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
@@ -59,6 +60,8 @@ class SamplingRequest(Request, kw_only=True):
     Attributes:
         stream: send the answer while it grows, as server-sent events.
         response_format: OpenAI's way to ask for JSON: {"type": "json_object"}, or "json_schema" with its schema.
+        return_token_ids: tell the prompt's tokens and the answer's, by their ids.
+        return_tokens_as_token_ids: name the tokens of log-probabilities by their ids, as in "token_id:42".
         structured_outputs: as ``opsin.params.StructuredOutputsParams``; those that begin with ``guided_`` are its
             former spelling. ``use_beam_search`` is not supported yet.
     """
@@ -94,6 +97,8 @@ class SamplingRequest(Request, kw_only=True):
     guided_choice: Any = None
     guided_grammar: Any = None
     use_beam_search: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
 
 class ChatCompletionRequest(SamplingRequest, kw_only=True):
@@ -158,13 +163,18 @@ class EmbeddingRequest(VectorRequest, kw_only=True):
     """``POST /v1/embeddings``: ``input``, or ``messages`` for one conversation with pictures.
 
     Attributes:
-        encoding_format: numbers, or base64 of little-endian float32.
+        encoding_format: "float" for numbers, "base64" or "bytes"; the header ``metadata`` then says where in the body
+            which vector is, but with "bytes_only".
+        embed_dtype: how base64 and bytes write a number; float32 by default.
+        endianness: in which order its bytes are; the machine's own by default.
         dimensions: cut the vector to this length, before it is normalised.
     """
 
     input: str | list[str | int | list[int]] | None = None
     messages: list[dict[str, Any]] | None = None
-    encoding_format: Literal["float", "base64"] | None = None
+    encoding_format: Literal["float", "base64", "bytes", "bytes_only"] | None = None
+    embed_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    endianness: Literal["native", "little", "big"] | None = None
     dimensions: int | None = None
 
 
@@ -236,91 +246,9 @@ class TokenizeRequest(Request, kw_only=True):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(Request, kw_only=True):
     """``POST /detokenize``."""
 
     tokens: list[int]
-
-
-T = TypeVar("T", bound=Request)
-
-_MAX_MESSAGES = 4096
-_MAX_VALUES = 250_000
-_MAX_OBJECTS = 2**15
-_MAX_DEPTH = 128
-_MAX_SPANS = 256
-
-_PATH = re.compile(r"(.*) - at `(?:key in )?\$(.*)`$", re.DOTALL)
-_STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
-
-
-def decode(body: bytes | bytearray, kind: type[T]) -> T:
-    """Read a JSON body.
-
-    Raises:
-        RequestError: it is not JSON in UTF-8, or a field has the wrong type; ``param`` is that field's path.
-    """
-    # Decoding holds up everybody else, and costs by the value, not by the byte. Quotes within strings are escaped, so
-    # the roles are keys; the commas of prose count as well, of which no context holds so many. Counting in 8 MiB takes
-    # 2 ms a sign and 12 ms for the roles, so what is nearly all of such a body is passed over.
-    spans = _outside_pictures(body)
-
-    def count(what: bytes) -> int:
-        return sum(body.count(what, begin, end) for begin, end in spans)
-
-    num_objects, num_lists = count(b"{"), count(b"[")
-    if num_objects > _MAX_MESSAGES and count(b'"role"') > _MAX_MESSAGES:
-        raise RequestError(f"The body has more than {_MAX_MESSAGES} messages.", param="messages")
-    if count(b",") > _MAX_VALUES:
-        raise RequestError(f"The body has more than {_MAX_VALUES} values.")
-    if max(num_objects, num_lists) > _MAX_OBJECTS:
-        raise RequestError(f"The body has more than {_MAX_OBJECTS} objects or lists.")
-    try:
-        request = msgspec.json.decode(body, type=kind)
-        if num_objects + num_lists > _MAX_DEPTH:
-            _check_depth(request)
-        return request
-    except msgspec.ValidationError as error:
-        message, param = _located(str(error))
-        raise RequestError(message, param=param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"The body is not valid JSON in UTF-8: {error}") from None
-    except RecursionError:
-        raise RequestError("The body's JSON is nested too deeply.") from None
-
-
-def _outside_pictures(body: bytes | bytearray) -> list[tuple[int, int]]:
-    """Where a body is no data: URL. A quote before ``data:`` opens a string, or ends the JSON that can be read."""
-    spans: list[tuple[int, int]] = []
-    at = 0
-    while len(spans) < _MAX_SPANS and (begin := body.find(b'"data:', at)) >= 0:
-        spans.append((at, begin))
-        at = body.find(b'"', begin + 1)
-        if at < 0:
-            return spans
-    return [*spans, (at, len(body))]
-
-
-def _check_depth(request: Request) -> None:
-    """``RecursionError`` where something is nested too deeply for those who will walk it."""
-    level: list[Any] = [getattr(request, name) for name in request.__struct_fields__]
-    for _ in range(_MAX_DEPTH):
-        outer = [value.values() if type(value) is dict else value for value in level if type(value) in (dict, list)]
-        level = [inner for values in outer for inner in values if type(inner) in (dict, list)]
-        if not level:
-            return
-    raise RecursionError
-
-
-def _located(message: str) -> tuple[str, str | None]:
-    """msgspec's message taken apart: what is wrong, and where, as ``messages.0.content``."""
-    match = _PATH.match(message)
-    if match is None:
-        missing = re.search(r"missing required field `(.+)`", message)
-        return f"{message}.", missing[1] if missing else None
-    steps = [name or index for name, index in _STEP.findall(match[2])]
-    path = ".".join(step for step in steps if step != "...")
-    return f"{path or 'The body'}: {match[1]}.", path or None

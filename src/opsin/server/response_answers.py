@@ -21,17 +21,16 @@ class OutputText(msgspec.Struct):
     annotations: list[Any] = []
 
 
-class OutputMessage(msgspec.Struct):
+class OutputMessage(msgspec.Struct, tag="message", tag_field="type"):
     """What the model said."""
 
     id: str
     status: Status
     content: list[OutputText]
-    type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
 
 
-class OutputFunctionCall(msgspec.Struct):
+class OutputFunctionCall(msgspec.Struct, tag="function_call", tag_field="type"):
     """A call that the model asks for; ``arguments`` is the text of a JSON object."""
 
     id: str
@@ -39,7 +38,6 @@ class OutputFunctionCall(msgspec.Struct):
     name: str
     arguments: str
     status: Status
-    type: Literal["function_call"] = "function_call"
 
 
 OutputItem = OutputMessage | OutputFunctionCall

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from opsin.errors import ConfigError
 from opsin.server.config import ServerConfig
-from opsin.server.doorway import Doorway
+from opsin.server.doorway import Doorway, UnderPath
 from opsin.server.protocol import BoundedProtocol
 from opsin.server.state import ServerState
 
@@ -26,6 +26,7 @@ Load = Callable[[threading.Event], FastAPI]
 """Makes the application, and may end with any error once the event is set."""
 
 _BACKLOG = 2048
+_YOUNG = 2000  # objects between two collections: more than are at hand in one turn of the loop, which is no garbage
 _CLOSE_S = 5  # for connections to take their last bytes
 
 
@@ -66,19 +67,24 @@ def listen(config: ServerConfig) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
-    """What a client on this machine calls a listener."""
+def url_of(listener: socket.socket, config: ServerConfig) -> str:
+    """What a client on this machine calls the server behind a listener."""
+    scheme = "http" if config.ssl_certfile is None else "https"
     if listener.family == socket.AF_UNIX:
-        return "http://localhost"
+        return f"{scheme}://localhost"
     host, port = listener.getsockname()[:2]
     host = str({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host))
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
-    """How uvicorn is to run the application."""
-    return uvicorn.Config(
-        app,
+def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
+    """How uvicorn is to run the application.
+
+    Raises:
+        ConfigError: a certificate or its key cannot be used.
+    """
+    result = uvicorn.Config(
+        UnderPath(app, config.root_path) if config.root_path else app,
         http=BoundedProtocol,
         log_config=None,
         access_log=False,
@@ -87,10 +93,22 @@ def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         server_header=False,
         backlog=_BACKLOG,
         timeout_graceful_shutdown=_CLOSE_S,
+        log_level=config.uvicorn_log_level,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs,
+        ssl_cert_reqs=config.ssl_cert_reqs,
+        ssl_ciphers=config.ssl_ciphers,
     )
+    try:
+        result.load()
+    except OSError as error:  # ssl.SSLError is one
+        files = ", ".join(filter(None, (config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs)))
+        raise ConfigError(f"TLS cannot be had with {files}: {error.strerror or error}.") from error
+    return result
 
 
-def run(listener: socket.socket, load: Load, announce: Callable[[FastAPI], None]) -> None:
+def run(listener: socket.socket, load: Load, announce: Callable[[FastAPI], None], config: ServerConfig) -> None:
     """Listen, load the model meanwhile, serve until SIGTERM or Ctrl-C, and let what runs finish.
 
     Args:
@@ -98,10 +116,13 @@ def run(listener: socket.socket, load: Load, announce: Callable[[FastAPI], None]
         announce: called when requests are taken.
 
     Raises:
+        ConfigError: a certificate cannot be used.
         EngineDeadError: the engine has stopped for good; everybody was told. And whatever ``load`` raises.
     """
+    doorway = Doorway()
+    settings = uvicorn_config(doorway, config)  # first: a wrong certificate should not cost the loading of a model
     loading = _Loading(load)
-    server = _Server(loading, announce)
+    server = _Server(settings, doorway, loading, announce)
     try:
         server.run(sockets=[listener])
         if not server.is_stopping:
@@ -150,9 +171,11 @@ class _Server(uvicorn.Server):
     It ends by itself when the model cannot be loaded, and when the engine has stopped for good.
     """
 
-    def __init__(self, loading: _Loading, announce: Callable[[FastAPI], None]) -> None:
-        self._doorway = Doorway()
-        super().__init__(uvicorn_config(self._doorway))
+    def __init__(
+        self, config: uvicorn.Config, doorway: Doorway, loading: _Loading, announce: Callable[[FastAPI], None]
+    ) -> None:
+        super().__init__(config)
+        self._doorway = doorway
         self._loading = loading
         self._announce = announce
         self._state: ServerState | None = None
@@ -193,6 +216,7 @@ class _Server(uvicorn.Server):
         self._state = app.state.server
         gc.collect()
         gc.freeze()  # a million objects that stay; every full collection would look at each, and nobody be served
+        gc.set_threshold(_YOUNG)
         self._doorway.open(app)
         self._announce(app)
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import msgspec
@@ -71,7 +70,7 @@ def sampling_params(request: ChatCompletionRequest | CompletionRequest, defaults
         given["logprobs"] = request.logprobs
     given["structured_outputs"] = constraint_of(request)
     try:
-        return msgspec.structs.replace(copy.deepcopy(defaults), **given)
+        return msgspec.structs.replace(defaults, **given)
     except RequestError as error:
         name = names.get(error.param or "", error.param)
         message = str(error).replace(f"{error.param} is", f"{name} is", 1)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import Request as HTTPRequest
 
@@ -17,14 +17,27 @@ from opsin.processing.processor import ProcessedRequest
 from opsin.server.admission import Admission
 from opsin.server.client import EngineClient
 from opsin.server.config import ServerConfig
+from opsin.server.decoding import decode
 from opsin.server.errors import ModelNotFoundError
 from opsin.server.gate import request_id_from
 from opsin.server.metrics import Metrics
 from opsin.server.remembered import RememberedMedia
-from opsin.server.requests import Request, decode
+from opsin.server.requests import Request, SamplingRequest, StreamOptions
 from opsin.server.transport import read_body
 
 T = TypeVar("T", bound=Request)
+
+
+class Telling(NamedTuple):
+    """What an answer tells of tokens.
+
+    Attributes:
+        token_ids: the ids of the prompt and of the answer.
+        names_ids: tokens of log-probabilities are named by their ids.
+    """
+
+    token_ids: bool
+    names_ids: bool
 
 
 @dataclass(slots=True)
@@ -86,6 +99,19 @@ class ServerState:
         """The id of an answer: from the body, from the X-Request-Id header, or a new one."""
         return f"{prefix}{joint}{request_id_from(request.request_id or http.scope['state']['request_id'])}"
 
+    def telling(self, request: SamplingRequest) -> Telling:
+        """What an answer tells of tokens."""
+        names = request.return_tokens_as_token_ids
+        by_default = self.config.return_tokens_as_token_ids
+        return Telling(bool(request.return_token_ids), by_default if names is None else names)
+
+    def stream_options(self, given: StreamOptions | None) -> StreamOptions:
+        """What a stream tells beside its answer."""
+        options = given or StreamOptions()
+        if self.config.enable_force_include_usage:
+            options.include_usage = True
+        return options
+
     def engine_id(self, name: str) -> str:
         """An id for the engine, where two requests must not have the same, whatever their clients call them."""
         return f"{name}-{next(self.counter)}"
@@ -117,13 +143,17 @@ class ServerState:
                 chat_template=request.chat_template,
                 chat_template_content_format=self.config.chat_template_content_format,
                 isolate_template=True,
-                chat_template_kwargs=request.chat_template_kwargs,
+                chat_template_kwargs={
+                    **self.config.default_chat_template_kwargs,
+                    **(request.chat_template_kwargs or {}),
+                },
                 tools=tools,
                 documents=documents,
                 add_generation_prompt=add_generation_prompt and not continues if given is None else given,
                 continue_final_message=continues,
                 mm_processor_kwargs=request.mm_processor_kwargs,
                 media_io_kwargs=request.media_io_kwargs,
+                add_special_tokens=request.add_special_tokens,
                 cache_salt=request.cache_salt or "",
             )
 
@@ -138,10 +168,11 @@ class ServerState:
         Raises:
             RequestError: what is wrong.
         """
+        special = request.add_special_tokens is not False
         salt = request.cache_salt or None
         with blame(field):
             return await self.engine.prepare(
-                {"prompt": prompt, "cache_salt": salt}
+                {"prompt": prompt, "cache_salt": salt, "add_special_tokens": special}
                 if isinstance(prompt, str)
                 else {"prompt_token_ids": prompt, "cache_salt": salt},
                 params,

@@ -186,21 +186,34 @@ def _chosen_name(choice: Any) -> str:
 
 
 def _list_schema(functions: Mapping[str, dict[str, Any]], at_most_one: bool) -> dict[str, Any]:
-    """A list of calls. Definitions that a function's schema refers to by "#/$defs" move to the list's own."""
+    """A list of calls. Each function's schema stands under the list's own "$defs", where its references find it."""
     definitions: dict[str, Any] = {}
     calls: list[dict[str, Any]] = []
     for name, schema in functions.items():
-        inner = dict(schema)
-        definitions |= inner.pop("$defs", {})
+        place = f"#/$defs/{len(definitions)}"
+        definitions[str(len(definitions))] = _moved(schema, place)
         calls.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": name}, "arguments": inner},
+                "properties": {"name": {"const": name}, "arguments": {"$ref": place}},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
         )
-    whole: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    whole: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
     if at_most_one:
         whole["maxItems"] = 1
-    return {**whole, "$defs": definitions} if definitions else whole
+    return whole
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema that no longer is the whole document, but a part of it at ``place``."""
+    if isinstance(schema, list):
+        return [_moved(inner, place) for inner in cast("list[Any]", schema)]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {name: _moved(inner, place) for name, inner in cast("Mapping[str, Any]", schema).items()}
+    reference = moved.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
+    return moved

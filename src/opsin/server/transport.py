@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, Self, TypeVar
 
@@ -49,22 +48,27 @@ async def read_body(http: Request, max_bytes: int) -> bytearray:
     if announced.isdecimal() and int(announced) > max_bytes:
         raise too_large
     body = bytearray()
-    begun_s = time.monotonic()
-    while True:
-        spare_s = _BODY_IDLE_S + len(body) / _BODY_BYTES_PER_S - (time.monotonic() - begun_s)
-        try:
-            message = await asyncio.wait_for(http.receive(), min(_BODY_IDLE_S, max(spare_s, 0.001)))
-        except TimeoutError:
-            if spare_s < _BODY_IDLE_S:
-                raise BodyTimeoutError(f"The body came at less than {_BODY_BYTES_PER_S} bytes a second.") from None
-            raise BodyTimeoutError(f"No more of the body came for {_BODY_IDLE_S:g} s.") from None
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
-            raise too_large
-        if not message.get("more_body", False):
-            return body
+    loop = asyncio.get_running_loop()
+    begun_s = loop.time()
+    spare_s = 0.0
+    try:
+        async with asyncio.timeout(None) as patience:
+            while True:
+                now_s = loop.time()
+                spare_s = _BODY_IDLE_S + len(body) / _BODY_BYTES_PER_S - (now_s - begun_s)
+                patience.reschedule(now_s + min(_BODY_IDLE_S, max(spare_s, 0.001)))
+                message = await http.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                if len(body) > max_bytes:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return body
+    except TimeoutError:
+        if spare_s < _BODY_IDLE_S:
+            raise BodyTimeoutError(f"The body came at less than {_BODY_BYTES_PER_S} bytes a second.") from None
+        raise BodyTimeoutError(f"No more of the body came for {_BODY_IDLE_S:g} s.") from None
 
 
 async def until_gone(receive: Receive, work: Awaitable[T]) -> T:

@@ -24,7 +24,7 @@ from opsin.outputs import RequestOutput
 from opsin.processing.output import OutputBatch, OutputProcessor
 from opsin.processing.processor import InputProcessor, ProcessedRequest
 from opsin.processing.prompts import Prompt
-from opsin.runner import tower
+from opsin.runner import pixels
 from opsin.runner.launched import LaunchedStep
 from opsin.runner.runner import ModelRunner
 from opsin.runner.vision import VisionStore
@@ -44,7 +44,7 @@ _HOST_SEAMS: tuple[tuple[type, str, str], ...] = (
     (OutputProcessor, "update", "detokenise"),
 )
 _DEVICE_SEAMS: tuple[tuple[Any, str, str], ...] = (
-    (tower, "upload", "transfer"),  # of pixels; what else a step uploads is small and counts as its own
+    (pixels, "upload", "transfer"),  # of pixels; what else a step uploads is small and counts as its own
     (VisionStore, "encode", "tower"),
     (ModelRunner, "_emit", "sampling"),
 )

@@ -20,6 +20,7 @@ from opsin.kernels.triton.elementwise import (
     write_kv,
 )
 from opsin.kernels.triton.quantized import quantize_rows, quantized_linear
+from opsin.kernels.triton.resample import resample
 from opsin.kernels.triton.row_linear import linear
 from opsin.kernels.triton.varlen import varlen_attention
 
@@ -37,6 +38,7 @@ KERNELS = dataclasses.replace(
     rope_and_write=rope_and_write,
     paged_attention=paged_attention,
     varlen_attention=varlen_attention,
+    resample=resample,
     greedy=greedy,
     replayable=True,
 )

@@ -23,14 +23,16 @@ _MAX_SPLITS = 32
 _PROGRAMS_WANTED = 264  # two for each of an H100's 132 multiprocessors
 
 
-@triton.jit
+# Numbers that change from step to step are not specialised: Triton would compile a kernel for each of 1, multiples of 16
+# and the rest, in the midst of serving. None gains by it: they bound a search, and find block tables entry by entry.
+@triton.jit(do_not_specialize=["num_rows", "table_stride", "num_splits"])
 def _attention_kernel(
     q_ptr, key_ptr, value_ptr, out_ptr, partial_ptr, lse_ptr, table_ptr, start_ptr, context_ptr, visible_ptr, begin_ptr,
-    num_rows, table_stride, q_stride_t, q_stride_h, scale_log2, cap_log2, window,
+    num_rows, table_stride, num_splits, q_stride_t, q_stride_h, scale_log2, cap_log2, window,
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_BEGIN: tl.constexpr,
-    HAS_CAP: tl.constexpr, NUM_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -74,8 +76,8 @@ def _attention_kernel(
         if HAS_BEGIN:
             oldest = tl.minimum(oldest, tl.load(begin_ptr + flat, mask=is_query, other=0))
         key_begin = tl.maximum(tl.min(tl.where(is_query, oldest, context), axis=0), 0) // BLOCK_N * BLOCK_N
-    if NUM_SPLITS > 1:  # by the row's own context, which only the device knows where the launch is replayed
-        split_keys = tl.cdiv(tl.cdiv(context, NUM_SPLITS), BLOCK_N) * BLOCK_N
+    if HAS_SPLITS:  # by the row's own context, which only the device knows where the launch is replayed
+        split_keys = tl.cdiv(tl.cdiv(context, num_splits), BLOCK_N) * BLOCK_N
         key_begin = tl.maximum(key_begin, split * split_keys)
         key_end = tl.minimum(key_end, (split + 1) * split_keys)
 
@@ -109,30 +111,29 @@ def _attention_kernel(
     safe = tl.where(total == 0.0, 1.0, total)
     result = acc / safe[:, None]
     place = flat * (NUM_KV * GROUP) + head
-    if NUM_SPLITS > 1:
-        tl.store(partial_ptr + (place * NUM_SPLITS + split)[:, None] * SIZE + h[None, :], result, mask=q_mask)
+    if HAS_SPLITS:
+        tl.store(partial_ptr + (place * num_splits + split)[:, None] * SIZE + h[None, :], result, mask=q_mask)
         lse = tl.where(total == 0.0, float("-inf"), best + tl.log2(safe))
-        tl.store(lse_ptr + place * NUM_SPLITS + split, lse, mask=is_query)
+        tl.store(lse_ptr + place * num_splits + split, lse, mask=is_query)
     else:
         tl.store(out_ptr + place[:, None] * SIZE + h[None, :], result.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _join_kernel(
-    partial_ptr, lse_ptr, out_ptr,
-    SIZE: tl.constexpr, BLOCK_H: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    partial_ptr, lse_ptr, out_ptr, num_splits, SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     h = tl.arange(0, BLOCK_H)
-    lse = tl.load(lse_ptr + place * NUM_SPLITS + s, mask=s < NUM_SPLITS, other=float("-inf"))
+    lse = tl.load(lse_ptr + place * num_splits + s, mask=s < num_splits, other=float("-inf"))
     best = tl.max(lse, axis=0)
     # A row without a context, as pads a captured batch, has -inf everywhere: its result is 0, and no NaN is written.
     weight = tl.exp2(lse - tl.where(best == float("-inf"), 0.0, best))
     total = tl.sum(weight, axis=0)
     weight = weight / tl.where(total == 0.0, 1.0, total)
-    mask = (s < NUM_SPLITS)[:, None] & (h < SIZE)[None, :]
-    part = tl.load(partial_ptr + (place * NUM_SPLITS + s)[:, None] * SIZE + h[None, :], mask=mask, other=0.0)
+    mask = (s < num_splits)[:, None] & (h < SIZE)[None, :]
+    part = tl.load(partial_ptr + (place * num_splits + s)[:, None] * SIZE + h[None, :], mask=mask, other=0.0)
     result = tl.sum(part * weight[:, None], axis=0)
     tl.store(out_ptr + place * SIZE + h, result.to(out_ptr.dtype.element_ty), mask=h < SIZE)
 
@@ -177,18 +178,17 @@ def paged_attention(
         q_TNH, cache.key, cache.value, out_TNH, partial, lse,
         inputs.block_tables_BL, inputs.query_start_B1, inputs.context_lens_B,
         inputs.query_start_B1 if visible is None else visible, inputs.query_start_B1 if begin is None else begin,
-        num_rows, inputs.block_tables_BL.stride(0), q_TNH.stride(0), q_TNH.stride(1),
+        num_rows, inputs.block_tables_BL.stride(0), num_splits, q_TNH.stride(0), q_TNH.stride(1),
         scale * _LOG2_E if softcap is None else scale / softcap, (softcap or 0.0) * _LOG2_E, window or 0,
         NUM_KV=num_kv, GROUP=group, SIZE=size, PAGE=cache.key.shape[1], BLOCK_Q=block_q,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_H=block_h,
         HAS_WINDOW=window is not None, HAS_VISIBLE=visible is not None, HAS_BEGIN=begin is not None,
-        HAS_CAP=softcap is not None, NUM_SPLITS=num_splits,
+        HAS_CAP=softcap is not None, HAS_SPLITS=num_splits > 1,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         num_warps=4 if block_m <= 64 else 8, num_stages=2,
     )  # fmt: skip
     if num_splits > 1:
         _join_kernel[(num_tokens * num_heads,)](
-            partial, lse, out_TNH, SIZE=size, BLOCK_H=block_h, NUM_SPLITS=num_splits,
-            BLOCK_S=triton.next_power_of_2(num_splits), num_warps=2,
+            partial, lse, out_TNH, num_splits, SIZE=size, BLOCK_H=block_h, BLOCK_S=max(8, num_splits), num_warps=2,
         )  # fmt: skip
     return out_TNH

@@ -68,7 +68,7 @@ def _one_row_kernel(
     tl.store(out_ptr + o, result.to(out_ptr.dtype.element_ty), mask=o < num_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it is in masks of rows alone, which are never contiguous
 def _few_rows_kernel(
     x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, num_in, num_out,
     HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,

@@ -19,7 +19,7 @@ _LOG2_E = 1.4426950408889634
 _BLOCK_M, _BLOCK_N = 128, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it bounds a search
 def _varlen_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, start_ptr, num_rows, scale_log2,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, out_stride_t,

@@ -1,7 +1,12 @@
-"""Every Triton kernel against the plain-torch reference, over shapes and dtypes."""
+"""Every Triton kernel against the plain-torch reference, over shapes and dtypes.
+
+On a CUDA device as compiled there; elsewhere in Triton's interpreter, which runs the same source on numpy arrays, at
+smaller sizes. The interpreter proves indices, masks and arithmetic, not what a compiler makes of them, and not speed.
+"""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,22 +14,37 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from opsin.kernels import reference, select
+from opsin.kernels import quantized, reference
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 
-pytestmark = pytest.mark.gpu
+HAS_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
+pytestmark = pytest.mark.gpu if HAS_CUDA else []
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NO_BFLOAT16 = pytest.mark.skipif(
+    not HAS_CUDA, reason="Triton's interpreter keeps bfloat16 as integers, and adds and multiplies those"
+)
+# Of kernels that compute in the dtype they are given; the others widen what they load.
+COMPUTED_DTYPES = (torch.float32, pytest.param(torch.bfloat16, marks=NO_BFLOAT16), torch.float16)
+HALF = torch.bfloat16 if HAS_CUDA else torch.float16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    return select(torch.device("cuda"), "triton")
+    """Not from ``select``, which offers them for CUDA devices only."""
+    pytest.importorskip("triton")
+    return importlib.import_module("opsin.kernels.triton").KERNELS
+
+
+def sized(full: Any, small: Any) -> Any:
+    """A case as a GPU runs it, or one that the interpreter ends in time."""
+    return full if HAS_CUDA else small
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -33,8 +53,8 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (7, 896), (300, 1536), (3, 5120)])
+@pytest.mark.parametrize("dtype", COMPUTED_DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (7, 896), sized((300, 1536), (9, 1536)), (3, 5120)])
 def test_rms_norm_equals_reference(kernels: Any, dtype: torch.dtype, rows: int, width: int):
     x, weight, residual = (
         rand(rows, width, dtype=dtype),
@@ -48,9 +68,9 @@ def test_rms_norm_equals_reference(kernels: Any, dtype: torch.dtype, rows: int, 
             assert_close(got, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", COMPUTED_DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu"])
-@pytest.mark.parametrize(("rows", "width"), [(1, 100), (33, 8960)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 100), sized((33, 8960), (3, 2500))])
 def test_gated_activation_equals_reference(kernels: Any, dtype: torch.dtype, name: str, rows: int, width: int):
     x = rand(rows, 2 * width, dtype=dtype)
     assert_close(kernels.gated_activation(x, name), reference.gated_activation(x.clone(), name))
@@ -74,12 +94,12 @@ def test_apply_rope_equals_reference(kernels: Any, dtype: torch.dtype, heads: in
 
 
 ROWS = {  # (query length, context length) per row
-    "decode": [(1, 1), (1, 700), (1, 16), (1, 33)],
-    "decode-one-long": [(1, 5000)],
-    "decode-many": [(1, 40 + 3 * i) for i in range(200)],
-    "prefill": [(37, 37), (1, 1), (200, 200)],
-    "chunk": [(20, 90), (64, 700)],
-    "mixed": [(1, 300), (1, 17), (100, 100), (30, 260), (1, 64)],
+    "decode": [(1, 1), (1, sized(700, 300)), (1, 16), (1, 33)],
+    "decode-one-long": [(1, sized(5000, 1100))],
+    "decode-many": [(1, 40 + 3 * i) for i in range(sized(200, 7))],
+    "prefill": [(37, 37), (1, 1), (sized(200, 70), sized(200, 70))],
+    "chunk": [(20, 90), (sized(64, 33), sized(700, 150))],
+    "mixed": [(1, sized(300, 150)), (1, 17), (sized(100, 50), sized(100, 50)), (31, sized(260, 90)), (1, 64)],
 }
 
 
@@ -98,9 +118,9 @@ FOR_ALL = (*FOR_DECODES, Mask(visible=True), Mask(6, visible=True), Mask(6, visi
 # Each combination of heads, height of a block and mask compiles a kernel, which takes a second or more. So the heads of
 # Qwen2-VL-2B meet all masks; those of its 7B, of a tower and of Phi-3-vision meet the plain one, which they have, and
 # once everything together.
-HEADS = [(28, 4, 128, torch.bfloat16), (16, 16, 80, torch.bfloat16), (8, 8, 96, torch.float32)]
+HEADS = [(28, 4, 128, HALF), (sized(16, 3), sized(16, 3), 80, HALF), (sized(8, 2), sized(8, 2), 96, torch.float32)]
 ATTENTIONS = [
-    *((12, 2, 128, torch.bfloat16, name, FOR_DECODES if name.startswith("decode") else FOR_ALL) for name in ROWS),
+    *((12, 2, 128, HALF, name, FOR_DECODES if name.startswith("decode") else FOR_ALL) for name in ROWS),
     *((*heads, name, (PLAIN, EVERYTHING) if name == "mixed" else (PLAIN,)) for heads in HEADS for name in ROWS),
 ]
 
@@ -134,14 +154,14 @@ def test_paged_attention_equals_reference(
     for mask in masks:
         cache = LayerCache(*(rand(num_blocks, page, kv, size, dtype=dtype, seed=s) for s in (3, 4)))
         inputs = AttentionInputs(
-            query_start_B1=torch.tensor(starts, dtype=torch.int32, device="cuda"),
-            context_lens_B=torch.tensor(context_lens, dtype=torch.int32, device="cuda"),
-            block_tables_BL=tables.int().cuda(),
-            slot_mapping_T=(tables[owner, positions // page] * page + positions % page).cuda(),
+            query_start_B1=torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+            context_lens_B=torch.tensor(context_lens, dtype=torch.int32, device=DEVICE),
+            block_tables_BL=tables.int().to(DEVICE),
+            slot_mapping_T=(tables[owner, positions // page] * page + positions % page).to(DEVICE),
             query_lens=query_lens,
             context_lens=context_lens,
-            visible_end_T=visible_end.int().cuda() if mask.visible else None,
-            visible_begin_T=visible_begin.int().cuda() if mask.whole else None,
+            visible_end_T=visible_end.int().to(DEVICE) if mask.visible else None,
+            visible_begin_T=visible_begin.int().to(DEVICE) if mask.whole else None,
         )
         twin = LayerCache(cache.key.clone(), cache.value.clone())
         kernels.write_kv(k, v, cache, inputs.slot_mapping_T)
@@ -152,8 +172,8 @@ def test_paged_attention_equals_reference(
         assert_close(got, reference.paged_attention(q, k, v, twin, inputs, size**-0.5, mask.window, mask.softcap))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (7, 1152), (300, 1280)])
+@pytest.mark.parametrize("dtype", COMPUTED_DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (7, 1152), sized((300, 1280), (9, 1280))])
 def test_layer_norm_equals_reference(kernels: Any, dtype: torch.dtype, rows: int, width: int):
     x, residual = rand(rows, width, dtype=dtype), rand(rows, width, dtype=dtype, seed=3)
     weight, bias = rand(width, dtype=dtype, seed=1), rand(width, dtype=dtype, seed=2)
@@ -169,7 +189,7 @@ def test_layer_norm_equals_reference(kernels: Any, dtype: torch.dtype, rows: int
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu", "quick_gelu", "relu"])
 def test_activation_equals_reference(kernels: Any, dtype: torch.dtype, name: str):
-    x = rand(33, 5121, dtype=dtype)
+    x = rand(*sized((33, 5121), (3, 2801)), dtype=dtype)
     assert_close(kernels.activation(x, name), reference.activation(x, name))
 
 
@@ -179,8 +199,8 @@ def test_rope_and_write_equals_reference(kernels: Any, dtype: torch.dtype, heads
     fused = rand(9, heads + 2 * kv, size, dtype=dtype)
     q, k, v = fused.split((heads, kv, kv), dim=1)
     angle = rand(9, pairs, seed=2)
-    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:9].cuda()
-    caches = [LayerCache(*(torch.zeros(10, 4, kv, size, dtype=dtype, device="cuda") for _ in "kv")) for _ in range(2)]
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:9].to(DEVICE)
+    caches = [LayerCache(*(torch.zeros(10, 4, kv, size, dtype=dtype, device=DEVICE) for _ in "kv")) for _ in range(2)]
     for got, expected in zip(
         kernels.rope_and_write(q, k, v, angle.cos(), angle.sin(), caches[0], slots),
         reference.rope_and_write(q, k, v, angle.cos(), angle.sin(), caches[1], slots),
@@ -205,19 +225,20 @@ def test_greedy_equals_reference_and_takes_the_first_of_equals(kernels: Any, dty
 
 
 @pytest.mark.parametrize("size", [64, 72, 80, 88, 96, 128])
-@pytest.mark.parametrize("lens", [(1,), (150, 64, 3, 129), (577, 577)], ids=str)
+@pytest.mark.parametrize("lens", [(1,), (150, 64, 3, 129), sized((577, 577), (193, 193))], ids=str)
 def test_varlen_attention_equals_reference(kernels: Any, size: int, lens: tuple[int, ...]):
     heads, num_patches = 3, sum(lens)
-    ends = torch.tensor((0, *lens)).cumsum(0, dtype=torch.int32).cuda()
-    for dtype in (torch.bfloat16, torch.float16):
+    ends = torch.tensor((0, *lens)).cumsum(0, dtype=torch.int32).to(DEVICE)
+    for dtype in {HALF, torch.float16}:
         q, k, v = rand(num_patches, 3 * heads, size, dtype=dtype).split(heads, dim=1)
         expected = reference.varlen_attention(q.float(), k.float(), v.float(), ends, lens, size**-0.5)
         assert_close(kernels.varlen_attention(q, k, v, ends, lens, size**-0.5), expected.to(dtype))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the neighbours' own results
 def test_varlen_attention_reads_nothing_of_the_neighbours(kernels: Any):
-    q, k, v = rand(300, 6, 80, dtype=torch.bfloat16).split(2, dim=1)
-    lens, ends = (100, 90, 110), torch.tensor((0, 100, 190, 300), dtype=torch.int32, device="cuda")
+    q, k, v = rand(300, 6, 80, dtype=HALF).split(2, dim=1)
+    lens, ends = (100, 90, 110), torch.tensor((0, 100, 190, 300), dtype=torch.int32, device=DEVICE)
     alone = kernels.varlen_attention(q, k, v, ends, lens, 0.1)
     for x in (q, k, v):
         x[:100], x[190:] = float("nan"), float("inf")
@@ -226,9 +247,77 @@ def test_varlen_attention_reads_nothing_of_the_neighbours(kernels: Any):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("num_in", "num_out"), [(64, 50), (1536, 2048), (8960, 1536), (1280, 3)])
+@pytest.mark.parametrize(
+    ("num_in", "num_out"), [(64, 50), sized((1536, 2048), (1536, 21)), sized((8960, 1536), (8960, 5)), (1280, 3)]
+)
 def test_linear_equals_reference(kernels: Any, dtype: torch.dtype, rows: int, num_in: int, num_out: int):
     x, weight = rand(rows, num_in, dtype=dtype), rand(num_out, num_in, seed=1).mul_(num_in**-0.5).to(dtype)
     for bias in (None, rand(num_out, dtype=dtype, seed=2)):
         expected = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
         assert_close(kernels.linear(x, weight, bias), expected.to(dtype))
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("num_padding", [1, 3])
+@pytest.mark.parametrize("name", ["decode", "mixed"])
+def test_paged_attention_of_a_padded_step_equals_that_of_its_rows(
+    kernels: Any, name: str, num_padding: int, window: int | None
+):
+    """As graphs launch it: lengths on the host are mere bounds, and rows are added that have no context.
+
+    Decode rows are padded by rows of one token; others by empty rows, and a last one of several tokens.
+    """
+    rows, page, size = ROWS[name], 16, 64
+    longest = max(context for _, context in rows)
+    columns = -(-longest // page)
+    num_tokens = sum(query for query, _ in rows)
+    added = [1] * num_padding if name == "decode" else [0] * (num_padding - 1) + [5]
+    q = rand(num_tokens + sum(added), 4, size, dtype=torch.float16)
+    k, v = (rand(num_tokens + sum(added), 2, size, dtype=torch.float16, seed=seed) for seed in (1, 2))
+    cache = LayerCache(*(rand(len(rows) * columns + 1, page, 2, size, dtype=torch.float16, seed=s) for s in (3, 4)))
+    cache.key[0] = cache.value[0] = float("nan")  # the scratch block, of which nothing may be read
+    tables = torch.arange(1, len(rows) * columns + 1, dtype=torch.int32).view(len(rows), columns)
+    query_lens = tuple(query for query, _ in rows)
+    context_lens = tuple(context for _, context in rows)
+
+    def inputs(query_lens: tuple[int, ...], context_lens: tuple[int, ...], added: list[int]) -> AttentionInputs:
+        starts = itertools.accumulate([*(query for query, _ in rows), *added], initial=0)
+        return AttentionInputs(
+            query_start_B1=torch.tensor(list(starts), dtype=torch.int32, device=DEVICE),
+            context_lens_B=torch.tensor([c for _, c in rows] + [0] * len(added), dtype=torch.int32, device=DEVICE),
+            block_tables_BL=torch.cat([tables, torch.zeros(len(added), columns, dtype=torch.int32)]).to(DEVICE),
+            slot_mapping_T=torch.zeros(0, dtype=torch.int64, device=DEVICE),
+            query_lens=query_lens,
+            context_lens=context_lens,
+        )
+
+    bound = 1 if name == "decode" else num_tokens + sum(added)
+    num_rows = len(rows) + num_padding
+    padded = inputs((bound,) * num_rows, (8 * longest,) * num_rows, added)
+    got = kernels.paged_attention(q, k, v, cache, padded, size**-0.5, window)
+    # The reference takes this step's keys from its arguments where they are all that a row sees: here all are cached.
+    for row, (query_len, context_len) in enumerate(rows):
+        at = sum(query_lens[:row]) + torch.arange(query_len)
+        slots = (torch.arange(context_len - query_len, context_len) + tables[row, 0].item() * page).to(DEVICE)
+        for new, stored in ((k, cache.key), (v, cache.value)):
+            new[at.to(DEVICE)] = stored.view(-1, 2, size)[slots]
+    alone = inputs(query_lens, context_lens, [])
+    q, k, v = q[:num_tokens], k[:num_tokens], v[:num_tokens]
+    assert_close(got[:num_tokens], reference.paged_attention(q, k, v, cache, alone, size**-0.5, window))
+    assert got[num_tokens:].eq(0).all()
+
+
+@pytest.mark.skipif(
+    HAS_CUDA and torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no 8-bit tensor cores"
+)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 48), (4304, 16)])
+def test_few_quantized_rows_equal_the_reference(kernels: Any, rows: int, num_in: int, num_out: int):
+    """Products only: the interpreter cuts numbers to 8 bits where a GPU rounds them. More rows are cuBLAS's."""
+    x = quantized.quantize_rows(rand(rows, num_in))
+    weight, scale = quantized.quantize_rows(rand(num_out, num_in, seed=1) * num_in**-0.5)
+    for dtype in (torch.float16, torch.float32):
+        for bias in (None, rand(num_out, dtype=dtype, seed=2)):
+            expected = quantized.quantized_linear(x, weight, scale.squeeze(1), bias, torch.float32)
+            got = kernels.quantized_linear(x, weight, scale.squeeze(1), bias, dtype)
+            torch.testing.assert_close(got, expected.to(dtype), rtol=5e-3, atol=5e-3)
