@@ -6,6 +6,7 @@ It ends when the front's end of the socket closes, so it does not outlive the pr
 from __future__ import annotations
 
 import faulthandler
+import gc
 import itertools
 import logging
 import os
