@@ -23,8 +23,8 @@ _MAX_SPLITS = 32
 _PROGRAMS_WANTED = 264  # two for each of an H100's 132 multiprocessors
 
 
-# Numbers that change from step to step are not specialised: Triton would compile a kernel for each of 1, multiples of 16
-# and the rest, in the midst of serving. None gains by it: they bound a search, and find block tables entry by entry.
+# Numbers that change from step to step are not specialised: else Triton compiles a kernel for each of 1, multiples of
+# 16 and the rest, in the midst of serving. None gains by it: they bound a search, or find single entries of tables.
 @triton.jit(do_not_specialize=["num_rows", "table_stride", "num_splits"])
 def _attention_kernel(
     q_ptr, key_ptr, value_ptr, out_ptr, partial_ptr, lse_ptr, table_ptr, start_ptr, context_ptr, visible_ptr, begin_ptr,
