@@ -4,7 +4,8 @@
 
 Photo-like JPEGs become what Qwen2-VL makes of them: sides rounded to multiples of 28 by a bicubic resize, which for
 1024x768 makes 1036x756. The stages are run one by one on this thread; the pool runs all of them in its workers, and
-bytes go in and pixels come out through shared memory. "0 workers" is the pool's one background thread.
+bytes go in and pixels come out through shared memory. "0 workers" is the pool's one background thread. "Decode only" is
+what is left of it where a GPU resizes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from opsin.cli.synthetic import photo
 from opsin.config import MediaConfig
 from opsin.media.ops import make_frames
 from opsin.media.pool import MediaPool
+from opsin.media.raw import raw_plan
 from opsin.media.source import EncodedPicture, open_encoded
 from opsin.types import PixelPlan, Resize, View
 
@@ -40,12 +42,20 @@ def qwen_plan(width: int, height: int) -> PixelPlan:
     return PixelPlan(width, height, (View(ops=(Resize(sides[0], sides[1]),), height=sides[1], width=sides[0]),))
 
 
+def as_it_is(plan: PixelPlan) -> PixelPlan:
+    """What workers are asked for where the device resizes."""
+    raw = raw_plan(plan, plan.width * plan.height * 4)
+    assert raw is not None, "the picture has Qwen's sides already; choose others"
+    return raw
+
+
 def stages(sources: list[EncodedPicture], datas: list[bytes], plan: PixelPlan) -> dict[str, float]:
     """Milliseconds per picture on one core: the least of some rounds."""
     config = MediaConfig()
     decoded = [source.decode() for source in sources]
     (view,) = plan.views
-    out = np.empty(plan.num_bytes, np.uint8)
+    raw = as_it_is(plan)
+    out, raw_out = np.empty(plan.num_bytes, np.uint8), np.empty(raw.num_bytes, np.uint8)
     resized = [picture.resize((view.width, view.height), Image.Resampling.BICUBIC) for picture in decoded]
     return {
         "open (header, digest)": _least_ms([lambda data=data: open_encoded(data, config) for data in datas]),
@@ -55,6 +65,7 @@ def stages(sources: list[EncodedPicture], datas: list[bytes], plan: PixelPlan) -
         ),
         "copy out": _least_ms([lambda p=p: np.copyto(out, np.asarray(p).reshape(-1)) for p in resized]),
         "all": _least_ms([lambda s=s: make_frames([s.decode()], plan, out) for s in sources]),
+        "decode only": _least_ms([lambda s=s: make_frames([s.decode()], raw, raw_out) for s in sources]),
     }
 
 
@@ -101,8 +112,9 @@ def main() -> None:
     for workers in map(int, args.workers.split(",")):
         with MediaPool(MediaConfig(media_workers=workers)) as pool:
             pictures_per_second(pool, sources, plan, 4 * max(1, workers))  # every worker has started
-            rate = pictures_per_second(pool, sources, plan, args.count)
-        report["pictures_per_s"][f"{workers} workers"] = round(rate, 1)
+            for what, wanted in (("", plan), (", decode only", as_it_is(plan))):
+                rate = pictures_per_second(pool, sources, wanted, args.count)
+                report["pictures_per_s"][f"{workers} workers{what}"] = round(rate, 1)
     print(environment.table(report))
     if args.json:
         report["environment"] = environment.collect()

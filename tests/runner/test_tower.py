@@ -13,7 +13,7 @@ from opsin.layers.staging import noting, upload
 from opsin.runner import tower as module
 from opsin.runner.executor import Pixels
 from opsin.runner.tower import EagerTower, ReplayedTower
-from opsin.types import MediaLayout, PixelPlan, View
+from opsin.types import MediaLayout, PixelPlan, Resize, View
 
 CPU = torch.device("cpu")
 
@@ -87,6 +87,20 @@ def test_result_of_a_replay_outlives_the_next_one(tower: ReplayedTower):
     before = first.clone()
     tower([pixels(8, 4, 6)], [layout(8, 4)])
     assert torch.equal(first, before)
+
+
+def test_raw_pictures_are_resized_into_what_a_replay_reads(tower: ReplayedTower):
+    """The graph does not care which road a picture came by, nor of which size it was."""
+
+    def shrunk(width: int, height: int) -> MediaLayout:
+        return MediaLayout(PixelPlan(width, height, (View((Resize(8, 4),), 4, 8),)), 1, 4)
+
+    for seed, (width, height) in enumerate([(20, 10), (9, 5), (8, 7), (30, 40)]):
+        raw = Pixels(pixels(width, height, seed).data, is_raw=True)
+        items, layouts = [raw, pixels(8, 4, 10 + seed)], [shrunk(width, height), layout(8, 4)]
+        expected: Any = Model()
+        assert torch.equal(tower(items, layouts), EagerTower(expected, CPU)(items, layouts))
+        assert tower.num_graphs == (seed > 0)
 
 
 def test_large_pass_is_never_captured(tower: ReplayedTower):
