@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -187,6 +188,11 @@ def test_server_works_as_its_banner_says_and_drains_on_sigterm(tiny_llava: Calla
         assert log.endswith("Stopped.\n")
         assert "Traceback" not in log
         assert "secret" not in log
+
+
+def test_banner_of_a_server_of_vectors_asks_for_one(tiny_llava: Callable[[LlavaShape], Path]):
+    with process(*served(tiny_llava), "--port", "0", "--task", "embedding") as (_, lines):
+        assert json.loads(paste(lines[-1]))["data"][0]["embedding"]
 
 
 def test_second_signal_ends_streams_with_an_error(tiny_llava: Callable[[LlavaShape], Path], tmp_path: Path):

@@ -88,7 +88,8 @@ def execute(args: argparse.Namespace) -> int:
 
     def announce(app: FastAPI) -> None:
         server = app.state.server
-        lines = [picture_line(server.engine.picture_tokens), banner(url, config, server.names[0])]
+        told = banner(url, config, server.names[0], pools=settings.get("runner") == "pooling")
+        lines = [picture_line(server.engine.picture_tokens), told]
         print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
 
     try:
@@ -151,32 +152,27 @@ def picture_line(tokens: Callable[[int, int], int]) -> str:
     return f"Tokens per picture: {', '.join(told)}" if costs else ""
 
 
-def banner(url: str, config: ServerConfig, name: str) -> str:
-    """What is printed when the server is ready: where it is, and a line to try it with."""
+def banner(url: str, config: ServerConfig, name: str, *, pools: bool = False) -> str:
+    """What is printed when the server is ready: where it is, and a line to try it with.
+
+    Args:
+        pools: the server gives vectors, and no text.
+    """
     lines = [f"\nServing {name} at {url}" + (f" on the socket {config.uds}" if config.uds else "")]
     if not config.is_local and not config.api_key:
         lines.append(
             f"WARNING: everybody who can reach {config.host} may use this server. Set --api-key, or leave out --host."
         )
-    return "\n".join([*lines, "Try it:\n", curl_line(url, config, name), ""])
+    return "\n".join([*lines, "Try it:\n", curl_line(url, config, name, pools=pools), ""])
 
 
-def curl_line(url: str, config: ServerConfig, name: str) -> str:
+def curl_line(url: str, config: ServerConfig, name: str, *, pools: bool = False) -> str:
     """A command that asks about a small picture; the key stays a variable, since terminals are looked at."""
-    body = {
-        "model": name,
-        "max_tokens": 32,
-        "messages": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": _sample_picture()}},
-                    {"type": "text", "text": "What is in the picture?"},
-                ],
-            }
-        ],
-    }
-    words = ["curl", "-s", f"{url}/v1/chat/completions"]
+    question = "Represent the given image." if pools else "What is in the picture?"
+    content = [{"type": "image_url", "image_url": {"url": _sample_picture()}}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    body = {"model": name, **({} if pools else {"max_tokens": 32}), "messages": messages}
+    words = ["curl", "-s", f"{url}/v1/{'embeddings' if pools else 'chat/completions'}"]
     words += ["--unix-socket", config.uds] if config.uds else []
     words += ["--cacert", config.ssl_certfile] if config.ssl_certfile else []
     line = shlex.join([*words, "-H", "Content-Type: application/json", "-d", json.dumps(body)])
