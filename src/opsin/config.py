@@ -108,6 +108,10 @@ class CacheConfig:
     gpu_memory_utilization: float = setting(0.92, "Share of the device's memory that opsin may use.")
     kv_cache_memory_bytes: int | None = setting(None, "Bytes of KV cache; by default planned from a measured run.")
     num_gpu_blocks_override: int | None = setting(None, "Number of KV blocks, for tests.")
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = setting(
+        "auto",
+        "'fp8' keeps keys and values in 8 bits: twice the tokens in as much memory; 'auto': as the model.",
+    )
     enable_prefix_caching: bool = setting(True, "Share the KV blocks of equal prompt prefixes, pictures included.")
     vision_cache_gb: float = setting(1.0, "GiB of vision features kept for reuse and for encoding ahead.")
 
@@ -308,6 +312,7 @@ class EngineSettings(TypedDict, total=False):
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"]
     enable_prefix_caching: bool
     vision_cache_gb: float
     max_num_seqs: int | None

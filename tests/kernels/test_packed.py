@@ -7,6 +7,7 @@ import torch
 
 from opsin.kernels import packed, packed_attention, reference
 from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels.quantized import FP8, narrowed
 
 HEAD_DIM, BLOCK = 16, 16
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -58,6 +59,27 @@ def test_paged_attention_equals_reference(lens, num_heads, window, softcap, dtyp
     arguments = (q_TNH, k_TKH, v_TKH, cache, inputs, HEAD_DIM**-0.5, window, softcap)
     expected = reference.paged_attention(*arguments)
     torch.testing.assert_close(packed.KERNELS.paged_attention(*arguments), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("lens", [[(1, 5), (1, 64), (1, 17)], [(200, 300), (1, 7), (192, 192), (9, 9)]], ids=str)
+def test_a_cache_of_8_bits_gives_what_its_rounded_numbers_give(lens, dtype):
+    torch.manual_seed(0)
+    cache, inputs = _step(lens, 2, dtype)
+    narrow = LayerCache(*(narrowed(stored, FP8) for stored in cache))
+    wide = LayerCache(*(stored.to(dtype) for stored in narrow))
+    q_TNH = torch.randn(len(inputs.slot_mapping_T), 6, HEAD_DIM).to(dtype)
+    k_TKH, v_TKH = (torch.randn(len(q_TNH), 2, HEAD_DIM).to(dtype) * 300 for _ in "kv")  # some are beyond e4m3
+    for kernels in (reference.KERNELS, packed.KERNELS):
+        outputs: list[torch.Tensor] = []
+        for stored, k, v in (
+            (narrow, k_TKH, v_TKH),
+            (wide, *(narrowed(new_TKH, FP8).to(dtype) for new_TKH in (k_TKH, v_TKH))),
+        ):
+            kernels.write_kv(k, v, stored, inputs.slot_mapping_T)
+            outputs.append(kernels.paged_attention(q_TNH, k, v, stored, inputs, HEAD_DIM**-0.5))
+        assert all(torch.equal(a.to(dtype), b) for a, b in zip(narrow, wide, strict=True))
+        assert torch.equal(*outputs)
 
 
 @DTYPES

@@ -128,8 +128,7 @@ TABLE: tuple[Foreign, ...] = (
         _HOST,
     ),
     Foreign("cpu-offload-params offload-params", "values", _HOST),
-    Foreign("kv-cache-dtype", "value", "keys and values are kept in the model's dtype"),
-    Foreign("kv-cache-dtype-skip-layers", "values", "keys and values are kept in the model's dtype"),
+    Foreign("kv-cache-dtype-skip-layers", "values", "--kv-cache-dtype holds for every layer"),
     Foreign("calculate-kv-scales", "nothing", "keys and values are kept in the model's dtype"),
     Foreign(
         "mm-processor-cache-gb mm-processor-cache-type mm-shm-cache-max-object-size-mb mm-tensor-ipc "

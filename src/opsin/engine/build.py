@@ -12,7 +12,7 @@ import numpy as np
 import PIL
 import torch
 
-from opsin.config import DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
+from opsin.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
 from opsin.engine.checkpoint import Checkpoint
 from opsin.engine.core import EngineCore
 from opsin.engine.engine import EngineFacts
@@ -22,12 +22,14 @@ from opsin.engine.local import LocalEngine
 from opsin.engine.tower import Encode, TowerThread
 from opsin.errors import ConfigError
 from opsin.kernels import reference, select
+from opsin.kernels.quantized import FP8
 from opsin.media.pool import MediaPool
 from opsin.media.raw import MAX_RAW_PIXELS
 from opsin.media.resample import is_pillows
 from opsin.models.hub import ModelFiles
 from opsin.models.interface import VisionLanguageModel
 from opsin.models.load import load_model
+from opsin.models.quantization import check_device
 from opsin.models.rule import MediaRule
 from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.output import OutputProcessor
@@ -123,6 +125,7 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside
         block_size=config.cache.block_size,
         device=device,
         dtype=dtype,
+        kv_dtype=resolve_kv_dtype(config.cache, device),
     )
     feature_bytes = int(config.cache.vision_cache_gb * _GIB)
     measured_side = _GPU_MEASURED_SIDE if device.type == "cuda" else _CPU_MEASURED_SIDE
@@ -245,6 +248,18 @@ def resolve_dtype(config: ModelConfig, files: ModelFiles, device: torch.device) 
         return torch.bfloat16
     native_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native_bf16 and files.dtype in ("bfloat16", "float16") else torch.float32
+
+
+def resolve_kv_dtype(config: CacheConfig, device: torch.device) -> torch.dtype | None:
+    """The KV cache's dtype where it is not the model's.
+
+    Raises:
+        ConfigError: the device has no 8-bit floats.
+    """
+    if config.kv_cache_dtype == "auto":
+        return None
+    check_device(device, FP8)
+    return FP8
 
 
 def fill_budget(rule: MediaRule, max_patches: int, side: int, options: Mapping[str, Any]) -> Sequence[MediaLayout]:

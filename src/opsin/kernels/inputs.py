@@ -14,7 +14,7 @@ import torch
 
 
 class LayerCache(NamedTuple):
-    """One layer's paged keys and values, each (num_blocks, block_size, K, H)."""
+    """One layer's paged keys and values, each (num_blocks, block_size, K, H), in the model's dtype or e4m3."""
 
     key: torch.Tensor
     value: torch.Tensor

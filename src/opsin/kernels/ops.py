@@ -98,7 +98,7 @@ class WriteKV(Protocol):
     def __call__(
         self, k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_mapping_T: torch.Tensor
     ) -> None:
-        """Store this step's keys and values at their slots, in place."""
+        """Store this step's keys and values at their slots, in place, in the cache's dtype (``quantized.narrowed``)."""
         ...
 
 
@@ -133,7 +133,7 @@ class PagedAttention(Protocol):
 
         Token t sees positions in (position - window, visible_end), its own included, and those from visible_begin on
         where that is lower. ``k_TKH`` and ``v_TKH`` are this step's, already written to ``cache``, for rows that need
-        nothing older.
+        nothing older, and none that was rounded on its way there.
 
         Args:
             softcap: scores are bent into (-softcap, softcap) by tanh, arXiv:2408.00118.

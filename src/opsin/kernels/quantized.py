@@ -7,6 +7,8 @@ in float32 differ in the order of the sum alone.
 INT8, for CPUs, where a token takes as long as its weights take to be read: weights are integers with one scale for each
 output feature; activations stay as they are, since their outliers would cost all the others their precision
 (arXiv:2208.07339).
+
+A KV cache may be e4m3, too, on either: half the memory, and half of what attention reads for a token.
 """
 
 from __future__ import annotations
@@ -45,6 +47,12 @@ def quantized_linear(
     """Scales and bias are applied in float32."""
     y_TO = F.linear(x.values_TI.float(), weight_OI.float()) * x.scale_T1 * scale_O
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(dtype)
+
+
+def narrowed(x: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """Keys or values as a cache of ``kind`` holds them. e4m3 has no scale there: it spans 2**-9 to 448, which few keys
+    leave, and larger ones become 448."""
+    return x.float().clamp(-FP8_MAX, FP8_MAX).to(FP8) if kind == FP8 else x
 
 
 def quantize_weight(weight_OI: torch.Tensor, kind: torch.dtype) -> QuantizedRows:

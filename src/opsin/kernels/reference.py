@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.kernels.ops import Kernels
-from opsin.kernels.quantized import int8_linear, quantize_rows, quantized_linear
+from opsin.kernels.quantized import FP8, int8_linear, narrowed, quantize_rows, quantized_linear
 
 
 def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
@@ -101,6 +101,9 @@ def _rotate(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -
 
 def write_kv(k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_mapping_T: torch.Tensor) -> None:
     for new_TKH, stored in ((k_TKH, cache.key), (v_TKH, cache.value)):
+        new_TKH = narrowed(new_TKH, stored.dtype)
+        if stored.dtype == FP8:  # which torch indexes as bytes alone
+            new_TKH, stored = new_TKH.view(torch.uint8), stored.view(torch.uint8)
         stored.view(-1, *stored.shape[2:]).index_copy_(0, slot_mapping_T, new_TKH)
 
 
@@ -161,12 +164,13 @@ def attend_rows(
     begin = 0
     for b, (query_len, context_len) in enumerate(zip(inputs.query_lens, inputs.context_lens, strict=True)):
         end = begin + query_len
-        if query_len == context_len:
+        if query_len == context_len and k_TKH.dtype == cache.key.dtype:
             first, k_CKH, v_CKH = 0, k_TKH[begin:end], v_TKH[begin:end]
         else:
             is_cut = window is not None and inputs.visible_begin_T is None
             first = max(0, context_len - query_len + 1 - (window or 0)) if is_cut else 0
-            k_CKH, v_CKH = _gather(cache, inputs.block_tables_BL[b], first, context_len)
+            gathered = _gather(cache, inputs.block_tables_BL[b], first, context_len)
+            k_CKH, v_CKH = (stored_CKH.to(q_TNH.dtype) for stored_CKH in gathered)
         visible_begin, visible_end = (
             None if visible is None else visible[begin:end]
             for visible in (inputs.visible_begin_T, inputs.visible_end_T)

@@ -122,7 +122,7 @@ def check_device(device: torch.device, kind: torch.dtype) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(
             f"FP8 needs a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell); this one, "
-            f"{torch.cuda.get_device_name(device)}, has not. Leave quantization out."
+            f"{torch.cuda.get_device_name(device)}, has not. Leave quantization and kv_cache_dtype out."
         )
 
 

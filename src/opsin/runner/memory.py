@@ -75,7 +75,7 @@ def plan_memory(
         available = min(_CPU_KV_BYTES, int(free * _CPU_KV_SHARE))
 
     spec = runner.model.spec
-    block_bytes = spec.kv_bytes_per_token(runner.dtype.itemsize) * runner.block_size
+    block_bytes = spec.kv_bytes_per_token(runner.kv_dtype.itemsize) * runner.block_size
     per_sequence = -(-max_model_len // runner.block_size)
     if num_blocks is None:
         if kv_bytes is None and not on_gpu:  # more than this could only hold old prefixes

@@ -32,6 +32,7 @@ class ModelRunner:
     """Model, KV cache and per-request tables of one device.
 
     Args:
+        kv_dtype: of the KV cache; by default the model's.
         kernels: those that the model was built with; by default the device's best.
     """
 
@@ -44,11 +45,13 @@ class ModelRunner:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
         kernels: Kernels | None = None,
     ) -> None:
         self.model = model
         self.device = device
         self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype
         self.block_size = block_size
         self._kernels = kernels or select(device)
         self._max_num_seqs = max_num_seqs
@@ -70,7 +73,7 @@ class ModelRunner:
         for layer in self.model.spec.layers:
             shape = (num_blocks, self.block_size, layer.num_kv_heads, layer.head_dim)
             # Zeros, since attention may multiply unwritten slots by a weight of exactly 0, and 0 * NaN is NaN.
-            key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            key, value = (torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for _ in range(2))
             self._caches.append(LayerCache(key, value))
 
     @torch.inference_mode()

@@ -90,7 +90,7 @@ def _attention_kernel(
         page = tl.load(table_ptr + row * table_stride + n // PAGE, mask=in_range, other=0).to(tl.int64)
         base = ((page * PAGE + n % PAGE) * NUM_KV + kv_head) * SIZE
         kv_mask = in_range[:, None] & in_head[None, :]
-        key = tl.load(key_ptr + base[:, None] + h[None, :], mask=kv_mask, other=0.0)
+        key = tl.load(key_ptr + base[:, None] + h[None, :], mask=kv_mask, other=0.0).to(q.dtype)
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale_log2
         if HAS_CAP:  # the scale holds 1 / cap in place of log2(e); tanh(x) is 2 sigmoid(2 x) - 1
             score = cap_log2 * (2.0 * tl.sigmoid(2.0 * score) - 1.0)
@@ -104,7 +104,7 @@ def _attention_kernel(
         weight = tl.exp2(score - reference[:, None])
         fade = tl.exp2(best - reference)
         total = total * fade + tl.sum(weight, axis=1)
-        value = tl.load(value_ptr + base[:, None] + h[None, :], mask=kv_mask, other=0.0)
+        value = tl.load(value_ptr + base[:, None] + h[None, :], mask=kv_mask, other=0.0).to(q.dtype)
         acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
         best = new_best
 

@@ -212,6 +212,14 @@ def apply_rope(
 
 
 @triton.jit
+def _narrowed(x, dtype: tl.constexpr):
+    """As ``quantized.narrowed``."""
+    if dtype == tl.float8e4nv:
+        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)
+
+
+@triton.jit
 def _rope_and_write_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, key_cache_ptr, value_cache_ptr, cos_ptr, sin_ptr, slot_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
@@ -250,17 +258,18 @@ def _rope_and_write_kernel(
     high = (second * cos + first * sin).to(dtype)
     tl.store(target + pair, low, mask=mask)
     tl.store(target + pair + PAIRS, high, mask=mask)
-    tl.store(stored + pair, low, mask=mask)
-    tl.store(stored + pair + PAIRS, high, mask=mask)
+    tl.store(stored + pair, _narrowed(low, key_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(stored + pair + PAIRS, _narrowed(high, key_cache_ptr.dtype.element_ty), mask=mask)
     if 2 * PAIRS < SIZE:
         mask = (head < NUM_K) & (rest < SIZE)
         same = tl.load(source + rest, mask=mask)
         tl.store(target + rest, same, mask=mask)
-        tl.store(stored + rest, same, mask=mask)
+        tl.store(stored + rest, _narrowed(same, key_cache_ptr.dtype.element_ty), mask=mask)
 
     within = tl.arange(0, BLOCK_SIZE)[None, :]
     mask = (head < NUM_K) & (within < SIZE)
     value = tl.load(v_ptr + token * v_stride_t + head * v_stride_h + within, mask=mask)
+    value = _narrowed(value, value_cache_ptr.dtype.element_ty)
     tl.store(value_cache_ptr + (slot * NUM_K + head) * SIZE + within, value, mask=mask)
 
 
@@ -304,8 +313,8 @@ def _write_kv_kernel(
     target = slot * NUM_HEADS * SIZE + at
     key = tl.load(k_ptr + token * k_stride_t + head * k_stride_h + within, mask=inside)
     value = tl.load(v_ptr + token * v_stride_t + head * v_stride_h + within, mask=inside)
-    tl.store(key_cache_ptr + target, key, mask=inside)
-    tl.store(value_cache_ptr + target, value, mask=inside)
+    tl.store(key_cache_ptr + target, _narrowed(key, key_cache_ptr.dtype.element_ty), mask=inside)
+    tl.store(value_cache_ptr + target, _narrowed(value, value_cache_ptr.dtype.element_ty), mask=inside)
 
 
 def write_kv(k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_mapping_T: torch.Tensor) -> None:
