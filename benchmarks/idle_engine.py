@@ -94,10 +94,11 @@ def _run(end: EngineEnd, orders: queue.SimpleQueue[Add | Abort], step_s: float) 
                 running.pop(order.request_id, None)
         messages: list[FromEngine] = []
         if running:
-            messages.append(News([answer.step() for answer in running.values()]))
-            ended = [update.request_id for update in messages[0].updates if update.finish_reason is not None]
-            for request_id in ended:
-                del running[request_id]
+            updates = [answer.step() for answer in running.values()]
+            messages.append(News(updates))
+            for update in updates:
+                if update.finish_reason is not None:
+                    del running[update.request_id]
         if time.monotonic() >= beat_s:
             beat_s += _BEAT_S
             messages.append(Beat(None, {}, {}))

@@ -5,7 +5,7 @@
 Photo-like JPEGs become what Qwen2-VL makes of them: sides rounded to multiples of 28 by a bicubic resize, which for
 1024x768 makes 1036x756. The stages are run one by one on this thread; the pool runs all of them in its workers, and
 bytes go in and pixels come out through shared memory. "0 workers" is the pool's one background thread. "Decode only" is
-what is left of it where a GPU resizes.
+what is left of it where a GPU resizes; what that takes is shown where there is one.
 """
 
 from __future__ import annotations
@@ -69,6 +69,34 @@ def stages(sources: list[EncodedPicture], datas: list[bytes], plan: PixelPlan) -
     }
 
 
+def on_device(source: EncodedPicture, plan: PixelPlan) -> dict[str, float] | None:
+    """Milliseconds that one decoded picture takes to the device and through its resize, there and of this thread."""
+    import torch
+
+    from opsin.kernels import select
+    from opsin.runner.executor import Pixels
+    from opsin.runner.pixels import PixelLoader
+
+    if not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda")
+    loader = PixelLoader(select(device).resample, device)
+    pixels = Pixels(np.asarray(source.decode()).reshape(-1), is_raw=True)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    host_ms: list[float] = []
+    device_ms: list[float] = []
+    for _ in range(_ROUNDS * 10):
+        torch.cuda.synchronize()
+        begin.record()
+        begun_s = time.perf_counter()
+        loader.load(pixels, plan)
+        host_ms.append(1e3 * (time.perf_counter() - begun_s))
+        end.record()
+        end.synchronize()
+        device_ms.append(begin.elapsed_time(end))
+    return {"this thread": round(min(host_ms), 3), "until it is done": round(min(device_ms), 3)}
+
+
 def pictures_per_second(pool: MediaPool, sources: list[EncodedPicture], plan: PixelPlan, count: int) -> float:
     begun_s = time.perf_counter()
     for job_id in range(count):
@@ -109,6 +137,8 @@ def main() -> None:
         "ms_per_picture": stages(sources, datas, plan),
         "pictures_per_s": {},
     }
+    if (resized := on_device(sources[0], plan)) is not None:
+        report["ms_to_the_device_and_resized"] = resized
     for workers in map(int, args.workers.split(",")):
         with MediaPool(MediaConfig(media_workers=workers)) as pool:
             pictures_per_second(pool, sources, plan, 4 * max(1, workers))  # every worker has started

@@ -234,11 +234,15 @@ def _ms(seconds: Sequence[float], quantile: float) -> float:
 
 
 def _slope(samples: Sequence[tuple[int, float]]) -> float | None:
-    """Growth per 1,000 requests, over the last half: caches fill up at first."""
+    """Growth per 1,000 requests, over the last half: caches fill up at first.
+
+    The median of the slopes between any two samples, so that one taken in the midst of a large step counts as one.
+    """
     late = samples[len(samples) // 2 :]
     if len(late) < 3:
         return None
-    return round(1000 * float(np.polyfit([n for n, _ in late], [mib for _, mib in late], 1)[0]), 3)
+    pairs = itertools.combinations(late, 2)
+    return round(1000 * float(np.median([(b - a) / (n - m) for (m, a), (n, b) in pairs if n > m])), 3)
 
 
 def _children(pid: int) -> list[int]:

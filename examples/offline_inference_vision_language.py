@@ -1,7 +1,8 @@
 """Ask vision-language models about a picture or a video, each in the prompt format that it was trained on.
 
     python examples/offline_inference_vision_language.py                              # LLaVA-1.5, one picture
-    python examples/offline_inference_vision_language.py -m qwen2_vl --modality video --video clip.mp4
+    python examples/offline_inference_vision_language.py --modality video             # Qwen2-VL-2B, a drawn video
+    python examples/offline_inference_vision_language.py -m qwen2_5_vl --modality video --video clip.mp4
     python examples/offline_inference_vision_language.py -m phi3_v --image cat.jpg --question "What colour is it?"
 
 ``--model`` names another checkpoint of the same family, in place of the one in the table below.
@@ -20,6 +21,7 @@ from opsin import LLM, SamplingParams
 
 PICTURE = Path(__file__).resolve().parents[1] / "src" / "opsin" / "demo" / "pictures" / "lunch.jpg"
 QUESTIONS = {"image": "What is the content of this image?", "video": "What happens in this video?"}
+DEFAULTS = {"image": "llava", "video": "qwen2_vl"}
 
 
 class Model(NamedTuple):
@@ -59,7 +61,7 @@ MODELS = {
     "internvl": Model("OpenGVLab/InternVL3-1B-hf", CHATML, image="<IMG_CONTEXT>", video="<video>"),
     "llava": Model("llava-hf/llava-1.5-7b-hf", "USER: {media}\n{question} ASSISTANT:"),
     "llava-next": Model("llava-hf/llava-v1.6-mistral-7b-hf", "[INST] {media}\n{question} [/INST]"),
-    "llava-onevision": Model("llava-hf/llava-onevision-qwen2-7b-ov-hf", CHATML),
+    "llava-onevision": Model("llava-hf/llava-onevision-qwen2-7b-ov-hf", CHATML, video="<video>"),
     "minicpmv": Model("openbmb/MiniCPM-V-2_6", CHATML, image="(<image>./</image>)", video="(<video>./</video>)"),
     "mistral3": Model(
         "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "<s>[INST]{question}\n{media}[/INST]", image="[IMG]"
@@ -76,7 +78,7 @@ MODELS = {
         "Qwen/Qwen2.5-VL-3B-Instruct", QWEN, image="<|image_pad|>", video="<|video_pad|>", settings=QWEN_PIXELS
     ),
     "qwen2_vl": Model(
-        "Qwen/Qwen2-VL-7B-Instruct", QWEN, image="<|image_pad|>", video="<|video_pad|>", settings=QWEN_PIXELS
+        "Qwen/Qwen2-VL-2B-Instruct", QWEN, image="<|image_pad|>", video="<|video_pad|>", settings=QWEN_PIXELS
     ),
     "qwen3_vl": Model(
         "Qwen/Qwen3-VL-4B-Instruct",
@@ -85,7 +87,9 @@ MODELS = {
         video="<|video_pad|>",
     ),
     "smolvlm": Model(
-        "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "<|im_start|>User:{media}{question}<end_of_utterance>\nAssistant:"
+        "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+        "<|im_start|>User:{media}{question}<end_of_utterance>\nAssistant:",
+        video="<video>",
     ),
 }
 
@@ -103,7 +107,7 @@ def rolling_ball(num_frames: int) -> list[Image.Image]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Ask a vision-language model about a picture or a video.")
-    parser.add_argument("-m", "--model-type", choices=sorted(MODELS), default="llava")
+    parser.add_argument("-m", "--model-type", choices=sorted(MODELS), help="by default one that takes the modality")
     parser.add_argument("--modality", choices=sorted(QUESTIONS), default="image")
     parser.add_argument("--model", help="checkpoint of that type: Hugging Face id or folder")
     parser.add_argument("--image", default=str(PICTURE), help="path of a picture")
@@ -114,10 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     args = parser.parse_args(argv)
 
-    model = MODELS[args.model_type]
+    model = MODELS[args.model_type or DEFAULTS[args.modality]]
     sign = model.image if args.modality == "image" else model.video
     if sign is None:
-        parser.error(f"{args.model_type} takes no videos")
+        takers = ", ".join(sorted(name for name in MODELS if MODELS[name].video))
+        parser.error(f"{args.model_type} takes no videos; these do: {takers}")
     settings = dict(model.settings) if args.model is None else {}
     data: Any = Image.open(args.image) if args.modality == "image" else args.video or rolling_ball(args.num_frames)
     prompt = model.prompt.format(media=sign, question=args.question or QUESTIONS[args.modality])

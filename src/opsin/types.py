@@ -317,7 +317,7 @@ class EncodeItem(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """One step, for every rank alike: slots and counts, never sampled values.
 
-    Applied in this order: drop features and payloads, open slots, encode, run rows. A slot that is opened replaces
+    Applied in this order: drop features and payloads, encode, open slots, run rows. A slot that is opened replaces
     whatever it held before, so slots need no closing.
     """
 

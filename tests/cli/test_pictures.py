@@ -82,3 +82,28 @@ def test_user_message_puts_pictures_before_text() -> None:
 
 def test_very_long_prose_is_no_file() -> None:
     assert not pictures.is_file("why " * 5000)
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        ("messages.2.content.1.image_url", "b.png: broken"),
+        ("messages.2.content.0", "a.png: broken"),
+        ("messages.0.content.1.image_url", "broken"),  # of an earlier message
+        (None, "One of a.png, b.png: broken"),
+    ],
+)
+def test_error_about_a_picture_names_it(param: str | None, message: str) -> None:
+    with pytest.raises(MediaError) as caught, pictures.named(["a.png", "b.png"], 2):
+        raise MediaError("broken", code="image_parse_error", param=param)
+    assert (str(caught.value), caught.value.code, caught.value.param) == (message, "image_parse_error", param)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [(["a.png"], "a.png: broken"), ([], "broken"), (["data:image/png,x"], "a data: URL: broken")],
+)
+def test_error_found_while_decoding_names_the_only_picture(sources: list[str], message: str) -> None:
+    with pytest.raises(MediaError) as caught, pictures.named(sources, 0):
+        raise MediaError("broken")
+    assert str(caught.value) == message

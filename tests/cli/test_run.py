@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import opsin
-from opsin.errors import OpsinError, RequestError
+from opsin.errors import MediaError, OpsinError, RequestError
 from tests.cli.fakes import MEMORY, FakeLLM
 
 Command = Callable[..., tuple[int, str, str]]
@@ -116,3 +116,17 @@ def test_unknown_command_exits_2(opsin_command: Command) -> None:
     code, _, err = opsin_command("dance")
     assert code == 2
     assert "invalid choice: 'dance'" in err
+
+
+def test_run_says_which_picture_is_wrong(
+    opsin_command: Callable[..., tuple[int, str, str]],
+    fake_llm: type[FakeLLM],
+    picture: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = MediaError("The data is not a picture.", param="messages.1.content.1.image_url")
+    monkeypatch.setattr(fake_llm, "error", error)
+    other = picture.with_name("other.png")
+    other.write_text("text")
+    _, _, err = opsin_command("run", picture, other, "What?", "--system", "Be short.")
+    assert err == f"opsin: error: {other}: The data is not a picture.\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from opsin import LLM, SamplingParams
 from opsin.engine import build
 from opsin.errors import MediaError
+from opsin.kernels import reference
 from opsin.media.raw import MAX_RAW_PIXELS, raw_plan
 from opsin.runner.executor import Pixels
 from opsin.runner.pixels import PixelLoader
@@ -151,3 +153,20 @@ def test_picture_above_the_limit_is_resized_by_the_workers(folder: Path, loaded:
         (61, 60): False,
         (50, 40): True,
     }
+
+
+def test_device_resizes_where_it_has_a_kernel_and_pillow_is_known(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def resample(picture_YX3: torch.Tensor, taps: torch.Tensor, axis: int, out_YX3: torch.Tensor) -> None: ...
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert build.most_raw_pixels(cpu) == 0
+    monkeypatch.setattr(build, "select", lambda device: reference.KERNELS)
+    assert build.most_raw_pixels(cuda) == 0
+    monkeypatch.setattr(build, "select", lambda device: dataclasses.replace(reference.KERNELS, resample=resample))
+    assert build.most_raw_pixels(cuda) == MAX_RAW_PIXELS
+    assert caplog.text == ""
+    monkeypatch.setattr(build, "is_pillows", lambda: False)
+    assert build.most_raw_pixels(cuda) == 0
+    assert "Pictures are resized on the CPU" in caplog.text

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from opsin.config import EngineConfig
+from opsin.engine.checkpoint import Checkpoint
 from tests.examples.conftest import example
 from tests.factories.families import FAMILIES
 from tests.factories.named import ROWS
@@ -44,10 +46,30 @@ def test_video_example_runs_for(name: str, checkpoint: Callable[[str], Path], ca
     assert lines(capsys)
 
 
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_example_without_a_model_type_takes_one_of_the_modality(
+    modality: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+):
+    """As in the page that opsin was begun from: ``--modality video``, and no more."""
+    name = example(SINGLE)["DEFAULTS"][modality]
+    example(SINGLE)["main"](["--modality", modality, "--model", str(checkpoint(name)), "--num-prompts", "1", *SHORT])
+    assert lines(capsys)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_example_marks_what_the_family_takes(name: str, checkpoint: Callable[[str], Path]):
+    rule = Checkpoint.open(EngineConfig.from_flat({"model": str(checkpoint(name))})).rule
+    model = MODELS[name]
+    assert model.image in rule.placeholder("image").text.replace("{index}", "1")
+    assert (model.video is not None) == (rule.max_items("video") != 0)
+    if model.video:
+        assert model.video in rule.placeholder("video").text
+
+
 def test_video_example_refuses_models_without(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         example(SINGLE)["main"](["-m", "llava", "--modality", "video"])
-    assert "llava takes no videos" in capsys.readouterr().err
+    assert "llava takes no videos; these do: internvl," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["generate", "chat"])

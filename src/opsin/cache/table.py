@@ -38,6 +38,8 @@ class BlockTable:
 
     def take_unsent(self) -> tuple[int, ...]:
         """The blocks added since this was last asked, for a runner that has the rest."""
+        if self._num_sent == len(self._blocks):
+            return ()
         unsent = tuple(self._blocks[self._num_sent :])
         self._num_sent = len(self._blocks)
         return unsent

@@ -111,7 +111,8 @@ class Conversation:
     def _say(self, sources: list[str], text: str) -> None:
         try:
             turn = pictures.user_message(sources, text)
-            said = self._answer_to([*self.messages, turn])
+            with pictures.named(sources, len(self.messages)):
+                said = self._answer_to([*self.messages, turn])
         except (RequestError, RequestFailedError) as error:
             print(f"error: {error}", file=sys.stderr)
             if isinstance(error, MediaError):

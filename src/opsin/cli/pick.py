@@ -40,7 +40,8 @@ def execute(args: argparse.Namespace) -> int:
     import opsin
 
     with opsin.LLM(**engine_settings(args)) as llm:
-        (output,) = llm.pick_chat(messages, list(args.choices), use_tqdm=False)
+        with pictures.named(sources, 0):
+            (output,) = llm.pick_chat(messages, list(args.choices), use_tqdm=False)
     ranked = sorted(output.choices, key=lambda choice: -choice.probability)
     if args.json:
         told = {choice.text: {"probability": choice.probability, "logprob": choice.logprob} for choice in ranked}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import mimetypes
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -13,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 from opsin.errors import MediaError
 
 _SUFFIXES = frozenset(".avif .bmp .gif .heic .heif .ico .jfif .jpeg .jpg .png .ppm .pgm .tif .tiff .webp".split())
+
+_PLACE = re.compile(r"messages\.(\d+)\.content\.(\d+)")
 
 # A quoted stretch, or a run of non-blanks in which a backslash keeps the next character: how terminals paste paths.
 _WORD = re.compile(r"""'([^']+)'|"([^"]+)"|((?:\\.|[^\s\\])+)""")
@@ -66,6 +69,32 @@ def user_message(sources: Sequence[str], text: str) -> dict[str, Any]:
     if text:
         parts.append({"type": "text", "text": text})
     return {"role": "user", "content": parts}
+
+
+@contextmanager
+def named(sources: Sequence[str], turn: int) -> Iterator[None]:
+    """Let errors about a picture begin with the name that it was given by.
+
+    Args:
+        sources: the pictures of one message, as ``user_message`` took them.
+        turn: which message of the conversation that is, from 0.
+
+    Raises:
+        MediaError: as the block did.
+    """
+    try:
+        yield
+    except MediaError as error:
+        place = _PLACE.match(error.param or "")
+        if place is not None and (int(place[1]) != turn or int(place[2]) >= len(sources)):
+            raise
+        # What turns out while pictures are decoded is not known to be about one of them.
+        told = sources if place is None else [sources[int(place[2])]]
+        names = ", ".join("a data: URL" if name.startswith("data:") else name for name in told)
+        which = names if len(told) < 2 else f"One of {names}"
+        if not which:
+            raise
+        raise MediaError(f"{which}: {error}", code=error.code, param=error.param) from error
 
 
 def split_inputs(inputs: Sequence[str], default_question: str) -> tuple[list[str], str]:

@@ -47,7 +47,8 @@ def execute(args: argparse.Namespace) -> int:
     messages.append(pictures.user_message(sources, question))
 
     with Session(engine_settings(args)) as session:
-        answer = session.ask(messages, params, _ignore if args.json else print_piece)
+        with pictures.named(sources, len(messages) - 1):
+            answer = session.ask(messages, params, _ignore if args.json else print_piece)
         memory = session.llm.memory_plan
     if args.json:
         report = {

@@ -44,7 +44,7 @@ from opsin.types import MediaLayout
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
-_GPU_MEASURED_SIDE = 1000  # pixels, of the picture that stands for all when a step is measured; resized, as most are
+_GPU_MEASURED_SIDE = 1030  # pixels, of the picture that stands for all when a step is measured; resized, as most are
 _CPU_MEASURED_SIDE = 448  # at its own resolution, a larger one can take a CPU minutes
 
 

@@ -22,16 +22,12 @@ _noting: ContextVar[Uploads | None] = ContextVar("_noting", default=None)
 _handing_out: ContextVar[Iterator[list[torch.Tensor]] | None] = ContextVar("_handing_out", default=None)
 
 
-def upload(arrays: Sequence[np.ndarray], device: torch.device, into: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """The arrays on the device, in order; the host does not wait.
-
-    Args:
-        into: uint8 on the device, at least ``num_bytes(arrays)`` long; arrays of equal shapes land at equal places.
-    """
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays on the device, in order; the host does not wait."""
     given = _handing_out.get()
     if given is not None:
         return next(given)
-    uploaded = _upload(arrays, device, into)
+    uploaded = _upload(arrays, device)
     noted = _noting.get()
     if noted is not None:
         noted.append(uploaded)
@@ -60,30 +56,37 @@ def handing_out(uploads: Uploads) -> Iterator[None]:
         _handing_out.reset(token)
 
 
-def _upload(arrays: Sequence[np.ndarray], device: torch.device, into: torch.Tensor | None) -> list[torch.Tensor]:
-    on_gpu = device.type == "cuda"
-    if not on_gpu and into is None:
+def _upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    if device.type != "cuda":
         return [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
-    total = num_bytes(arrays)
-    pinned = torch.empty(total, dtype=torch.uint8, pin_memory=on_gpu)
+    packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=device)
+    refill(packed, arrays)
+    return views(packed, arrays)
+
+
+def refill(packed: torch.Tensor, arrays: Sequence[np.ndarray]) -> None:
+    """Write arrays to where ``views`` finds those of their shapes; the host does not wait.
+
+    Args:
+        packed: uint8 on the device, at least ``num_bytes(arrays)`` long.
+    """
+    pinned = torch.empty(num_bytes(arrays), dtype=torch.uint8, pin_memory=packed.is_cuda)
     host = pinned.numpy()
     begin = 0
     for array in arrays:
         end = begin + array.nbytes
         host[begin:end].view(array.dtype).reshape(array.shape)[...] = array
         begin = _aligned(end)
-    target = torch.empty(total, dtype=torch.uint8, device=device) if into is None else into
-    target[:total].copy_(pinned, non_blocking=True)
-    return views(target, arrays)
+    packed[: len(pinned)].copy_(pinned, non_blocking=True)
 
 
 def num_bytes(arrays: Sequence[np.ndarray]) -> int:
-    """What ``upload`` needs for these arrays."""
+    """What these arrays take when packed."""
     return sum(_aligned(array.nbytes) for array in arrays[:-1]) + sum(array.nbytes for array in arrays[-1:])
 
 
 def views(packed: torch.Tensor, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    """Where ``upload`` puts arrays of these shapes in its target."""
+    """Where ``refill`` puts arrays of these shapes."""
     parts: list[torch.Tensor] = []
     begin = 0
     for array in arrays:

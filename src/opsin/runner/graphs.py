@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
-from opsin.layers.staging import num_bytes, upload, views
+from opsin.layers.staging import num_bytes, refill, views
 from opsin.models.interface import VisionLanguageModel
 from opsin.runner.inputs import RowNumbers, StepArrays, decode_arrays, padded
 from opsin.runner.slots import SlotTable
@@ -118,7 +118,7 @@ class StepGraphs:
         num_rows = len(numbers.slot_B)
         size = self._decode_sizes[bisect_left(self._decode_sizes, num_rows)]
         captured = self._decode[size]
-        upload(decode_arrays(numbers, size, self._table, self._block_size), self._device, into=captured.packed)
+        refill(captured.packed, decode_arrays(numbers, size, self._table, self._block_size))
         captured.graph.replay()
         return captured.hidden[:num_rows], captured.inputs[1][:num_rows]
 
@@ -140,7 +140,7 @@ class StepGraphs:
         num_tokens, num_emitting = len(arrays.at_T), len(arrays.emit_index_E)
         size = self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)]
         captured = self._prefill[size]
-        upload(padded(arrays, size, self._prefill_rows), self._device, into=captured.packed)
+        refill(captured.packed, padded(arrays, size, self._prefill_rows))
         at_T, _, _, _, emit_index_E, token_at_E, _, _ = captured.inputs
         captured.kept[:] = self._model.embed(self._table.tokens_SL.view(-1)[at_T])
         fill(captured.kept[:num_tokens])
@@ -154,7 +154,7 @@ class StepGraphs:
         packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=self._device)
         inputs = views(packed, arrays)
         at_B, _, positions_AB, slot_mapping_B, slot_B, context_B = inputs
-        upload(arrays, self._device, into=packed)
+        refill(packed, arrays)
         starts_B1 = torch.arange(size + 1, dtype=torch.int32, device=self._device)
         longest = self._table.tokens_SL.shape[1]
 
@@ -192,7 +192,7 @@ class StepGraphs:
         )
         packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=self._device)
         inputs = views(packed, arrays)
-        upload(arrays, self._device, into=packed)
+        refill(packed, arrays)
         _, positions_AT, slot_mapping_T, slot_B, _, _, query_start_B1, context_B = inputs
         embedded_TD = torch.zeros(size, self._model.spec.hidden_size, dtype=self._dtype, device=self._device)
         longest = self._table.tokens_SL.shape[1]

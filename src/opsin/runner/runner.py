@@ -108,10 +108,10 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step. Steps must be launched in the order in which they were planned."""
         self.vision.drop(plan.drop_features, plan.drop_payloads)
+        if plan.encode:  # before all else, so that the device has something to do
+            self.vision.encode(plan.encode)
         for opened in plan.opened:
             self._slots.open(opened)
-        if plan.encode:
-            self.vision.encode(plan.encode)
         for row in plan.rows:
             if row.new_blocks:
                 self._slots.append_blocks(row.slot, row.new_blocks)

@@ -10,7 +10,7 @@ from opsin.cache.blocks import BlockPool
 from opsin.cache.features import FeatureCache, Lease, Order
 from opsin.cache.prefix import BlockHasher
 from opsin.cache.table import BlockTable
-from opsin.params import PoolingParams, SamplingParams
+from opsin.params import PoolingParams
 from opsin.scheduler.limits import SchedulerLimits
 from opsin.types import EngineRequest, FeatureUse, FinishReason, MediaItem, PositionLogprobs
 
@@ -76,6 +76,7 @@ class Sequence:
         self.num_prompt = self.num_tokens = len(self.tokens)
         params = request.params
         self.pools = isinstance(params, PoolingParams)
+        self._stop_token_ids, self._stops_after = request.stop_token_ids, self.num_prompt
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         self.first_read: int | None = None
         self.values: dict[int, bytes] = {}
@@ -87,6 +88,7 @@ class Sequence:
                 self.first_read = params.targets[0][0]
         else:
             self.limit = min(self.num_prompt + (params.max_tokens or limits.context_len), limits.context_len)
+            self._stops_after += params.min_tokens
             if params.prompt_logprobs is not None:
                 self.prompt_logprobs = [None for _ in self.tokens]
         self.num_computed = 0
@@ -119,9 +121,7 @@ class Sequence:
     def accept(self, token: int) -> FinishReason | None:
         """Take in a token that was drawn; why the answer ends with it, if it does."""
         self.tokens.append(token)
-        params = self.request.params
-        assert isinstance(params, SamplingParams)
-        if token in self.request.stop_token_ids and len(self.tokens) - self.num_prompt > params.min_tokens:
+        if token in self._stop_token_ids and len(self.tokens) > self._stops_after:
             return "stop"
         if self.grammar is not None:
             if not self.grammar.accept(token):

@@ -20,12 +20,14 @@ from opsin.engine.front import Front
 from opsin.engine.local import LocalEngine
 from opsin.media import pool
 from opsin.media.pool import MediaPool
+from opsin.media.raw import is_raw
 from opsin.outputs import RequestOutput
 from opsin.processing.output import OutputBatch, OutputProcessor
 from opsin.processing.processor import InputProcessor, ProcessedRequest
 from opsin.processing.prompts import Prompt
 from opsin.runner import pixels
 from opsin.runner.launched import LaunchedStep
+from opsin.runner.pixels import PixelLoader
 from opsin.runner.runner import ModelRunner
 from opsin.runner.vision import VisionStore
 from opsin.scheduler import Scheduler
@@ -45,6 +47,7 @@ _HOST_SEAMS: tuple[tuple[type, str, str], ...] = (
 )
 _DEVICE_SEAMS: tuple[tuple[Any, str, str], ...] = (
     (pixels, "upload", "transfer"),  # of pixels; what else a step uploads is small and counts as its own
+    (PixelLoader, "_make", "resize"),  # of pictures that came raw
     (VisionStore, "encode", "tower"),
     (ModelRunner, "_emit", "sampling"),
 )
@@ -209,7 +212,8 @@ class _Pictures:
             begin_s, lane = self._given.pop(task.job_id, (self._inline_s, f"{MEDIA} thread"))
             waited_s = max(0.0, begin_s - self._submitted_s.pop(task.job_id, begin_s))
             facts = {"waited_ms": round(1e3 * waited_s, 3), "pixels": task.num_pixels}
-            self._recorder.add(Span(lane, "decode and resize", begin_s, end_s, facts))
+            what = "decode picture" if is_raw(task.plan) else "decode and resize"
+            self._recorder.add(Span(lane, what, begin_s, end_s, facts))
             finish(media, task, pixels, error)
 
         for owner, name, noted in (
