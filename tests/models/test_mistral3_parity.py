@@ -11,7 +11,7 @@ import torch
 from opsin.errors import UnsupportedModelError
 from opsin.models.hub import find_model
 from opsin.models.towers import pixtral
-from opsin.models.towers.qwen_vit import Packing
+from opsin.models.towers.packing import Packing
 from tests.factories.families import MISTRAL3 as FAMILY
 from tests.factories.family import Family
 from tests.models.driver import TOLERANCE, Driver, Row, meta_model, pictures

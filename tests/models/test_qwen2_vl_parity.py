@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from opsin.errors import UnsupportedModelError, WeightError
 from opsin.models.hub import find_model
 from opsin.models.rule import Positions
-from opsin.models.towers.qwen_vit import pack
+from opsin.models.towers.packing import pack
 from tests.factories.families import QWEN2_VL as FAMILY
 from tests.models.driver import TOLERANCE, Driver, Row, copy_with_weights, flip_channels, meta_model, pictures
 

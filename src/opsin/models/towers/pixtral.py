@@ -20,8 +20,8 @@ from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.attention import PatchAttention, Segments
+from opsin.models.towers.packing import pack
 from opsin.models.towers.patches import Patches, cut_blocks
-from opsin.models.towers.qwen_vit import pack
 from opsin.models.towers.vit import ViTConfig, ViTEncoder
 
 _NORM_EPS = 1e-5
