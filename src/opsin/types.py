@@ -241,8 +241,8 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """What one committed step did for one request.
 
     ``values`` are what a pooling task read at several positions, in their order: float32 numbers as bytes.
-    ``scheduled_s`` says when the request first got a slot, by the machine's monotonic clock, and ``failed_item`` which of
-    its media it failed of.
+    ``scheduled_s`` says when the request first got a slot, by the machine's monotonic clock, and ``failed_item`` of
+    which of its media it failed.
     """
 
     request_id: str
