@@ -295,10 +295,10 @@ class AsyncLLM:
         inputs = self._front.inputs
         return await self._beside(lambda: inputs.tokenize(text, add_special_tokens=add_special_tokens))
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
         tokenizer = self._front.inputs.tokenizer
-        return await self._beside(lambda: tokenizer.decode(token_ids, skip_special_tokens=False))
+        return await self._beside(lambda: tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream ends with ``finish_reason="abort"``. Unknown and finished ones are ignored."""

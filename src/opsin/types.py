@@ -241,7 +241,8 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """What one committed step did for one request.
 
     ``values`` are what a pooling task read at several positions, in their order: float32 numbers as bytes.
-    ``scheduled_s`` says when the request first got a slot, by the machine's monotonic clock.
+    ``scheduled_s`` says when the request first got a slot, by the machine's monotonic clock, and ``failed_item`` of
+    which of its media it failed.
     """
 
     request_id: str
@@ -254,6 +255,7 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     stop_token_id: int | None = None
     error: str | None = None
     error_code: str | None = None
+    failed_item: int | None = None
     num_cached_tokens: int = 0
     scheduled_s: float | None = None
 

@@ -15,7 +15,9 @@ from opsin.processing.processor import InputProcessor
 
 RED = Image.new("RGB", (40, 30), "red")
 ONE = "USER: <image>\nWhat? ASSISTANT:"
-KEYS = "prompt, prompt_token_ids, multi_modal_data, mm_processor_kwargs, multi_modal_uuids, cache_salt"
+KEYS = (
+    "prompt, prompt_token_ids, multi_modal_data, mm_processor_kwargs, multi_modal_uuids, cache_salt, add_special_tokens"
+)
 
 
 def with_image(image: Any, prompt: str = ONE, **more: Any) -> dict[str, Any]:

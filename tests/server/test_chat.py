@@ -205,7 +205,7 @@ def test_usage_details_are_left_out_on_demand(engine: AsyncLLM):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"use_beam_search": True}, "use_beam_search"),
+        ({"use_beam_search": True, "stream": True}, "stream"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),

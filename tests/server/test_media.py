@@ -126,10 +126,15 @@ def test_unusable_picture_is_refused_by_code_and_path(client: httpx.Client, url:
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["code"] == code
-    # What is found when it is decoded has no place in a body any more.
-    assert error["param"] == ("messages" if code == "image_parse_error" else "messages.0.content.1.image_url")
+    assert error["param"] == "messages.0.content.1.image_url"
     assert "/etc" not in error["message"]
     assert client.post(URL, json=chat(1)).status_code == 200
+
+
+def test_broken_picture_among_several_is_named(client: httpx.Client):
+    body = chat(1, part(data_url(71)), "What?", part(as_url(png(72)[:200])), part(data_url(73)))
+    error = client.post(URL, json=body).json()["error"]
+    assert (error["code"], error["param"]) == ("image_parse_error", "messages.0.content.3.image_url")
 
 
 @pytest.mark.parametrize(

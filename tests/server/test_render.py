@@ -53,7 +53,6 @@ def test_rendered_completions_are_a_list(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        (CHAT, chat(use_beam_search=True, stream=True), "use_beam_search"),
         (CHAT, chat({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "messages"),
         (CHAT, chat("a " * 5000), "messages"),
         (COMPLETION, {"prompt": []}, "prompt"),
@@ -66,6 +65,11 @@ def test_body_that_cannot_be_answered_cannot_be_rendered(
     answered, rendered = (client.post(path + end, json=body) for end in ("", "/render"))
     assert (rendered.status_code, rendered.json()["error"]) == (400, answered.json()["error"])
     assert rendered.json()["error"]["param"].startswith(param)
+
+
+def test_search_cannot_be_rendered(client: httpx.Client) -> None:
+    answer = client.post(f"{CHAT}/render", json=chat(use_beam_search=True))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "use_beam_search")
 
 
 def test_rendering_runs_nothing(client: httpx.Client, app: FastAPI) -> None:

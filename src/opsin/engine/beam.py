@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -35,6 +36,13 @@ class Beam:
         return self.cumulative_logprob / max(1, len(self.token_ids)) ** length_penalty
 
 
+class Candidate(NamedTuple):
+    """A token that may come next."""
+
+    token_id: int
+    logprob: float
+
+
 class BeamSearch:
     """The beams of one prompt. Call ``requests``, run them, hand the answers to ``advance``; until ``done``."""
 
@@ -47,6 +55,11 @@ class BeamSearch:
         self._step = 0
 
     @property
+    def num_candidates(self) -> int:
+        """Tokens that are looked at behind each beam."""
+        return 2 * self._params.beam_width
+
+    @property
     def done(self) -> bool:
         return not self._live or self._step >= self._params.max_tokens
 
@@ -55,7 +68,7 @@ class BeamSearch:
         one_token = SamplingParams(
             temperature=self._params.temperature,
             max_tokens=1,
-            logprobs=2 * self._params.beam_width,
+            logprobs=self.num_candidates,
             ignore_eos=True,
             detokenize=False,
         )
@@ -64,15 +77,17 @@ class BeamSearch:
             for i, beam in enumerate(self._live)
         ]
 
-    def advance(self, answers: Mapping[str, RequestUpdate], requests: Sequence[EngineRequest]) -> None:
-        """Keep the best continuations of ``requests``, given each one's last update."""
+    def advance(self, answers: Mapping[str, Sequence[Candidate]], requests: Sequence[EngineRequest]) -> None:
+        """Keep the best continuations of ``requests``.
+
+        Args:
+            answers: the ``num_candidates`` likeliest next tokens of each request, by its id.
+        """
         grown: list[Beam] = []
         for beam, request in zip(self._live, requests, strict=True):
-            (logprobs,) = answers[request.request_id].logprobs or ([],)
-            for candidate in logprobs[1:]:  # the first entry is the drawn token; the likeliest ones follow
-                token_ids = (*beam.token_ids, candidate.token_id)
-                ends = candidate.token_id in self._ends
-                new = Beam(token_ids, beam.cumulative_logprob + candidate.logprob, ends)
+            for token_id, logprob in answers[request.request_id]:
+                ends = token_id in self._ends
+                new = Beam((*beam.token_ids, token_id), beam.cumulative_logprob + logprob, ends)
                 (self._finished if ends else grown).append(new)
         grown.sort(key=lambda beam: beam.cumulative_logprob, reverse=True)
         self._live = grown[: self._params.beam_width]
@@ -99,14 +114,14 @@ def beam_search(
     """
     probe = SamplingParams(max_tokens=params.max_tokens, temperature=params.temperature, ignore_eos=params.ignore_eos)
     processed = [front.inputs.process(request_id, prompt, probe) for request_id, prompt in prompts]
-    searches = [BeamSearch(p.request, _within_context(params, p.request)) for p in processed]
+    searches = [BeamSearch(p.request, within_context(params, p.request)) for p in processed]
     while any(not search.done for search in searches):
         asked = [
             (search, p, search.requests()) for search, p in zip(searches, processed, strict=True) if not search.done
         ]
         answers = front.run([(request, p) for _, p, requests in asked for request in requests])
         for search, _, requests in asked:
-            search.advance(answers, requests)
+            search.advance({r.request_id: _candidates(answers[r.request_id]) for r in requests}, requests)
         if interrupted():
             raise KeyboardInterrupt
     keep_end = params.include_stop_str_in_output
@@ -116,7 +131,12 @@ def beam_search(
     ]
 
 
-def _within_context(params: BeamSearchParams, request: EngineRequest) -> BeamSearchParams:
+def _candidates(update: RequestUpdate) -> list[Candidate]:
+    (logprobs,) = update.logprobs or ([],)  # the first entry is the drawn token; the likeliest ones follow
+    return [Candidate(entry.token_id, entry.logprob) for entry in logprobs[1:]]
+
+
+def within_context(params: BeamSearchParams, request: EngineRequest) -> BeamSearchParams:
     """With no more tokens than the context holds behind this prompt, as ``generate`` does."""
     assert isinstance(request.params, SamplingParams)
     assert request.params.max_tokens is not None, "resolved by the input processor"

@@ -216,7 +216,8 @@ class Front:
         Raises:
             MediaError, RequestFailedError: one of them failed.
         """
-        pending = {request.request_id for request, _ in requests}
+        params = {request.request_id: processed.params for request, processed in requests}
+        pending = set(params)
         answers: dict[str, RequestUpdate] = {}
         try:
             for request, processed in requests:
@@ -224,7 +225,7 @@ class Front:
             while pending:
                 for update in self.engine.step():
                     if update.error is not None:
-                        raise failure_of(update)
+                        raise failure_of(update, params.get(update.request_id, ()))
                     if update.finish_reason is not None:
                         answers[update.request_id] = update
                         pending.discard(update.request_id)

@@ -22,12 +22,16 @@ _noting: ContextVar[Uploads | None] = ContextVar("_noting", default=None)
 _handing_out: ContextVar[Iterator[list[torch.Tensor]] | None] = ContextVar("_handing_out", default=None)
 
 
-def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays on the device, in order; the host does not wait."""
+def upload(arrays: Sequence[np.ndarray], device: torch.device, into: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The arrays on the device, in order; the host does not wait.
+
+    Args:
+        into: as ``packed`` of ``refill``, rather than new memory.
+    """
     given = _handing_out.get()
     if given is not None:
         return next(given)
-    uploaded = _upload(arrays, device)
+    uploaded = _upload(arrays, device, into)
     noted = _noting.get()
     if noted is not None:
         noted.append(uploaded)
@@ -56,10 +60,10 @@ def handing_out(uploads: Uploads) -> Iterator[None]:
         _handing_out.reset(token)
 
 
-def _upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    if device.type != "cuda":
+def _upload(arrays: Sequence[np.ndarray], device: torch.device, into: torch.Tensor | None) -> list[torch.Tensor]:
+    if device.type != "cuda" and into is None:
         return [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
-    packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=device)
+    packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=device) if into is None else into
     refill(packed, arrays)
     return views(packed, arrays)
 

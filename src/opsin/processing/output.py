@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal
@@ -115,7 +115,7 @@ class OutputProcessor:
                 continue
             request, index = found
             if update.error is not None:
-                batch.failures[request.request_id] = failure_of(update)
+                batch.failures[request.request_id] = failure_of(update, request.media_params)
                 changed.pop(request.request_id, None)
                 batch.aborts += [i for i in self._forget(request) if i != update.request_id]
                 continue
@@ -288,6 +288,7 @@ class _Request:
         self._pooling = params if isinstance(params, PoolingParams) else None
         self._children = children
         self._spellings = processed.answers
+        self.media_params = processed.params
         self._values: list[list[bytes]] = [[] for _ in children]
         self.answers = [
             _Answer(i, params if isinstance(params, SamplingParams) else SamplingParams(), tokenizer, kind == "final")
@@ -386,8 +387,12 @@ def _named(position: PositionLogprobs, tokenizer: Tokenizer) -> dict[int, Logpro
     }
 
 
-def failure_of(update: RequestUpdate) -> OpsinError:
-    """The error that ended a request. One with a code, ``OWN_FAULT`` too, is the request's: a broken picture, say."""
+def failure_of(update: RequestUpdate, params: Sequence[str | None]) -> OpsinError:
+    """The error that ended a request. One with a code, ``OWN_FAULT`` too, is the request's: a broken picture, say.
+
+    Args:
+        params: per item of the request's media, where it stood in what the caller gave.
+    """
     message = update.error or "The request failed."
     if update.error_code == ENGINE_RESTARTED:
         return EngineRestartError(message)
@@ -395,4 +400,5 @@ def failure_of(update: RequestUpdate) -> OpsinError:
         return RequestFailedError(message)
     if update.error_code == OWN_FAULT:
         return RequestError(message)
-    return MediaError(message, code=update.error_code)
+    param = None if update.failed_item is None else params[update.failed_item]
+    return MediaError(message, code=update.error_code, param=param)

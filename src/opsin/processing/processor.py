@@ -53,12 +53,14 @@ class ProcessedRequest:
         sources: per item of ``request.media``, what its payload is made from when the engine asks for it.
         prompt: the text, where there was one.
         answers: the tokens of the choices that are to be weighed, in each spelling.
+        params: per item of ``request.media``, where it stood in what the caller gave, for error messages.
     """
 
     request: EngineRequest
     sources: list[MediaSource]
     prompt: str | None
     answers: list[list[list[int]]] = field(default_factory=list[list[list[int]]])
+    params: list[str | None] = field(default_factory=list[str | None])
 
 
 class InputProcessor:
@@ -286,7 +288,8 @@ class InputProcessor:
             request.position_delta = positions.delta
         text = prompt.rendered.text if prompt.rendered is not None else None
         answers = self._answers(prompt, len(ids), params) if isinstance(params, PoolingParams) else []
-        return ProcessedRequest(request, [prompt.media[i].source for i in order], text, answers)
+        media = [prompt.media[i] for i in order]
+        return ProcessedRequest(request, [m.source for m in media], text, answers, [m.param for m in media])
 
     def make_tiles(self, processed: ProcessedRequest) -> PixelArray:
         """What the model sees of the only picture of a request: its tiles, as ``item.layout.plan`` has them.
@@ -371,10 +374,14 @@ class InputProcessor:
 
     def _media_item(self, item: MediaInput, prompt: Prompt) -> MediaItem:
         source, options = item.source, {**prompt.processor_options, **item.options}
-        if isinstance(source, GivenFeatures):
-            layout = self.rule.embedding_layout(item.modality, len(source.data), source.extras)
-        else:
-            layout = self._layout(source, options)
+        try:
+            if isinstance(source, GivenFeatures):
+                layout = self.rule.embedding_layout(item.modality, len(source.data), source.extras)
+            else:
+                layout = self._layout(source, options)
+        except RequestError as error:
+            error.param = error.param or item.param
+            raise
         # A uuid stands for the content within its salt; it can never collide with a digest, or reach another salt.
         names = [name.encode("utf-8", "surrogatepass") for name in (prompt.cache_salt, item.uuid or "")]
         identity = ("content", source.digest) if item.uuid is None else ("uuid", *names)

@@ -49,12 +49,14 @@ class MediaInput:
     Attributes:
         uuid: the caller's own name for it, instead of a digest of its content.
         options: settings of the picture processor for this item, over the prompt's.
+        param: where it stood in what the caller gave, for error messages.
     """
 
     modality: Modality
     source: MediaSource
     uuid: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    param: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ def open_reference(reference: MediaReference, fetched: bytes | None, opener: Ope
     except RequestError as error:
         error.param = error.param or reference.param
         raise
-    return MediaInput(reference.modality, source, reference.uuid, reference.options)
+    return MediaInput(reference.modality, source, reference.uuid, reference.options, reference.param)
 
 
 # ------------------------------------------------------------------------------------------------------ inside
@@ -242,13 +244,14 @@ def _read_modality(modality: Modality, data: Any, uuids: Any, opener: Opener) ->
         )
     media = []
     for i, value in enumerate(values):
+        place = param if len(values) == 1 else f"{param}.{i}"
         try:
             _require_data(value, modality, param)
             source = value if isinstance(value, GivenFeatures) else opener(value, modality)
         except RequestError as error:
-            error.param = error.param or (param if len(values) == 1 else f"{param}.{i}")
+            error.param = error.param or place
             raise
-        media.append(MediaInput(modality, source, uuids[i] if uuids is not None else None))
+        media.append(MediaInput(modality, source, uuids[i] if uuids is not None else None, param=place))
     return media
 
 

@@ -123,7 +123,10 @@ class Scheduler:
     def media_failed(self, key: bytes, message: str, code: str | None) -> list[RequestUpdate]:
         """A payload cannot be had: every request that waits for it ends with an error."""
         holders = [self._line[order] for order in self._features.payload_failed(key)]
-        return [self._finish(seq, "error", message, code) for seq in holders]
+        updates = [self._finish(seq, "error", message, code) for seq in holders]
+        for seq, update in zip(holders, updates, strict=True):
+            update.failed_item = next((i for i, item in enumerate(seq.request.media) if item.key == key), None)
+        return updates
 
     # ---------------------------------------------------------------------------------------- plan
 

@@ -23,6 +23,7 @@ from opsin.server.answers import (
     ChatMessage,
     Usage,
 )
+from opsin.server.beams import beams_for
 from opsin.server.constraints import blame_form, field_of
 from opsin.server.errors import ErrorBody
 from opsin.server.generation import DATA, Form, respond
@@ -70,6 +71,7 @@ async def answer_chat(
             num_answers=plan.params.n,
             stream=bool(request.stream),
             options=server.stream_options(request.stream_options),
+            engine=beams_for(request, plan.params, server.engine),
         )
 
 

@@ -67,7 +67,7 @@ class EngineClient(Protocol):
         """Token ids of a text."""
         ...
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
         ...
 

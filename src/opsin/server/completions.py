@@ -15,6 +15,7 @@ from opsin.outputs import CompletionOutput, Logprob, RequestOutput
 from opsin.params import MAX_N, SamplingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
+from opsin.server.beams import beams_for
 from opsin.server.constraints import blame_form, field_of
 from opsin.server.errors import ErrorBody
 from opsin.server.generation import DATA, respond
@@ -40,6 +41,7 @@ async def create_completion(http: HTTPRequest, server: ServerState) -> Response:
             num_answers=num_prompts * params.n,
             stream=bool(request.stream),
             options=server.stream_options(request.stream_options),
+            engine=beams_for(request, params, server.engine),
         )
 
 

@@ -17,11 +17,10 @@ from msgspec import UNSET
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from opsin.outputs import RequestOutput
+from opsin.outputs import PoolingRequestOutput, RequestOutput
 from opsin.processing.output import OutputKind
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.answers import PromptTokensDetails, Usage
-from opsin.server.client import EngineClient
 from opsin.server.errors import ErrorBody, describe
 from opsin.server.gate import log_failure
 from opsin.server.requests import StreamOptions
@@ -88,6 +87,16 @@ class Form(Protocol):
         ...
 
 
+class Streams(Protocol):
+    """What runs requests: an ``EngineClient``, or something before one."""
+
+    def stream(
+        self, processed: ProcessedRequest, output_kind: OutputKind = "cumulative"
+    ) -> AsyncGenerator[RequestOutput | PoolingRequestOutput, None]:
+        """Run what was prepared. Closing the generator aborts it."""
+        ...
+
+
 @dataclass(slots=True)
 class Tally:
     """The tokens of one HTTP request, over all its prompts, and how many of these are still answered."""
@@ -133,6 +142,7 @@ async def respond(
     num_answers: int,
     stream: bool,
     options: StreamOptions | None,
+    engine: Streams | None = None,
 ) -> Response:
     """Run a request and answer it.
 
@@ -140,12 +150,13 @@ async def respond(
 
     Args:
         num_answers: places to take in the queue.
+        engine: what runs the requests; the server's engine by default.
 
     Raises:
         OpsinError: it cannot be answered.
     """
     tally = Tally(server.config.enable_prompt_tokens_details)
-    outputs = _run(server, tally, prepare, num_answers, "delta" if stream else "final")
+    outputs = _run(server, engine or server.engine, tally, prepare, num_answers, "delta" if stream else "final")
     try:
         if stream:
             first = await until_gone(http.receive, anext(outputs))
@@ -202,6 +213,7 @@ async def _events(
 
 async def _run(
     server: ServerState,
+    engine: Streams,
     tally: Tally,
     prepare: Callable[[], Awaitable[list[ProcessedRequest]]],
     num_answers: int,
@@ -219,7 +231,7 @@ async def _run(
         running = {prompt: _Progress() for prompt in range(len(prepared))}
         tally.num_running = len(running)
         try:
-            async with contextlib.aclosing(_merged(server.engine, prepared, kind)) as outputs:
+            async with contextlib.aclosing(_merged(engine, prepared, kind)) as outputs:
                 async for prompt, output in outputs:
                     now_s = time.monotonic()
                     new, token_s = running[prompt].take(output, now_s)
@@ -242,7 +254,7 @@ async def _run(
 
 
 async def _merged(
-    engine: EngineClient, prepared: Sequence[ProcessedRequest], kind: OutputKind
+    engine: Streams, prepared: Sequence[ProcessedRequest], kind: OutputKind
 ) -> AsyncGenerator[_Numbered, None]:
     """The outputs of all prompts as they come."""
     if len(prepared) == 1:  # no task and no queue between the engine and the client

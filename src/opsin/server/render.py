@@ -9,6 +9,7 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
+from opsin.errors import RequestError
 from opsin.params import SamplingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.chat import plan_chat
@@ -60,6 +61,7 @@ class RenderedRequest(msgspec.Struct):
 async def render_chat(http: HTTPRequest, server: ServerState) -> Response:
     """What a conversation becomes: its tokens, where its pictures stand, and the parameters. Nothing is generated."""
     request = await server.read(http, ChatCompletionRequest)
+    _refuse_search(request)
     name = server.name_of(http, request, "chatcmpl")
     plan = plan_chat(server, request, name)
 
@@ -73,6 +75,7 @@ async def render_chat(http: HTTPRequest, server: ServerState) -> Response:
 async def render_completion(http: HTTPRequest, server: ServerState) -> Response:
     """What prompts become: a list with an entry for each of them, as for conversations."""
     request = await server.read(http, CompletionRequest)
+    _refuse_search(request)
     name = server.name_of(http, request, "cmpl")
     plan = plan_completion(server, request, name)
 
@@ -81,6 +84,11 @@ async def render_completion(http: HTTPRequest, server: ServerState) -> Response:
 
     with blame_form(field_of(request)):
         return await _answer(http, server, plan.prepare, write)
+
+
+def _refuse_search(request: SamplingRequest) -> None:
+    if request.use_beam_search:
+        raise RequestError("A search is many requests, and cannot be rendered as one.", param="use_beam_search")
 
 
 async def _answer(

@@ -63,7 +63,9 @@ class SamplingRequest(Request, kw_only=True):
         return_token_ids: tell the prompt's tokens and the answer's, by their ids.
         return_tokens_as_token_ids: name the tokens of log-probabilities by their ids, as in "token_id:42".
         structured_outputs: as ``opsin.params.StructuredOutputsParams``; those that begin with ``guided_`` are its
-            former spelling. ``use_beam_search`` is not supported yet.
+            former spelling.
+        use_beam_search: search for the ``n`` likeliest answers instead of drawing them.
+        length_penalty: for the search; above 0 it favours long answers.
     """
 
     n: int | None = None
@@ -97,6 +99,7 @@ class SamplingRequest(Request, kw_only=True):
     guided_choice: Any = None
     guided_grammar: Any = None
     use_beam_search: bool | None = None
+    length_penalty: float | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
