@@ -6,8 +6,9 @@
 Quality: the demo model reads held-out questions with their true answers, and so do tiny models with random weights
 (whose logits say nothing, which makes them the hardest). The divergence of each next token's distribution from that of
 the same weights in half precision is averaged over the answers' positions: with FP8 everywhere, in the decoder alone,
-in tower and projector alone, and with INT8 everywhere. What half precision itself loses against float32 stands beside
-it. The demo model also answers the questions by itself; the share of right answers is shown for each.
+in tower and projector alone, with INT8 everywhere, and with an FP8 KV cache alone. What half precision itself loses
+against float32 stands beside it. The demo model also answers the questions by itself; the share of right answers is
+shown for each.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ from opsin.kernels import Kernels, quantized, select
 KINDS = ("name", "shape", "color", "count", "read word", "caption")
 RANDOM = ("llava-7b", "qwen2vl-7b", "qwen25vl-7b")
 NUM_RANDOM = 12
+STORED: dict[str, dict[str, str]] = {
+    "bfloat16": {},
+    "FP8": {"quantization": "fp8"},
+    "INT8": {"quantization": "int8"},
+    "FP8 KV cache": {"kv_cache_dtype": "fp8"},
+}
 READ = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
 ANSWER = SamplingParams(temperature=0, max_tokens=64)
 PRODUCTS = {  # (out, in) of Qwen2-VL-7B
@@ -146,9 +153,7 @@ def random_cases(name: str) -> list[Case]:
 
 def divergences(model: str, cases_of: Callable[[LLM], list[Case]], **settings: Any) -> dict[str, float]:
     """Mean Kullback-Leibler divergences of tokens' distributions, in nats."""
-    half = Reader(model, dtype="bfloat16", **settings)
-    quarter = Reader(model, dtype="bfloat16", quantization="fp8", **settings)
-    integers = Reader(model, dtype="bfloat16", quantization="int8", **settings)
+    half, *others = (Reader(model, dtype="bfloat16", **stored, **settings) for stored in STORED.values())
     cases = cases_of(half.llm)
     expected = [half.read(case) for case in cases]
     result: dict[str, float] = {}
@@ -157,7 +162,7 @@ def divergences(model: str, cases_of: Callable[[LLM], list[Case]], **settings: A
         result["bfloat16 from float32"] = mean_divergence((exact.read(case) for case in cases), expected)
         exact.llm.shutdown()
     tops = [rows.argmax(-1) for rows in expected]
-    for title, reader in (("FP8", quarter), ("INT8", integers)):
+    for title, reader in zip(list(STORED)[1:], others, strict=True):
         read = [reader.read(case) for case in cases]
         result[f"{title} from bfloat16"] = mean_divergence(expected, read)
         same = [(rows.argmax(-1) == top).float().mean() for rows, top in zip(read, tops, strict=True)]
@@ -170,7 +175,7 @@ def divergences(model: str, cases_of: Callable[[LLM], list[Case]], **settings: A
         result[f"FP8 in {title}"] = mean_divergence(expected, (mixed.read(case) for case in cases))
         mixed.llm.shutdown()
     result["spread of bfloat16's logits"] = statistics.mean(float(rows.std(-1).mean()) for rows in expected)
-    for reader in (half, quarter, integers):
+    for reader in (half, *others):
         reader.llm.shutdown()
     return result
 
@@ -184,8 +189,8 @@ def mean_divergence(p: Any, q: Any) -> float:
 def right_answers(examples: Sequence[Example]) -> dict[str, float]:
     prompts: Any = [{"prompt": e.prompt, "multi_modal_data": {"image": list(e.pictures)}} for e in examples]
     shares: dict[str, float] = {}
-    for title, quantization in (("bfloat16", None), ("FP8", "fp8"), ("INT8", "int8")):
-        settings: Any = {"dtype": "bfloat16", "quantization": quantization}
+    for title, stored in STORED.items():
+        settings: Any = {"dtype": "bfloat16", **stored}
         with LLM("demo", media_workers=0, **settings) as llm:
             outputs = llm.generate(prompts, ANSWER, use_tqdm=False)
         right = [score(e, o.outputs[0].text)[0] for e, o in zip(examples, outputs, strict=True)]
