@@ -438,7 +438,7 @@ def _conversations(messages: Any) -> list[Sequence[Message]]:
 def _choice_lists(choices: Any, count: int) -> list[Any]:
     """One list of choices per conversation."""
     given: list[Any] = as_choices(choices)
-    if not given or isinstance(given[0], str):
+    if not given or not isinstance(given[0], list | tuple):
         return [given] * count
     if len(given) != count:
         raise RequestError(f"Got {len(given)} lists of choices for {count} conversations.", param="choices")

@@ -262,8 +262,15 @@ class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
 
     def _check_choices(self) -> None:
         choices: object = self.choices
-        if not isinstance(choices, list | tuple) or not all(isinstance(c, str) and c.strip() for c in choices):
-            raise RequestError("choices must be a list of texts, none of them empty.", param="choices")
+        if not isinstance(choices, list | tuple):
+            raise RequestError(f"choices must be a list of texts, got {type(choices).__name__}.", param="choices")
+        wrong = [choice for choice in choices if not isinstance(choice, str) or not choice.strip()]
+        if wrong:
+            raise RequestError(
+                f"choices must be texts, none of them empty; got {wrong[0]!r}"
+                + ("." if isinstance(wrong[0], str) else f", write {str(wrong[0])!r}."),
+                param="choices",
+            )
         if not 2 <= len(self.choices) <= MAX_CHOICES:
             raise RequestError(
                 f"choices has {len(self.choices)} entries; give between 2 and {MAX_CHOICES}.", param="choices"

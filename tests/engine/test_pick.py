@@ -222,6 +222,7 @@ def test_control_strings_in_choices_are_plain_text(llm: LLM):
         (["a", "a"], "more than once"),
         (["a", ""], "none of them empty"),
         (["a", 1], "none of them empty"),
+        ([1, 2, 3, 4, 5], "got 1, write '1'"),
         ("yes", "must be a list"),
         (None, "must be a list"),
         ([], "between 2 and 64"),

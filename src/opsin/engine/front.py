@@ -167,8 +167,11 @@ class Front:
         params = processed.request.params
         makes_vectors = isinstance(params, PoolingParams) and params.task != "pick"
         if self._runner == ("generate" if makes_vectors else "pooling"):
-            wanted = "vectors" if makes_vectors else "text"
-            raise RequestError(f"This engine was started with runner={self._runner!r}, so it makes no {wanted}.")
+            wanted, runner = ("vectors", "pooling") if makes_vectors else ("text", "generate")
+            raise RequestError(
+                f"This engine was started with runner={self._runner!r}, so it makes no {wanted}; "
+                f"start one with runner={runner!r} for them."
+            )
         shown = [s for s in processed.sources if thumbnails and isinstance(s, EncodedPicture | PixelPicture)]
         children = self._outputs.add(processed, kind, thumbnails=Thumbnails(shown) if shown else None)
         try:

@@ -1,7 +1,7 @@
 """One decoder for most language models: pre-norm, grouped-query attention, rotary positions, gated MLP.
 
 What differs between families is data: ``DecoderConfig``, and one ``LayerSpec`` per layer. A field needs two families
-that use it; a family alone in its needs subclasses ``DecoderLayer`` in its own file.
+that use it; a layer of another make would be a class of its own, in the file of its family.
 """
 
 from __future__ import annotations
