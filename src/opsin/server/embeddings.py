@@ -10,11 +10,11 @@ from starlette.responses import Response
 
 from opsin.outputs import EmbeddingOutput
 from opsin.params import PoolingParams
-from opsin.server.answers import Embeddings
 from opsin.server.pooling import pool_inputs, usage_of
 from opsin.server.requests import EmbeddingRequest
 from opsin.server.state import ServerState
 from opsin.server.transport import GoneResponse
+from opsin.server.vector_answers import Embeddings
 from opsin.server.vectors import vectors_response
 
 

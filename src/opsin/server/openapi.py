@@ -12,14 +12,9 @@ from opsin.server.answers import (
     ChatChunk,
     ChatCompletion,
     Completion,
-    Embeddings,
     Load,
     ModelCard,
     ModelList,
-    Pick,
-    Poolings,
-    Reranking,
-    Scores,
     Text,
     Tokens,
     Version,
@@ -29,6 +24,7 @@ from opsin.server.gate import OPEN, PROBES
 from opsin.server.render import RenderedRequest
 from opsin.server.response_answers import ModelResponse, ResponseEvent
 from opsin.server.seen import Seen
+from opsin.server.vector_answers import Embeddings, Pick, Poolings, Reranking, Scores
 
 _REFERENCE = "#/components/schemas/{name}"
 _JSON, _STREAM, _TEXT = "application/json", "text/event-stream", "text/plain"

@@ -13,11 +13,11 @@ from opsin.outputs import PickOutput
 from opsin.params import PoolingParams
 from opsin.processing.messages import question_about
 from opsin.processing.processor import ProcessedRequest
-from opsin.server.answers import Pick, PickChoice
 from opsin.server.pooling import pool, usage_of
 from opsin.server.requests import PickRequest
 from opsin.server.state import ServerState, blame, renamed
 from opsin.server.transport import GoneResponse, json_response
+from opsin.server.vector_answers import Pick, PickChoice
 
 
 async def create_pick(http: HTTPRequest, server: ServerState) -> Response:

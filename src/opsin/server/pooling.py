@@ -16,10 +16,10 @@ from opsin.outputs import EmbeddingOutput, PoolingRequestOutput, TokenEmbeddingO
 from opsin.params import PoolingParams
 from opsin.processing.pooling import missing_head
 from opsin.processing.processor import ProcessedRequest
-from opsin.server.answers import EmbeddingUsage, Poolings
 from opsin.server.requests import ClassifyRequest, EmbeddingRequest, PoolingRequest, VectorRequest
 from opsin.server.state import ServerState, blame, prompts_of
 from opsin.server.transport import ClientGone, GoneResponse, until_gone
+from opsin.server.vector_answers import EmbeddingUsage, Poolings
 from opsin.server.vectors import check_told, vectors_response
 
 _MAX_INPUTS = 2048  # OpenAI's

@@ -14,11 +14,11 @@ from opsin.outputs import EmbeddingRequestOutput, PoolingRequestOutput, ScoringR
 from opsin.params import PoolingParams
 from opsin.processing.processor import ProcessedRequest
 from opsin.processing.scoring import pairs
-from opsin.server.answers import RerankDocument, Reranking, RerankResult, ScoreItem, Scores
 from opsin.server.pooling import pool, refuse_truncation, usage_of
 from opsin.server.requests import Request, RerankRequest, ScoreInput, ScoreInputs, ScoreRequest
 from opsin.server.state import ServerState, renamed
 from opsin.server.transport import GoneResponse, json_response
+from opsin.server.vector_answers import RerankDocument, Reranking, RerankResult, ScoreItem, Scores
 
 _MAX_INPUTS = 2048
 _SPELLINGS = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents"), ("queries", "items"))

@@ -13,9 +13,9 @@ import numpy as np
 from starlette.responses import Response
 
 from opsin.errors import RequestError
-from opsin.server.answers import EmbeddingItem, Embeddings, EmbeddingUsage, PoolingItem, Poolings
 from opsin.server.requests import EmbeddingRequest
 from opsin.server.transport import json_response
+from opsin.server.vector_answers import EmbeddingItem, Embeddings, EmbeddingUsage, PoolingItem, Poolings
 
 _MAX_TOLD = 512  # vectors; a header that tells of more is longer than clients take
 
