@@ -136,7 +136,7 @@ def test_grammar_compiled_twice_starts_afresh(compiler: GrammarCompiler, tokeniz
         ({"json": '{"items":' * 200 + "{}" + "}" * 200}, "not a JSON schema"),
         ({"json": {"type": "objekt"}}, "objekt"),
         ({"json": {"$ref": "http://example.org/schema"}}, "not usable"),
-        ({"regex": "((("}, "not usable"),
+        ({"regex": "((("}, r"not usable: .*\(\(\(.*: unclosed group\.$"),
         ({"regex": ""}, "regex that is not"),
         ({"grammar": "start: nowhere"}, "not usable"),
     ],

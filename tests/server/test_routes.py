@@ -89,7 +89,7 @@ def test_prompt_logprobs_are_told_per_prompt_token(client: httpx.Client):
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "a", "logprobs": 99}, "logprobs"),
-        ({"prompt": "<image>"}, None),
+        ({"prompt": "<image>"}, "prompt"),
         ({"prompt": "w " * 2000}, "prompt"),
     ],
     ids=str,

@@ -255,7 +255,10 @@ def _quoted(word: str) -> str:
 
 
 def _first_line(message: str) -> str:
-    return message.strip().split("\n", 1)[0].rstrip(".")
+    """What a message of many lines says; of a regex that cannot be read, its last lines say why."""
+    first, *rest = message.strip().split("\n")
+    why = next((line.removeprefix("error: ") for line in rest if line.startswith("error: ")), "")
+    return f"{first} {why}".rstrip(". ")
 
 
 def _import() -> Any:

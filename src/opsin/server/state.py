@@ -188,7 +188,7 @@ def blame(field: str) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        if error.param in (None, "prompt", "prompt_token_ids", "multi_modal_data"):
+        if error.param in (None, "prompt", "prompt_token_ids") or error.param.startswith("multi_modal_data"):
             error.param = field
         raise
 
