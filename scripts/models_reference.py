@@ -60,8 +60,9 @@ ELSEWHERE = """\
 - *Text behind a video* (Qwen2-VL, Qwen2.5-VL) goes on behind the highest position of the video, time included, as in
   training, in the papers, in vLLM and in transformers 4. From 5.0 transformers counts the longer side alone, and so
   answers otherwise where a video takes more positions in time than in space.
-- *Embeddings of videos* are taken by Qwen2-VL and Qwen2.5-VL (`video_embeds`, `video_grid_thw`). Qwen3-VL's prompts
-  hold the time of every frame, which features do not tell: give it the video, or its frames as pictures.
+- *Embeddings of videos* (`video_embeds`) are taken by Qwen2-VL and Qwen2.5-VL, with `video_grid_thw`, and by InternVL,
+  LLaVA-OneVision and SmolVLM. MiniCPM-V takes none, nor does Qwen3-VL, whose prompts hold the time of every frame, which
+  features do not tell: give these the video, or its frames as pictures.
 - *PaliGemma 2* is right in transformers from 5.23: earlier ones leave out soft caps, of attention until 5.20, and until
   5.17 count what is generated as prompt. `opsin verify` compares with the one that is installed.
 - *Long factors* (Phi-3-vision) are chosen by the longest context that an engine may run, so that no answer depends on

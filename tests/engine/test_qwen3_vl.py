@@ -96,7 +96,7 @@ def test_video_file_is_sampled_at_two_frames_a_second(llm: LLM, served: Served) 
     assert_equal(ask(llm, TEXT, {"do_sample_frames": True}, video=data), expected)
 
 
-def test_videos_answer_alike_alone_batched_and_in_chunks(served: Served) -> None:
+def test_videos_answer_alike_alone_batched_in_chunks_and_with_a_hit_prefix(served: Served) -> None:
     text = f"USER: {VIDEO} What happens, {IMAGE}? ASSISTANT:"
     prompts: Any = [
         {"prompt": text, "multi_modal_data": {"video": [frames(n, seed=n)], "image": picture(n)}} for n in (2, 5, 4)
@@ -107,6 +107,7 @@ def test_videos_answer_alike_alone_batched_and_in_chunks(served: Served) -> None
     for llm in (roomy, tight):
         outputs = llm.generate(prompts, plain, use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == alone
+    assert roomy.generate(prompts[0], plain, use_tqdm=False)[0].num_cached_tokens > 0
 
 
 def test_embeddings_of_a_video_are_refused(llm: LLM) -> None:
