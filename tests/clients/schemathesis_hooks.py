@@ -1,4 +1,7 @@
-"""What every question needs, put where a body has it; the other fields stay as drawn."""
+"""What every question needs, put where a body has it, and two of the other fields as they were drawn.
+
+With all of them one is wrong nearly always, and the others are never looked at.
+"""
 
 import schemathesis
 
@@ -19,7 +22,9 @@ SHORT = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 @schemathesis.hook
 def map_body(context, body):
-    if isinstance(body, dict):
-        body = {name: NEEDED.get(name, value) for name, value in body.items()}
-        body |= {name: 4 for name in SHORT if name in body}
-    return body
+    if not isinstance(body, dict):
+        return body
+    others = [name for name in body if name not in NEEDED]
+    first = len(repr(body)) % max(1, len(others))  # any of them, and the same ones whenever this body is drawn
+    kept = {name: body[name] for name in others[first : first + 2]}
+    return {name: NEEDED[name] for name in body if name in NEEDED} | kept | {name: 4 for name in SHORT if name in kept}
