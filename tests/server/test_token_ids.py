@@ -150,3 +150,17 @@ def test_tools_may_be_hidden_where_none_may_be_called(engine: AsyncLLM) -> None:
             ids = client.post("/v1/chat/completions", json=body).json()["prompt_token_ids"]
             counts.append(client.post("/detokenize", json={"tokens": ids}).json()["prompt"])
     assert ["1 What" in counts[0], "0 What" in counts[1]] == [True, True]
+
+
+def test_prompt_is_cut_to_what_the_context_holds_beside_the_answer(client: httpx.Client, engine: AsyncLLM) -> None:
+    long = "word " * engine.max_model_len
+    (choice,) = client.post(
+        "/v1/completions", json=completion(long, truncate_prompt_tokens=-1, return_token_ids=True)
+    ).json()["choices"]
+    assert len(choice["prompt_token_ids"]) == engine.max_model_len - 8
+    assert len(choice["token_ids"]) == 8
+    body = chat(long, truncate_prompt_tokens=-1, max_tokens=None, return_token_ids=True)
+    answer = client.post("/v1/chat/completions", json=body).json()
+    assert len(answer["prompt_token_ids"]) == engine.max_model_len - 1
+    refused = client.post("/v1/completions", json=completion(long, truncate_prompt_tokens=-2)).json()["error"]
+    assert refused["param"] == "truncate_prompt_tokens"

@@ -100,7 +100,8 @@ def plan_chat(server: ServerState, request: ChatCompletionRequest, name: str) ->
         RequestError: what is wrong.
     """
     refuse_unsupported(request)
-    params = sampling_params(request, server.engine.get_default_sampling_params(max_tokens=None))
+    engine = server.engine
+    params = sampling_params(request, engine.get_default_sampling_params(max_tokens=None), engine.max_model_len)
     use = tool_use(request, server.tool_parser)
     if request.tool_choice == "none" and server.config.exclude_tools_when_tool_choice_none:
         use = ToolUse()

@@ -72,7 +72,7 @@ def plan_completion(server: ServerState, request: CompletionRequest, name: str) 
     only_echo = bool(request.echo) and request.max_tokens == 0
     if only_echo:
         request.max_tokens = 1  # drawn, and not shown
-    params = sampling_params(request, server.engine.get_default_sampling_params())
+    params = sampling_params(request, server.engine.get_default_sampling_params(), server.engine.max_model_len)
     if request.echo and params.logprobs is not None:
         params.prompt_logprobs = params.logprobs
     prompts = prompts_of(request.prompt, "prompt")

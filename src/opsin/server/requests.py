@@ -59,6 +59,7 @@ class SamplingRequest(Request, kw_only=True):
 
     Attributes:
         stream: send the answer while it grows, as server-sent events.
+        truncate_prompt_tokens: keep so many of the prompt's tokens, the last ones; -1 keeps what the context holds.
         response_format: OpenAI's way to ask for JSON: {"type": "json_object"}, or "json_schema" with its schema.
         return_token_ids: tell the prompt's tokens and the answer's, by their ids.
         return_tokens_as_token_ids: name the tokens of log-probabilities by their ids, as in "token_id:42".

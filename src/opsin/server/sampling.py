@@ -45,11 +45,14 @@ def refuse_unsupported(request: SamplingRequest) -> None:
         raise RequestError("prompt_logprobs cannot be streamed; leave out stream.", param="prompt_logprobs")
 
 
-def sampling_params(request: ChatCompletionRequest | CompletionRequest, defaults: SamplingParams) -> SamplingParams:
+def sampling_params(
+    request: ChatCompletionRequest | CompletionRequest, defaults: SamplingParams, max_model_len: int
+) -> SamplingParams:
     """The parameters of one request.
 
     Args:
         defaults: what the model's generation_config.json asks for.
+        max_model_len: what the context holds.
 
     Raises:
         RequestError: a value out of range; ``param`` is the body's own field.
@@ -68,6 +71,9 @@ def sampling_params(request: ChatCompletionRequest | CompletionRequest, defaults
     else:
         given.setdefault("max_tokens", _DEFAULT_COMPLETION_TOKENS)
         given["logprobs"] = request.logprobs
+    if request.truncate_prompt_tokens == -1:  # vLLM's word for what the context holds beside the answer
+        longest = given.get("max_tokens", defaults.max_tokens) or 1
+        given["truncate_prompt_tokens"] = max(1, max_model_len - longest)
     given["structured_outputs"] = constraint_of(request)
     try:
         return msgspec.structs.replace(defaults, **given)
