@@ -198,12 +198,57 @@ def test_page_dropped_picture_is_shown_as_the_model_saw_it(page: Any):
         data,
     )
     page.locator("#pictures img").wait_for()
-    assert ask(page, "What is in the picture?")
+    answer = ask(page, "What is in the picture?")
+    assert all(animal in answer for animal in ("dog", "elephant", "penguin"))
     page.get_by_title("What the model saw").click()
     page.locator("dialog canvas").wait_for()
     assert "256 tokens" in page.locator("dialog").inner_text()
     page.keyboard.press("Escape")
     assert not page.locator("dialog").is_visible()
+
+
+@pytest.mark.browser
+def test_page_pasted_pictures_are_asked_about_together(page: Any):
+    files = [list((PICTURES / name).read_bytes()) for name in ("animals.png", "shapes.png")]
+    page.evaluate(
+        """(files) => {
+            const transfer = new DataTransfer();
+            for (const bytes of files) {
+                transfer.items.add(new File([new Uint8Array(bytes)], "a.png", {type: "image/png"}));
+            }
+            document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true}));
+        }""",
+        files,
+    )
+    page.locator("#pictures img").nth(1).wait_for()
+    assert ask(page, "Which picture has more animals?") == "the first"
+    assert "512 of them pictures" in page.locator("article.assistant .facts").inner_text()
+
+
+@pytest.mark.browser
+def test_page_answer_is_stopped_and_asked_for_again(page: Any):
+    page.route("**/v1/chat/completions", lambda route: None)  # an answer that does not come
+    page.get_by_label("Message").fill("Hello")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Stop").wait_for()
+    page.keyboard.press("Escape")
+    answer = page.locator("article.assistant")
+    answer.get_by_text("stopped").wait_for()
+    page.unroute("**/v1/chat/completions")
+    answer.get_by_role("button", name="Again").click()
+    answer.get_by_text("ms to first token").wait_for()
+    assert answer.locator(".text").inner_text()
+
+
+@pytest.mark.browser
+def test_page_is_as_dark_as_the_reader_wants_it(page: Any):
+    def lightness() -> float:
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, re.findall(r"[0-9]+", colour)[:3]))
+
+    assert lightness() < 150
+    page.emulate_media(color_scheme="light")
+    assert lightness() > 600
 
 
 @pytest.mark.browser
