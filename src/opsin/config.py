@@ -134,7 +134,7 @@ class SchedulerConfig:
         None, "Vision patches encoded per step; 16384 on a GPU, 4096 on a CPU by default."
     )
     max_num_tokens_beside_decodes: int | None = setting(
-        None, "Prompt tokens per step while other answers go on; no fewer on a GPU, 32 on a CPU by default."
+        None, "Prompt tokens per step while other answers go on; no fewer on a GPU, 16 on a CPU by default."
     )
     max_num_patches_beside_decodes: int | None = setting(
         None, "Vision patches per step while other answers go on; no fewer on a GPU, 256 on a CPU by default."

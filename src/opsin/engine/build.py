@@ -69,7 +69,7 @@ class Budgets:
             max_num_seqs=config.max_num_seqs or (256 if on_gpu else 32),
             max_num_batched_tokens=tokens,
             max_num_batched_patches=patches,
-            max_num_tokens_beside_decodes=config.max_num_tokens_beside_decodes or (tokens if on_gpu else 32),
+            max_num_tokens_beside_decodes=config.max_num_tokens_beside_decodes or (tokens if on_gpu else 16),
             max_num_patches_beside_decodes=config.max_num_patches_beside_decodes or (patches if on_gpu else 256),
             pipeline_depth=config.pipeline_depth or (2 if on_gpu else 1),
         )
