@@ -160,6 +160,8 @@ def test_device_resizes_where_it_has_a_kernel_and_pillow_is_known(
 ):
     def resample(picture_YX3: torch.Tensor, taps: torch.Tensor, axis: int, out_YX3: torch.Tensor) -> None: ...
 
+    answers = [True, False]
+    monkeypatch.setattr(build.PixelLoader, "makes_pillows_bytes", lambda loader: answers.pop(0))
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert build.most_raw_pixels(cpu) == 0
     monkeypatch.setattr(build, "select", lambda device: reference.KERNELS)
@@ -167,6 +169,5 @@ def test_device_resizes_where_it_has_a_kernel_and_pillow_is_known(
     monkeypatch.setattr(build, "select", lambda device: dataclasses.replace(reference.KERNELS, resample=resample))
     assert build.most_raw_pixels(cuda) == MAX_RAW_PIXELS
     assert caplog.text == ""
-    monkeypatch.setattr(build, "is_pillows", lambda: False)
     assert build.most_raw_pixels(cuda) == 0
     assert "Pictures are resized on the CPU" in caplog.text

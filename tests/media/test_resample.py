@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opsin.media import resample as module
-from opsin.media.resample import is_pillows, make_taps, passes, resized
+from opsin.media.resample import make_taps, passes, resized
 from opsin.types import Resize
 
 Filter = Literal["bilinear", "bicubic", "lanczos"]
@@ -78,14 +78,3 @@ def test_axes_that_keep_their_size_are_left_alone() -> None:
     assert passes(Resize(30, 20), 30, 20) == []
     assert [part.axis for part in passes(Resize(31, 20), 30, 20)] == [1]
     assert [part.axis for part in passes(Resize(30, 21), 30, 20)] == [0]
-
-
-def test_pillow_that_resizes_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_pillows()
-    resize = Image.Image.resize
-
-    def another(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
-        return resize(image, size, resampling).rotate(180)
-
-    monkeypatch.setattr(Image.Image, "resize", another)
-    assert not is_pillows()

@@ -164,3 +164,20 @@ def test_tables_of_weights_are_kept_and_few(monkeypatch: pytest.MonkeyPatch):
     assert len(made) == 10
     load(9)
     assert len(made) == 12
+
+
+def test_pillow_or_a_device_that_resizes_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_off(picture_YX3: torch.Tensor, taps: torch.Tensor, axis: int, out_YX3: torch.Tensor) -> None:
+        reference.resample(picture_YX3, taps, axis, out_YX3)
+        out_YX3[-1, -1, -1] ^= 1
+
+    loader = PixelLoader(reference.resample, CPU)
+    assert loader.makes_pillows_bytes()
+    assert not PixelLoader(one_off, CPU).makes_pillows_bytes()
+    resize = Image.Image.resize
+
+    def another(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+        return resize(image, size, resampling).rotate(180)
+
+    monkeypatch.setattr(Image.Image, "resize", another)
+    assert not loader.makes_pillows_bytes()

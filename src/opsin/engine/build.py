@@ -25,7 +25,6 @@ from opsin.kernels import reference, select
 from opsin.kernels.quantized import FP8
 from opsin.media.pool import MediaPool
 from opsin.media.raw import MAX_RAW_PIXELS
-from opsin.media.resample import is_pillows
 from opsin.models.hub import ModelFiles
 from opsin.models.interface import VisionLanguageModel
 from opsin.models.load import load_model
@@ -36,6 +35,7 @@ from opsin.processing.output import OutputProcessor
 from opsin.runner.executor import Pixels
 from opsin.runner.inline import InlineExecutor
 from opsin.runner.memory import describe, plan_memory
+from opsin.runner.pixels import PixelLoader
 from opsin.runner.runner import ModelRunner
 from opsin.runner.tower import EagerTower
 from opsin.scheduler import Scheduler, SchedulerLimits
@@ -205,12 +205,11 @@ def _encoder(model: VisionLanguageModel, device: torch.device) -> Encode:
 
 def most_raw_pixels(device: torch.device) -> int:
     """Pixels of a picture that the device is to resize, at most; 0 where the media workers resize all."""
-    if device.type != "cuda" or select(device).resample is reference.resample:
+    resample = select(device).resample
+    if device.type != "cuda" or resample is reference.resample:
         return 0
-    if not is_pillows():
-        logger.warning(
-            "Pictures are resized on the CPU: Pillow %s has other arithmetic than is known.", PIL.__version__
-        )
+    if not PixelLoader(resample, device).makes_pillows_bytes():
+        logger.warning("Pictures are resized on the CPU: Pillow %s makes other bytes than the device.", PIL.__version__)
         return 0
     return MAX_RAW_PIXELS
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import PIL
-from PIL import Image
 
 from opsin.types import Resize
 
@@ -99,19 +98,6 @@ def resized(pixels: npt.NDArray[np.uint8], op: Resize) -> npt.NDArray[np.uint8]:
             total = total + np.take(pixels, first + tap, step.axis) * weight.reshape(shape)
         pixels = np.clip(total >> PRECISION_BITS, 0, 255).astype(np.uint8)
     return pixels
-
-
-def is_pillows() -> bool:
-    """The installed Pillow makes what this module says: it is no fork with other arithmetic, and no later version with
-    another order of axes."""
-    random = np.random.default_rng(0)
-    for width, height, new_width, new_height in ((40, 30, 55, 21), (31, 47, 24, 12), (20, 60, 17, 55), (9, 33, 40, 7)):
-        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        for op in (Resize(new_width, new_height, name) for name in ("bilinear", "bicubic", "lanczos")):
-            expected = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling[op.resample.upper()])
-            if not np.array_equal(resized(pixels, op), np.asarray(expected)):
-                return False
-    return True
 
 
 class _Filter(NamedTuple):

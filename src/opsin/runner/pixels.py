@@ -10,10 +10,11 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from opsin.kernels.ops import Resample
 from opsin.layers.staging import upload
-from opsin.media.ops import output_size
+from opsin.media.ops import make_frames, output_size
 from opsin.media.resample import Pass, make_taps, passes
 from opsin.runner.executor import Pixels
 from opsin.types import Crop, Pad, PixelOp, PixelPlan, Resize, View
@@ -58,6 +59,25 @@ class PixelLoader:
         if len(frames) > 1:
             frames[1:] = frames[:1]
         return flat
+
+    def makes_pillows_bytes(self) -> bool:
+        """A few pictures come out as the installed Pillow makes them: it is no fork with other arithmetic and no later
+        version with another order of axes, and the device computes what it should."""
+        random = np.random.default_rng(0)
+        for (width, height), made in (
+            ((40, 30), (55, 21)),
+            ((31, 47), (24, 12)),
+            ((20, 60), (17, 55)),
+            ((9, 33), (40, 7)),
+        ):
+            picture = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            ops = (Resize(*made, name) for name in ("bilinear", "bicubic", "lanczos"))
+            plan = PixelPlan(width, height, tuple(View((op,), height=op.height, width=op.width) for op in ops))
+            expected = np.empty(plan.num_bytes, np.uint8)
+            make_frames([Image.fromarray(picture)], plan, expected)
+            if not np.array_equal(self.load(Pixels(picture.reshape(-1), is_raw=True), plan).cpu().numpy(), expected):
+                return False
+        return True
 
     def _table(self, wanted: Pass) -> npt.NDArray[np.int32]:
         table = self._tables.pop(wanted, None)
