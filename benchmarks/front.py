@@ -109,9 +109,8 @@ def main() -> None:
                 print(key, json.dumps(_median(rounds[key][-1:])), flush=True)
     figures = {key: _median(values) for key, values in rounds.items()}
     if args.before is not None:
-        figures["ratio"] = {
-            key: round(figures["before"][key] / value, 2) for key, value in figures["now"].items() if value
-        }
+        costs = {key: value for key, value in figures["now"].items() if key != "req_s"}
+        figures["ratio"] = {key: round(figures["before"][key] / value, 2) for key, value in costs.items() if value}
     report = {"command": shlex.join(["python", *sys.argv]), **figures, "environment": environment.collect()}
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

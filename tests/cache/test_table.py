@@ -76,6 +76,19 @@ def test_share_without_a_hasher_finds_nothing_and_publishes_nothing() -> None:
     assert BlockTable(pool, SIZE, None).share(0, 12, anywhere) == 0
 
 
+def test_name_does_the_work_ahead_and_publishes_nothing() -> None:
+    pool = BlockPool(8)
+    tokens = list(TOKENS)
+    first = table(pool, tokens)
+    first.grow(first.num_missing(len(tokens)))
+    first.name(len(tokens))
+    tokens.clear()  # what is named by now needs them no more
+    second = table(pool)
+    assert second.share(0, len(TOKENS), anywhere) == 0
+    first.publish(len(TOKENS))
+    assert second.share(0, len(TOKENS), anywhere) == len(TOKENS)
+
+
 def test_forget_shared_prefix_hides_it_from_others() -> None:
     pool = BlockPool(6)
     published(pool).forget()

@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.core_model_loading import revert_weight_conversion
 
 from opsin.models.weights import _slots
-from tests.factories.families import over
+from tests.factories import hub_configs, minicpmv
+from tests.factories.families import FAMILIES, over
 from tests.factories.family import Family
+from tests.factories.released import RELEASED
 from tests.models.driver import meta_model
 
 SPELLINGS = ("modules", "hub", "hub of transformers 4")
@@ -55,3 +57,10 @@ def test_names_of_the_hub_s_checkpoint_fill_every_place_once(family: Family, nam
         assert not missing, (spelling, sorted(missing)[:5])
     filled = {tuple(place.parts): math.prod(place.shape) for place in places.values() if len(place.parts) == 1}
     assert sum(filled.values()) == sum(p.numel() for p in ours.parameters())
+
+
+def test_every_checkpoint_that_is_named_has_its_names_tested():
+    """Here, or against recorded names: ``test_phi3_v_recorded.py``, ``test_minicpmv_parity.py``."""
+    here = [config for family in FAMILIES for config in family.hub_configs.values()]
+    recorded = [*hub_configs.PHI3_V.values(), minicpmv.hub_config()]
+    assert [released.hub_id for released in RELEASED if released.config not in [*here, *recorded]] == []

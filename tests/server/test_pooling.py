@@ -48,9 +48,10 @@ def test_pick_is_the_engines_own(client: httpx.Client, engine: AsyncLLM):
 def test_pick_takes_messages_and_several_pictures(client: httpx.Client):
     parts = [{"type": "image_url", "image_url": {"url": data_url(seed)}} for seed in (1, 2)]
     asked = post(client, "/v1/pick", image=[data_url(1), data_url(2)], question="Same?", choices=CHOICES)
+    named = post(client, "/v1/pick", images=[data_url(1), data_url(2)], question="Same?", choices=CHOICES)
     said = post(client, "/v1/pick", messages=user(*parts, "Same?"), choices=CHOICES)
-    for a, b in zip(asked["choices"], said["choices"], strict=True):
-        assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
+    for a, *others in zip(asked["choices"], said["choices"], named["choices"], strict=True):
+        assert [b["logprob"] for b in others] == pytest.approx([a["logprob"]] * 2, abs=1e-4)
     text = post(client, "/v1/pick", question="Same?", choices=CHOICES)
     assert text["usage"]["prompt_tokens"] < asked["usage"]["prompt_tokens"]
 
@@ -61,6 +62,8 @@ def test_pick_takes_messages_and_several_pictures(client: httpx.Client):
         ({"choices": CHOICES}, "question"),
         ({"choices": CHOICES, "question": "a", "messages": user("a")}, "question"),
         ({"choices": CHOICES, "image": "data:,", "messages": user("a")}, "image"),
+        ({"choices": CHOICES, "question": "a", "image": "data:,", "images": []}, "images"),
+        ({"choices": CHOICES, "question": "a", "images": ["data:image/png;base64,AAAA"]}, "images"),
         ({"choices": ["a"], "question": "a"}, "choices"),
         ({"choices": ["a", "a"], "question": "a"}, "choices"),
         ({"choices": "yes,no", "question": "a"}, "choices"),

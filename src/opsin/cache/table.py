@@ -76,6 +76,11 @@ class BlockTable:
         self._num_published = end
         return end * self._block_size
 
+    def name(self, num_positions: int) -> None:
+        """Do the work of naming the blocks that the first ``num_positions`` will fill; their tokens are known."""
+        if self._hasher is not None and num_positions >= self._block_size:
+            self._hasher.digest(num_positions // self._block_size - 1)
+
     def publish(self, num_positions: int) -> None:
         """Let others find the blocks that the first ``num_positions`` fill; their tokens are known."""
         if self._hasher is None:

@@ -154,7 +154,9 @@ def padded(arrays: StepArrays, num_tokens: int, num_rows: int) -> StepArrays:
 
 
 def _lengthened(array: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])])
+    longer = np.zeros((*array.shape[:-1], length), array.dtype)  # np.pad takes ten times as long
+    longer[..., : array.shape[-1]] = array
+    return longer
 
 
 def decode_arrays(numbers: RowNumbers, num_rows: int, table: SlotTable, block_size: int) -> list[np.ndarray]:

@@ -22,7 +22,8 @@ from opsin.types import SlotOpen
 class Slot:
     """One request's unchanging facts.
 
-    ``positions_AP`` are its prompt's rotary positions when they are not sequential.
+    ``positions_AP`` are its prompt's rotary positions when they are not sequential. ``prompt_token_ids`` are kept for a
+    prompt that is scored alone.
     """
 
     num_prompt_tokens: int
@@ -71,21 +72,23 @@ class SlotTable:
         positions = None
         if opened.positions is not None:
             positions = np.frombuffer(opened.positions, dtype=np.int32).reshape(self.num_axes, -1)
+        params = opened.params
+        scores_prompt = isinstance(params, SamplingParams) and params.prompt_logprobs is not None
         self.slots[opened.slot] = Slot(
             num_prompt_tokens=opened.num_prompt_tokens,
-            params=opened.params,
+            params=params,
             stop_token_ids=opened.stop_token_ids,
-            prompt_token_ids=opened.token_ids[: opened.num_prompt_tokens],
+            prompt_token_ids=opened.token_ids[: opened.num_prompt_tokens] if scores_prompt else [],
             bidirectional=opened.bidirectional,
             positions_AP=positions,
             position_delta=opened.position_delta,
         )
         self.num_prompt_S[opened.slot] = opened.num_prompt_tokens
         self.delta_S[opened.slot] = 0 if positions is None else opened.position_delta
-        self.is_plain_S[opened.slot] = is_plain(opened.params, opened.stop_token_ids)
-        self.is_particular_S[opened.slot] = is_particular(opened.params, opened.stop_token_ids)
-        if isinstance(opened.params, SamplingParams):
-            self.numbers_S[opened.slot] = numbers_of(opened.params, opened.num_prompt_tokens, opened.seed)
+        self.is_plain_S[opened.slot] = is_plain(params, opened.stop_token_ids)
+        self.is_particular_S[opened.slot] = is_particular(params, opened.stop_token_ids)
+        if isinstance(params, SamplingParams):
+            self.numbers_S[opened.slot] = numbers_of(params, opened.num_prompt_tokens, opened.seed)
         (ids,) = upload([np.array(opened.token_ids, dtype=np.int64)], self.tokens_SL.device)
         self.tokens_SL[opened.slot, : len(opened.token_ids)] = ids
 

@@ -165,7 +165,10 @@ class Scheduler:
 
     def _start_head(self, step: Step, head: Sequence) -> None:
         """Give the oldest request a slot, someone else's if need be."""
-        if self._line.next_waiting() is not head or head.in_flight or self._park_if_blocked(head):
+        if self._line.next_waiting() is not head or head.in_flight:
+            return
+        if self._park_if_blocked(head):
+            head.blocks.name(head.num_prompt)  # now, while its pictures are on their way
             return
         if not self._line.num_free_slots:
             self._preempt(step, self._line.running[-1])

@@ -26,18 +26,20 @@ async def create_pick(http: HTTPRequest, server: ServerState) -> Response:
     params = PoolingParams(task="pick", choices=request.choices)
     if (request.messages is None) == (request.question is None):
         raise RequestError("Give either messages, or question (and image).", param="question")
-    messages = request.messages
+    if request.image is not None and request.images is not None:
+        raise RequestError("image and images are two names of the same; give one.", param="images")
+    messages, given = request.messages, request.images if request.image is None else request.image
     if messages is None:
-        given = request.image or []
-        messages = question_about([given] if isinstance(given, str) else given, request.question)
-    elif request.image is not None:
+        messages = question_about([given] if isinstance(given, str) else given or [], request.question)
+    elif given is not None:
         raise RequestError("image goes with question; put pictures into the messages.", param="image")
     name = server.name_of(http, request, "pick")
 
     async def prepare() -> list[ProcessedRequest]:
         return [await server.prepare_chat(name, request, messages, params, add_generation_prompt=True)]
 
-    with renamed("image") if request.messages is None else nullcontext(), blame("messages"):
+    shown = "image" if request.images is None else "images"
+    with renamed(shown) if request.messages is None else nullcontext(), blame("messages"):
         outputs = await pool(http, server, prepare, len(request.choices))
     if outputs is None:
         return GoneResponse()

@@ -232,12 +232,14 @@ class PickRequest(Request, kw_only=True):
     Attributes:
         choices: 2 to 64 different answers, spelt as the model would give them.
         image: the URL of a picture, or a list of them.
+        images: another name of ``image``: the one that ``LLM.pick`` uses.
     """
 
     choices: list[str]
     messages: list[dict[str, Any]] | None = None
     question: str | None = None
     image: str | list[str] | None = None
+    images: str | list[str] | None = None
 
 
 class TokenizeRequest(Request, kw_only=True):
