@@ -267,6 +267,15 @@ def test_error_about_what_became_a_message_names_the_bodys_field(
     assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/"])
+def test_head_is_answered_as_get_without_a_body(client: httpx.Client, path: str):
+    get, head = client.get(path), client.head(path)
+    assert head.status_code == get.status_code == 200
+    assert head.headers.get("content-type") == get.headers.get("content-type")
+    assert head.content == b""
+    assert client.get(path).status_code == 200  # on the same connection
+
+
 def test_load_counts_what_is_answered_and_ping_is_health(client: httpx.Client, app: FastAPI):
     assert client.get("/load").json() == {"server_load": 0}
     with app.state.server.admission.enter(3):

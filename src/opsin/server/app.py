@@ -135,7 +135,8 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
 
 
 class Posts:
-    """ASGI middleware that takes POSTs to their handlers, past the router and what it wraps around each event sent.
+    """ASGI middleware that takes POSTs to their handlers, past the router and what it wraps around each event sent, and
+    has HEAD answered as GET is.
 
     Args:
         app: answers everything else.
@@ -150,6 +151,10 @@ class Posts:
         is_post = scope["type"] == "http" and scope["method"] == "POST"
         handler = self._handlers.get(scope["path"]) if is_post else None
         if handler is None:
+            if (
+                scope["type"] == "http" and scope["method"] == "HEAD"
+            ):  # HTTP's servers leave the body out; monitors ask so
+                scope = {**scope, "method": "GET"}
             await self._app(scope, receive, send)
             return
         response = await handler(HTTPRequest(scope, receive), self._server)
