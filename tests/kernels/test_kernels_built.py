@@ -1,0 +1,62 @@
+"""Every kernel that an engine launches, compiled for GPUs that are not there, in the true shapes of released models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.factories.released import RELEASED, write_dummy
+
+SHARED_KIB = {80: 163, 90: 227}  # that a program may have
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run(folder: Path, *options: str) -> tuple[str, list[dict[str, Any]]]:
+    """What ``benchmarks/kernels_built.py`` prints, and its table. In a process of its own, with Triton's compiler."""
+    found = folder / "built.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    script = ROOT / "benchmarks" / "kernels_built.py"
+    command = [sys.executable, str(script), str(folder), "--json", str(found), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(found.read_text())
+
+
+def checkpoint(folder: Path, name: str) -> Path:
+    (released,) = (x for x in RELEASED if x.hub_id.endswith(name))
+    return write_dummy(folder, released)
+
+
+def test_steps_of_any_size_launch_what_the_graphs_already_compiled(tmp_path: Path):
+    """Else a server stands still for a second in the midst of serving."""
+    printed, _ = run(checkpoint(tmp_path, "/Qwen2-VL-2B-Instruct"), "--list")
+    assert "eager steps: 0 variants" in printed
+    assert "decode graphs: 0 variants" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "capabilities"),
+    [
+        ("/Qwen2-VL-2B-Instruct", (80, 90)),  # heads of 128, of 80 in the tower
+        ("/Phi-3.5-vision-instruct", (90,)),  # 96, 64
+        ("/gemma-3-4b-it", (90,)),  # 256, 72
+    ],
+)
+def test_kernels_compile_ahead_of_time(tmp_path: Path, name: str, capabilities: tuple[int, ...]):
+    _, built = run(checkpoint(tmp_path, name), *(word for sm in capabilities for word in ("--sm", str(sm))))
+    for sm in capabilities:
+        rows = [row for row in built if row["sm"] == sm]
+        assert {"_attention_kernel", "_rms_norm_kernel", "_varlen_kernel"} <= {row["kernel"] for row in rows}
+        for row in rows:
+            assert row["shared"] <= SHARED_KIB[sm] * 1024, row
+            assert sm != 90 or not row["spilled"], row  # for an H100 the kernels are tuned
