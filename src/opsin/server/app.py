@@ -151,9 +151,7 @@ class Posts:
         is_post = scope["type"] == "http" and scope["method"] == "POST"
         handler = self._handlers.get(scope["path"]) if is_post else None
         if handler is None:
-            if (
-                scope["type"] == "http" and scope["method"] == "HEAD"
-            ):  # HTTP's servers leave the body out; monitors ask so
+            if scope["type"] == "http" and scope["method"] == "HEAD":  # its sender leaves the body out
                 scope = {**scope, "method": "GET"}
             await self._app(scope, receive, send)
             return
