@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from opsin import AsyncLLM, EngineDeadError, RequestError, SamplingParams
+from opsin.engine.thread import _Caller
+from opsin.outputs import CompletionOutput, RequestOutput
 from tests.engine.conftest import asked
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -46,6 +48,42 @@ def test_stream_deltas_join_to_the_cumulative_and_final_text(engine: AsyncLLM):
     assert "".join(part.text for part in delta) == cumulative[-1].text == final[0].text
     assert [i for part in delta for i in part.token_ids] == cumulative[-1].token_ids == final[0].token_ids
     assert final[0].finish_reason == "length"
+
+
+def test_deltas_that_wait_are_joined_and_those_that_do_not_are_told_one_by_one(engine: AsyncLLM):
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1)
+
+    async def run(lags: bool):
+        parts: list[CompletionOutput] = []
+        async for output in engine.generate(asked(1), params, output_kind="delta"):
+            parts += output.outputs
+            assert not lags or await idle(engine)
+        return parts
+
+    joined, single = asyncio.run(run(True)), asyncio.run(run(False))
+    assert len(joined) <= 3
+    assert "".join(part.text for part in joined) == "".join(part.text for part in single)
+    assert [i for part in joined for i in part.token_ids] == [i for part in single for i in part.token_ids]
+    assert [p for part in joined for p in part.logprobs or ()] == [p for part in single for p in part.logprobs or ()]
+    assert joined[-1].cumulative_logprob == single[-1].cumulative_logprob
+    assert joined[-1].finish_reason == "length"
+
+
+def test_deltas_that_wait_before_a_failure_are_told_before_it():
+    def delta(text: str) -> RequestOutput:
+        return RequestOutput("r", None, [1], None, [CompletionOutput(0, text, [2])], finished=False)
+
+    async def run():
+        caller = _Caller(asyncio.get_running_loop())
+        for item in (delta("a"), delta("b"), delta("c"), RequestError("broken")):
+            caller.put(item)
+        first = await caller.get()
+        assert isinstance(first, RequestOutput)
+        return caller.with_waiting(first), await caller.get()
+
+    joined, failure = asyncio.run(run())
+    assert joined.outputs == [CompletionOutput(0, "abc", [2, 2, 2])]
+    assert isinstance(failure, RequestError)
 
 
 def test_stream_left_early_is_aborted_and_the_rest_goes_on(engine: AsyncLLM):

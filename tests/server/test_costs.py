@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -18,8 +19,17 @@ from opsin.server.config import ServerConfig
 from tests.server.conftest import assert_idle, chat, data_url, run_async
 
 
-async def sent(app: FastAPI, body: dict[str, Any], path: str = "/v1/chat/completions") -> list[Message]:
-    """The messages by which an application answers a POST."""
+async def sent(
+    app: FastAPI,
+    body: dict[str, Any],
+    path: str = "/v1/chat/completions",
+    is_ready: Callable[[], bool] = lambda: True,
+) -> list[Message]:
+    """The messages by which an application answers a POST.
+
+    Args:
+        is_ready: whether the client reads on.
+    """
     messages: list[Message] = []
     asked = [{"type": "http.request", "body": json.dumps(body).encode()}]
 
@@ -30,6 +40,8 @@ async def sent(app: FastAPI, body: dict[str, Any], path: str = "/v1/chat/complet
 
     async def send(message: Message) -> None:
         messages.append(message)
+        while message.get("body") and not is_ready():
+            await asyncio.sleep(0.01)
 
     scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
     await asyncio.wait_for(app(scope, receive, send), 60)
@@ -55,6 +67,50 @@ def test_stream_of_several_prompts_tells_of_those_that_end_first(app: FastAPI, e
     ends = [json.loads(event[6:])["choices"][0] for event in events if '"finish_reason":"length"' in event]
     assert sorted(choice["index"] for choice in ends) == [0, 1]
     assert events[-2:] == ["data: [DONE]", ""]
+    assert_idle(app, engine)
+
+
+def told(pieces: list[Message]) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
+    """All that the events of a stream tell of each answer, and the token counts in their order."""
+    lines = b"".join(piece["body"] for piece in pieces).split(b"\n\n")
+    events = [json.loads(line[6:]) for line in lines if line not in (b"", b"data: [DONE]")]
+    answers: dict[int, dict[str, Any]] = {}
+    for choice in (choice for event in events for choice in event["choices"]):
+        answer = answers.setdefault(choice["index"], {"text": "", "ids": [], "logprobs": {}, "ends": []})
+        answer["text"] += choice["text"] if "text" in choice else choice["delta"].get("content", "")
+        answer["ids"] += choice.get("token_ids", [])
+        for name, values in (choice["logprobs"] or {}).items():
+            answer["logprobs"].setdefault(name, []).extend(values)
+        answer["ends"] += [choice["finish_reason"]] if choice["finish_reason"] else []
+    return answers, [event["usage"] for event in events if event.get("usage")]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", chat(logprobs=True, top_logprobs=2)),
+        ("/v1/completions", {"prompt": "Once", "temperature": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 2}),
+    ],
+    ids=["chat", "completion"],
+)
+def test_client_that_lags_is_told_the_same_in_fewer_pieces(
+    app: FastAPI, engine: AsyncLLM, path: str, body: dict[str, Any]
+):
+    counts = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**body, "n": 2, "stream": True, "stream_options": counts, "return_token_ids": True}
+
+    def has_ended() -> bool:
+        return engine.stats()["num_requests_running"] == 0
+
+    _, *kept_up, _ = run_async(sent(app, body, path))
+    _, *lagged, _ = run_async(sent(app, body, path, has_ended))
+    assert len(lagged) <= 3  # the first token, what came since, and, if it was not yet handed over, the last
+    answers, usages = told(lagged)
+    all_answers, all_usages = told(kept_up)
+    assert answers == all_answers
+    assert [len(answer["ids"]) for answer in answers.values()] == [8, 8]
+    assert usages[-1] == all_usages[-1]
+    assert usages[-1]["completion_tokens"] == 16
     assert_idle(app, engine)
 
 

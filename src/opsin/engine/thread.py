@@ -8,14 +8,18 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from itertools import chain
 
 from opsin.engine.front import Front
 from opsin.errors import EngineDeadError
-from opsin.outputs import PoolingRequestOutput, RequestOutput
+from opsin.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
 from opsin.processing.output import OutputKind
 from opsin.processing.processor import ProcessedRequest
 
 logger = logging.getLogger(__name__)
+
+_MAX_JOINED = 64  # deltas told as one: with log-probabilities, writing thousands would hold up the loop
 
 Output = RequestOutput | PoolingRequestOutput
 
@@ -46,6 +50,13 @@ class _Caller:
             self._waiter = self.loop.create_future()
             await self._waiter
         return self._items.popleft()
+
+    def with_waiting(self, delta: RequestOutput) -> RequestOutput:
+        """A delta that was got, joined with those that have come since: a reader that lags is told of all at once."""
+        deltas = [delta]
+        while self._items and len(deltas) < _MAX_JOINED and isinstance(self._items[0], RequestOutput):
+            deltas.append(self._items.popleft())  # pyright: ignore[reportArgumentType]
+        return delta if len(deltas) == 1 else join_deltas(deltas)
 
 
 _Mail = tuple[_Caller, Output | BaseException]
@@ -80,6 +91,8 @@ class FrontThread:
     async def stream(self, processed: ProcessedRequest, kind: OutputKind) -> AsyncGenerator[Output, None]:
         """Run a request. Leaving the generator early aborts it.
 
+        Deltas that the event loop was too busy to hand on one by one are joined; every token is told of once.
+
         Raises:
             OpsinError: what became of it.
         """
@@ -93,6 +106,8 @@ class FrontThread:
                 if isinstance(item, BaseException):
                     finished = True
                     raise item
+                if kind == "delta" and isinstance(item, RequestOutput):
+                    item = caller.with_waiting(item)
                 finished = item.finished
                 yield item
         finally:
@@ -191,6 +206,23 @@ class FrontThread:
                 return
             if work is not None:
                 work()
+
+
+def join_deltas(deltas: Sequence[RequestOutput]) -> RequestOutput:
+    """Deltas of one request, in the order in which they came, as if all that is new in them had come at once."""
+    parts: dict[int, list[CompletionOutput]] = {}
+    for answer in chain.from_iterable(delta.outputs for delta in deltas):
+        parts.setdefault(answer.index, []).append(answer)
+    return replace(deltas[-1], outputs=[_join_answers(parts[index]) for index in sorted(parts)])
+
+
+def _join_answers(parts: Sequence[CompletionOutput]) -> CompletionOutput:
+    return replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=[token for part in parts for token in part.token_ids],
+        logprobs=None if parts[-1].logprobs is None else [p for part in parts for p in part.logprobs or ()],
+    )
 
 
 def _send(loop: asyncio.AbstractEventLoop, mail: Sequence[_Mail]) -> None:
