@@ -1,6 +1,7 @@
 """What a model's Triton kernels become: variants, compile times, registers, spills. Needs no GPU.
 
-    python benchmarks/kernels_built.py FOLDER [--sm 90] [--sm 80 ...] [--dtype bfloat16] [--json FILE]
+    python benchmarks/kernels_built.py FOLDER [--sm 90] [--sm 80 ...] [--dtype bfloat16] [--fp8-cache]
+        [--json FILE]
 
 FOLDER is a checkpoint, or one without weights (``benchmarks/shapes.py`` writes some). The model runs on torch's meta
 device, in the steps that an engine's start and its first requests run; what it would launch is noted, with everything
@@ -30,6 +31,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import opsin.kernels.triton as our_kernels
 from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels.quantized import FP8
 from opsin.layers import Placement
 from opsin.models import resolve
 from opsin.models.hub import find_model
@@ -127,10 +129,12 @@ def attention_inputs(query_lens: Sequence[int], num_tokens: int, context: int, c
     )
 
 
-def run_decoder(model: VisionLanguageModel, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+def run_decoder(model: VisionLanguageModel, kv_dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     """By name, what an engine's start captures and what its first steps launch."""
     caches = [
-        LayerCache(*(torch.empty(64, BLOCK_SIZE, x.num_kv_heads, x.head_dim, dtype=dtype, device=META) for _ in "kv"))
+        LayerCache(
+            *(torch.empty(64, BLOCK_SIZE, x.num_kv_heads, x.head_dim, dtype=kv_dtype, device=META) for _ in "kv")
+        )
         for x in model.spec.layers
     ]
 
@@ -169,10 +173,10 @@ def run_tower(model: VisionLanguageModel, rule: MediaRule) -> Callable[[], None]
 
 
 @torch.inference_mode()
-def launches(folder: str, sm: int, dtype: torch.dtype) -> dict[str, dict[str, Launch]]:
+def launches(folder: str, sm: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> dict[str, dict[str, Launch]]:
     """Variants by the part of a start that meets them first, and by key."""
     model, rule = open_model(folder, dtype)
-    parts = {**run_decoder(model, dtype), "tower": run_tower(model, rule)}
+    parts = {**run_decoder(model, kv_dtype), "tower": run_tower(model, rule)}
     found: dict[str, dict[str, Launch]] = {}
     for name, run in parts.items():
         with noting_launches(sm) as noted:
@@ -239,12 +243,14 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--sm", type=int, action="append", help="compute capability, times ten; several are allowed")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--fp8-cache", action="store_true", help="with a KV cache of 8-bit floats")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--list", action="store_true", help="count the variants, compile nothing")
     args = parser.parse_args()
     built: list[Built] = []
     for sm in args.sm or [90]:
-        found = launches(args.folder, sm, getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        found = launches(args.folder, sm, dtype, FP8 if args.fp8_cache else dtype)
         for name, part in found.items():
             print(f"sm_{sm}, {name}: {len(part)} variants met first")
         if args.list:

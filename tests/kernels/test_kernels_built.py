@@ -60,3 +60,9 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path, name: str, capabilities: 
         for row in rows:
             assert row["shared"] <= SHARED_KIB[sm] * 1024, row
             assert sm != 90 or not row["spilled"], row  # for an H100 the kernels are tuned
+
+
+@pytest.mark.slow
+def test_kernels_of_a_cache_of_8_bits_compile_ahead_of_time(tmp_path: Path):
+    _, built = run(checkpoint(tmp_path, "/Qwen2-VL-2B-Instruct"), "--sm", "90", "--fp8-cache")
+    assert {"_attention_kernel", "_rope_and_write_kernel"} <= {row["kernel"] for row in built}

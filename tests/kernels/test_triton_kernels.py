@@ -172,6 +172,37 @@ def test_paged_attention_equals_reference(
         assert_close(got, reference.paged_attention(q, k, v, twin, inputs, size**-0.5, mask.window, mask.softcap))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_cache_of_8_bits_equals_reference(kernels: Any, dtype: torch.dtype):
+    kv, size, page = 2, 64, 16
+    caches = [LayerCache(*(rand(6, page, kv, size, seed=s).to(quantized.FP8) for s in (3, 4))) for _ in range(2)]
+    inputs = AttentionInputs(
+        query_start_B1=torch.tensor([0, 1, 21], dtype=torch.int32, device=DEVICE),
+        context_lens_B=torch.tensor([40, 20], dtype=torch.int32, device=DEVICE),
+        block_tables_BL=torch.tensor([[1, 2, 3], [4, 5, 0]], dtype=torch.int32, device=DEVICE),
+        slot_mapping_T=torch.cat([torch.tensor([3 * page + 7]), 4 * page + torch.arange(20)]).to(DEVICE),
+        query_lens=(1, 20),
+        context_lens=(40, 20),
+    )
+    q = rand(21, 4, size, dtype=dtype)
+    k, v = (rand(21, kv, size, dtype=dtype, seed=s) for s in (1, 2))
+    k[0, 0, :2], v[1, 1, 0] = torch.tensor([1000.0, -1000.0]), 449.0  # beyond e4m3
+    angle = rand(21, size // 2, seed=5)
+    writes = (
+        lambda own, cache: own.write_kv(k, v, cache, inputs.slot_mapping_T),
+        lambda own, cache: own.rope_and_write(q, k, v, angle.cos(), angle.sin(), cache, inputs.slot_mapping_T),
+    )
+    for write in writes:
+        for own, cache in zip((kernels, reference.KERNELS), caches, strict=True):
+            write(own, cache)
+        if HAS_CUDA:  # the interpreter's own e4m3 is not rounded, and some of it wrong
+            for got, expected in zip(*caches, strict=True):  # a product rounded otherwise may fall to the neighbour
+                torch.testing.assert_close(got.float(), expected.float(), rtol=2**-3, atol=2**-9)
+                assert (got.view(torch.uint8) == expected.view(torch.uint8)).float().mean() > 0.99
+    got = kernels.paged_attention(q, k, v, caches[1], inputs, size**-0.5)
+    assert_close(got, reference.paged_attention(q, k, v, caches[1], inputs, size**-0.5))
+
+
 @pytest.mark.parametrize("dtype", COMPUTED_DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (7, 1152), sized((300, 1280), (9, 1280))])
 def test_layer_norm_equals_reference(kernels: Any, dtype: torch.dtype, rows: int, width: int):
