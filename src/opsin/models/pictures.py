@@ -6,11 +6,12 @@ A family brings its processors' defaults, whose keys are the settings it impleme
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
+from opsin.media.ops import output_size
 from opsin.models.rule import PixelNorm, Placeholder, TokenIds
 from opsin.types import Resize, View
 
@@ -181,6 +182,29 @@ def with_options(
     return {**settings, **{key: value for key, value in options.items() if value is not None}}
 
 
+def check_built(settings: Mapping[str, Any], **built: Any) -> None:
+    """``ValueError`` where a setting is not what config.json says of the model; null leaves it to the model."""
+    for key, value in built.items():
+        if settings[key] not in (None, value):
+            raise ValueError(f"{key} is {settings[key]!r}; the model is built for {value!r}.")
+
+
+def check_pixels(name: str, settings: Mapping[str, Any], *read: Callable[[Mapping[str, Any]], object]) -> PixelNorm:
+    """The normalisation, once everything was read that ``layout`` reads of the settings of the ``name`` processor: what
+    no request can satisfy fails when the model is loaded.
+
+    Args:
+        read: each raises ``ValueError`` at settings that cannot be used.
+
+    Raises:
+        UnsupportedModelError: one did.
+    """
+    with checkpoint_settings(name):
+        for each in read:
+            each(settings)
+        return read_norm(settings)
+
+
 def read_norm(settings: Mapping[str, Any]) -> PixelNorm:
     """What the settings ask of the device. ``ValueError`` says which one is wrong."""
     scale = settings["rescale_factor"] if settings["do_rescale"] else 1.0
@@ -196,6 +220,14 @@ def per_channel(key: str, settings: Mapping[str, Any]) -> tuple[float, float, fl
     if len(values) != 3:
         raise ValueError(f"{key} is {value!r}; it must be one number or three.")
     return cast(tuple[float, float, float], tuple(float(v) for v in values))
+
+
+def read_count(settings: Mapping[str, Any], key: str, most: int) -> int:
+    """A setting that counts. ``ValueError`` where it does not, or counts more than is sane."""
+    count = settings[key]
+    if type(count) is not int or not 1 <= count <= most:
+        raise ValueError(f"{key} is {count!r}; it must be a whole number from 1 to {most}.")
+    return count
 
 
 def read_resample(settings: Mapping[str, Any]) -> Resample:
@@ -261,6 +293,32 @@ def square_view(settings: Mapping[str, Any], edge: int, width: int, height: int)
     return View(ops, height=edge, width=edge)
 
 
+def fitted_view(
+    settings: Mapping[str, Any], unit: int, width: int, height: int, fit: Callable[[], tuple[int, int]]
+) -> View:
+    """The whole picture at a size of its own, in whole units.
+
+    Args:
+        unit: edge of what becomes one feature, in pixels.
+        fit: makes the (width, height), where it is to be resized.
+
+    Raises:
+        RequestError: without ``do_resize``, the picture's own sides are no multiples of ``unit``.
+        MediaError: nothing would be left of it.
+    """
+    ops: tuple[Resize, ...] = ()
+    with request_settings():
+        resample = read_resample(settings)
+    if settings["do_resize"]:
+        ops = (Resize(*fit(), resample),)
+    elif width % unit or height % unit:
+        raise RequestError(
+            f"Without do_resize, sides must be multiples of {unit}, not {width} x {height}.", param="multi_modal_data"
+        )
+    made_width, made_height = output_size(ops, width, height)
+    return View(ops, height=made_height, width=made_width)
+
+
 def read_square_tower(config: Mapping[str, Any], *, family: str) -> SquareTower:
     """What config.json says of a CLIP-like tower.
 
@@ -306,4 +364,42 @@ def read_image_token(
     token_id = config.get("image_token_index", config.get("image_token_id", tokenizer_id))
     if token_id is None:
         raise UnsupportedModelError(f"config.json has no image_token_index, and the tokenizer does not know {text!r}.")
-    return Placeholder(text, token_id if tokenizer_id == token_id else None, re.escape(text)), token_id
+    return plain_mark(text, token_id if tokenizer_id == token_id else None), token_id
+
+
+def plain_mark(text: str, token_id: int | None) -> Placeholder:
+    """``text`` as it stands, replaced as a whole."""
+    return Placeholder(text, token_id, re.escape(text))
+
+
+def token_ids(tokenizer: TokenIds, *tokens: str) -> tuple[int, ...]:
+    """Ids of tokens that the family writes into prompts.
+
+    Raises:
+        UnsupportedModelError: the tokenizer lacks one.
+    """
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    absent = [token for token, i in zip(tokens, ids, strict=True) if i is None]
+    if absent:
+        raise UnsupportedModelError(f"The tokenizer lacks {', '.join(absent)}, which this model's prompts need.")
+    return tuple(i for i in ids if i is not None)
+
+
+def agreed_id(
+    tokenizer: TokenIds, token: str, config: Mapping[str, Any], key: str, default: int | None = None
+) -> int | None:
+    """The id of a token that config.json names under ``key``; None where the tokenizer does not know the token.
+
+    Args:
+        default: what an absent key says; by default nothing.
+
+    Raises:
+        UnsupportedModelError: the two differ.
+    """
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    built = config.get(key, token_id if default is None else default)
+    if token_id not in (None, built):
+        raise UnsupportedModelError(
+            f"The tokenizer's id of {token!r} is {token_id}; config.json's {key} is {built}. They must be the same."
+        )
+    return token_id

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.pictures import CLIP_PIXELS, read_known, request_settings
+from opsin.models.pictures import CLIP_PIXELS, check_pixels, read_known, read_norm, read_resample, request_settings
 from opsin.types import Clip
 
 VIDEO_PIXELS: Mapping[str, Any] = {  # what every Hugging Face video processor has inherited
@@ -52,6 +52,24 @@ def read_video_settings(
         if settings[key] and not known[name][key]:
             raise UnsupportedModelError(f"The {name} config has {key} = {settings[key]!r}, which is not implemented.")
     return name, settings
+
+
+def check_video_pixels(name: str, settings: Mapping[str, Any], pictures: Mapping[str, Any], *same: str) -> None:
+    """Refuse settings of the ``name`` video processor that no video can satisfy, or that the tower cannot take beside
+    those of ``pictures``.
+
+    Args:
+        same: keys that must say what they say of pictures, as the normalisation must.
+
+    Raises:
+        UnsupportedModelError: names what cannot be used, or what differs.
+    """
+    norm = check_pixels(name, settings, read_resample)
+    if norm != read_norm(pictures) or any(settings[key] != pictures[key] for key in same):
+        kept = " and ".join((*same, "normalised pixels"))
+        raise UnsupportedModelError(
+            f"The {name} config cannot be used: its {kept} must be those of pictures; the tower takes one of each."
+        )
 
 
 def sample(
