@@ -145,7 +145,7 @@ def test_picture_that_would_vanish_is_refused() -> None:
         ({"size": 96}, {}, (), "longest_edge"),
         ({"resample": 5}, {}, (), "resample"),
         ({"image_std": [0.5]}, {}, (), "image_std"),
-        ({"spatial_merge_size": 4}, {}, (), "merges 2 x 2"),
+        ({"spatial_merge_size": 4}, {}, (), "spatial_merge_size is 4; the model is built for 2"),
         ({}, {"spatial_merge_size": 0}, (), "spatial_merge_size 0"),
         ({}, {"vision_config": {"patch_size": [8, 8]}}, (), "patch_size"),
         ({}, {}, (BREAK,), "IMG_BREAK"),

@@ -31,3 +31,27 @@ def pixel_shuffle(hidden_BPD: torch.Tensor, merge: int) -> torch.Tensor:
     edge = math.isqrt(hidden_BPD.shape[1]) // merge
     blocks = hidden_BPD.unflatten(1, (edge, merge, edge, merge))  # tile, row, row in block, column, ...
     return blocks.transpose(2, 3).flatten(3).flatten(0, 2)
+
+
+class PatchMerger(nn.Module):
+    """A block's patches side by side, to one patch's width."""
+
+    def __init__(self, place: Placement, width: int, merge: int) -> None:
+        super().__init__()
+        self.merging_layer = MergingLinear(place, width * merge**2, width, bias=False)
+
+    def forward(self, x_ME: torch.Tensor) -> torch.Tensor:
+        return self.merging_layer(x_ME)
+
+
+class MergingLinear(Linear):
+    """Checkpoints hold the weight for blocks that are laid out value by value, a block's patches within each; it is
+    turned once, when the weights are packed, to take them patch by patch."""
+
+    may_be_quantized = False
+
+    def pack(self) -> None:
+        width = self.weight.shape[0]
+        turned = self.weight.view(width, width, -1).transpose(1, 2).flatten(1)
+        self.weight = nn.Parameter(turned.contiguous(), requires_grad=False)
+        super().pack()

@@ -7,20 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from opsin.errors import UnsupportedModelError
 from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
-from opsin.layers.linear import Linear
 from opsin.layers.norm import RMSNorm, normed
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.mistral3.rule import PatchGeometry
 from opsin.models.picture_model import RENAMES, PictureModel
-from opsin.models.projector import Projector
+from opsin.models.projector import PatchMerger, Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
-from opsin.models.towers.patches import in_passes
 from opsin.models.towers.pixtral import PixtralConfig, PixtralTower
 from opsin.types import MediaLayout
 
@@ -90,10 +87,7 @@ class Mistral3Model(PictureModel):
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all pictures in as few passes as can be."""
-        every = [tile for item in tiles for tile in item]
-        area = self.tower.patches.patch_size**2
-        num_patches = [tile.shape[0] * tile.shape[1] // area for tile in every]
-        return in_passes(lambda some: self.projector(self.tower(some)), every, num_patches)
+        return self.tower.patches.pictures_in_passes(lambda some: self.projector(self.tower(some)), tiles)
 
 
 class MergingProjector(Projector):
@@ -119,27 +113,3 @@ class MergingProjector(Projector):
         """Patches in merge order to one feature for each block."""
         merged_MD = self.patch_merger(normed(self.norm, x_MD).unflatten(0, (-1, self.merge**2)).flatten(1))
         return super().forward(merged_MD)
-
-
-class PatchMerger(nn.Module):
-    """A block's patches side by side, to one patch's width."""
-
-    def __init__(self, place: Placement, width: int, merge: int) -> None:
-        super().__init__()
-        self.merging_layer = MergingLinear(place, width * merge**2, width, bias=False)
-
-    def forward(self, x_ME: torch.Tensor) -> torch.Tensor:
-        return self.merging_layer(x_ME)
-
-
-class MergingLinear(Linear):
-    """Checkpoints hold the weight for blocks that are laid out value by value, a block's patches within each; it is
-    turned once, when the weights are packed, to take them patch by patch."""
-
-    may_be_quantized = False
-
-    def pack(self) -> None:
-        width = self.weight.shape[0]
-        turned = self.weight.view(width, width, -1).transpose(1, 2).flatten(1)
-        self.weight = nn.Parameter(turned.contiguous(), requires_grad=False)
-        super().pack()

@@ -11,21 +11,23 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.media.ops import output_size
 from opsin.models.picture_rule import PictureRule, given_features, given_size, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
+    check_built,
+    check_pixels,
     checkpoint_settings,
+    fitted_view,
     read_image_token,
     read_longest_size,
-    read_norm,
     read_resample,
     read_settings,
     request_settings,
+    token_ids,
     with_options,
 )
 from opsin.models.rule import TokenIds, TokenRun
-from opsin.types import MediaLayout, Modality, PixelPlan, Resize, View
+from opsin.types import MediaLayout, Modality, PixelPlan
 
 _TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 _PROCESSORS: dict[str, dict[str, Any]] = {
@@ -93,21 +95,9 @@ class Mistral3Rule(PictureRule):
         name, settings = read_settings(
             processor, _PROCESSORS, default="PixtralImageProcessor", family="Pixtral and Mistral 3"
         )
-        if settings["spatial_merge_size"] not in (None, geometry.merge):
-            raise UnsupportedModelError(
-                f"The processor's spatial_merge_size is {settings['spatial_merge_size']!r}; the model merges "
-                f"{geometry.merge} x {geometry.merge} patches."
-            )
-        names = (settings["image_break_token"], settings["image_end_token"])
-        break_id, end_id = (tokenizer.convert_tokens_to_ids(token) for token in names)
-        if break_id is None or end_id is None:
-            raise UnsupportedModelError(
-                f"The tokenizer lacks {names[0]!r} or {names[1]!r}, which end a picture's rows."
-            )
+        break_id, end_id = token_ids(tokenizer, settings["image_break_token"], settings["image_end_token"])
         with checkpoint_settings(name):
-            norm = read_norm(settings)
-            read_resample(settings)
-            _read_bounds(settings)
+            check_built(settings, spatial_merge_size=geometry.merge)
         mark, token_id = read_image_token(config, settings, tokenizer)
         return cls(
             geometry=geometry,
@@ -115,7 +105,7 @@ class Mistral3Rule(PictureRule):
             end_token_id=end_id,
             mark=mark,
             image_token_id=token_id,
-            norm=norm,
+            norm=check_pixels(name, settings, read_resample, _read_bounds),
             settings=settings,
         )
 
@@ -126,19 +116,11 @@ class Mistral3Rule(PictureRule):
         settings = with_options(self.settings, options, fixed=_FIXED)
         unit = self.geometry.unit
         with request_settings():
-            bounds, resample = _read_bounds(settings), read_resample(settings)
-        ops: tuple[Resize, ...] = ()
-        if settings["do_resize"]:
-            ops = (Resize(*_fitted(width, height, bounds, unit), resample),)
-        elif width % unit or height % unit:
-            raise RequestError(
-                f"Without do_resize, sides must be multiples of {unit}, not {width} x {height}.",
-                param="multi_modal_data",
-            )
-        made_width, made_height = output_size(ops, width, height)
-        rows, cols = made_height // unit, made_width // unit
+            bounds = _read_bounds(settings)
+        view = fitted_view(settings, unit, width, height, lambda: _fitted(width, height, bounds, unit))
+        rows, cols = view.height // unit, view.width // unit
         return MediaLayout(
-            plan=PixelPlan(width=width, height=height, views=(View(ops, height=made_height, width=made_width),)),
+            plan=PixelPlan(width=width, height=height, views=(view,)),
             num_features=rows * cols,
             num_patches=rows * cols * self.geometry.merge**2,
             numbers=(rows, cols),

@@ -56,10 +56,16 @@ class Patches:
         self, run: Callable[[torch.Tensor], torch.Tensor], tiles: Sequence[Sequence[torch.Tensor]]
     ) -> torch.Tensor:
         """What ``run`` makes of the patches of all items' equal tiles, (tiles, patches, values) in each pass."""
+        return self.pictures_in_passes(lambda some: run(self(torch.stack(list(some)))), tiles)
+
+    def pictures_in_passes(
+        self, run: Callable[[Sequence[torch.Tensor]], torch.Tensor], tiles: Sequence[Sequence[torch.Tensor]]
+    ) -> torch.Tensor:
+        """What ``run`` makes of all items' tiles, uint8 (height, width, 3) of any sizes, some of them in each pass."""
         every = [tile for item in tiles for tile in item]
-        height, width, _ = every[0].shape
-        num_patches = (height // self.patch_size) * (width // self.patch_size)
-        return in_passes(lambda some: run(self(torch.stack(list(some)))), every, [num_patches] * len(every))
+        size = self.patch_size
+        num_patches = [(tile.shape[0] // size) * (tile.shape[1] // size) for tile in every]
+        return in_passes(run, every, num_patches)
 
     def normalise(self, picture_YX3: torch.Tensor) -> torch.Tensor:
         """uint8 (height, width, 3) to float32 (3, height, width), for views that are made of the normalised pixels."""
