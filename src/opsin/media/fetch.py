@@ -145,10 +145,11 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     Raises:
         MediaError: ``invalid_base64_image``, ``invalid_image_url`` or ``image_file_too_large``.
     """
-    head, comma, body = url.partition(",")
-    if not comma:
+    begin = url.find(",") + 1
+    if not begin:
         raise _refusal("The picture's data: URL has no comma.")
-    if head[-7:].lower() != ";base64":
+    if url[max(0, begin - 8) : begin - 1].lower() != ";base64":
+        body = url[begin:]
         check_num_bytes(len(body) // 3, max_bytes)  # percent-encoding takes at most three characters a byte
         if "%" in body and len(body) > _MAX_ESCAPED_CHARS:
             raise _refusal(
@@ -158,30 +159,31 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
         data = unquote_to_bytes(body)
         check_num_bytes(len(data), max_bytes)
         return data
-    check_num_bytes(len(body) // 4, max_bytes)  # a bound whatever is escaped; the exact check comes below
-    if "%" in body:
+    check_num_bytes((len(url) - begin) // 4, max_bytes)  # a bound whatever is escaped; the exact check comes below
+    if "%" in url:
+        url, begin = url[begin:], 0
         for escape, char in _ESCAPES_IN_BASE64.items():  # as many passes, each of which takes no time
-            body = body.replace(escape, char).replace(escape.upper(), char)
-    data = bytearray()
+            url = url.replace(escape, char).replace(escape.upper(), char)
+    data = io.BytesIO()  # no copy of a large picture is made in one go, neither of its text nor of its bytes
     try:
-        for piece in _base64_pieces(body):
-            data += piece
-            check_num_bytes(len(data), max_bytes)
+        for piece in _base64_pieces(url, begin):
+            data.write(piece)
+            check_num_bytes(data.tell(), max_bytes)
     except MediaError:
         raise
     except (ValueError, msgspec.ValidationError):
         raise MediaError("The picture's data: URL is not valid base64.", code="invalid_base64_image") from None
-    return bytes(data)
+    return data.getvalue()
 
 
-def _base64_pieces(text: str) -> Iterator[bytes]:
-    """Decode bit by bit, since the decoder lets no other thread run: a large picture would hold the event loop up.
+def _base64_pieces(text: str, begin: int) -> Iterator[bytes]:
+    """Decode what stands from ``begin`` on, bit by bit, since the decoder lets no other thread run.
 
     Senders break lines and leave out padding; anything else that is not base64 is a mistake worth telling.
     """
-    end = _end_of_base64(text)
+    end = max(begin, _end_of_base64(text))
     rest = ""
-    for start in range(0, end, _BASE64_CHARS):
+    for start in range(begin, end, _BASE64_CHARS):
         piece = rest + "".join(text[start : min(start + _BASE64_CHARS, end)].split())
         cut = len(piece) - len(piece) % 4
         if "=" in piece:

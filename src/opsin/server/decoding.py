@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from opsin.errors import RequestError
+from opsin.server.bodies import restore
 from opsin.server.requests import Request
 
 T = TypeVar("T", bound=Request)
@@ -22,8 +24,11 @@ _PATH = re.compile(r"(.*) - at `(?:key in )?\$(.*)`$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 
-def decode(body: bytes | bytearray, kind: type[T]) -> T:
+def decode(body: bytes | bytearray, kind: type[T], strings: Mapping[str, str] | None = None) -> T:
     """Read a JSON body.
+
+    Args:
+        strings: what was cut out of it, by the marks that stand for them.
 
     Raises:
         RequestError: it is not JSON in UTF-8, or a field has the wrong type; ``param`` is that field's path.
@@ -47,6 +52,9 @@ def decode(body: bytes | bytearray, kind: type[T]) -> T:
         request = msgspec.json.decode(body, type=kind)
         if num_objects + num_lists > _MAX_DEPTH:
             _check_depth(request)
+        if strings:
+            for name in request.__struct_fields__:
+                setattr(request, name, restore(getattr(request, name), strings))
         return request
     except msgspec.ValidationError as error:
         message, param = _located(str(error))

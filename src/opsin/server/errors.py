@@ -53,7 +53,7 @@ class BodyTimeoutError(HTTPError):
 
 
 class BodyTooLargeError(HTTPError):
-    """The body is larger than ``max_body_bytes``."""
+    """The body is larger than ``max_body_bytes``, or has too much text."""
 
 
 class EncodedBodyError(HTTPError):

@@ -68,7 +68,8 @@ class ServerState:
         Raises:
             HTTPError, RequestError: it cannot be read, or asks for another model.
         """
-        request = decode(await read_body(http, self.config.max_body_bytes), kind)
+        body = await read_body(http, self.config.max_body_bytes)
+        request = decode(body.text, kind, body.strings)
         if request.model is not None:
             self.require_model(request.model)
         if request.chat_template is not None and not self.config.trust_request_chat_template:

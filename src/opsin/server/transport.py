@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from opsin.server.bodies import MAX_TEXT_BYTES, Body, CutBody, WholeBody
 from opsin.server.errors import BodyTimeoutError, BodyTooLargeError, EncodedBodyError
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ def json_response(body: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
-async def read_body(http: Request, max_bytes: int) -> bytearray:
+async def read_body(http: Request, max_bytes: int) -> Body:
     """The whole body; never more than the cap is held.
 
     Raises:
@@ -47,7 +48,8 @@ async def read_body(http: Request, max_bytes: int) -> bytearray:
     announced = http.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise too_large
-    body = bytearray()
+    is_small = announced.isdecimal() and int(announced) <= MAX_TEXT_BYTES
+    body, num_bytes = WholeBody() if is_small else CutBody(), 0
     loop = asyncio.get_running_loop()
     begun_s = loop.time()
     spare_s = 0.0
@@ -55,16 +57,18 @@ async def read_body(http: Request, max_bytes: int) -> bytearray:
         async with asyncio.timeout(None) as patience:
             while True:
                 now_s = loop.time()
-                spare_s = _BODY_IDLE_S + len(body) / _BODY_BYTES_PER_S - (now_s - begun_s)
+                spare_s = _BODY_IDLE_S + num_bytes / _BODY_BYTES_PER_S - (now_s - begun_s)
                 patience.reschedule(now_s + min(_BODY_IDLE_S, max(spare_s, 0.001)))
                 message = await http.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
-                body += message.get("body", b"")
-                if len(body) > max_bytes:
+                data = message.get("body", b"")
+                num_bytes += len(data)
+                if num_bytes > max_bytes:
                     raise too_large
+                body.feed(data)
                 if not message.get("more_body", False):
-                    return body
+                    return body.finish()
     except TimeoutError:
         if spare_s < _BODY_IDLE_S:
             raise BodyTimeoutError(f"The body came at less than {_BODY_BYTES_PER_S} bytes a second.") from None
