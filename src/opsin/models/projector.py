@@ -21,7 +21,7 @@ class Projector(nn.Module):
         self.linear_1 = Linear(place, in_features, hidden_size, bias=bias)
         self.linear_2 = Linear(place, hidden_size, hidden_size, bias=bias)
 
-    def forward(self, x_MD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_MD: torch.Tensor, /) -> torch.Tensor:
         return self.linear_2(self.kernels.activation(self.linear_1(x_MD), self.act))
 
 

@@ -1,4 +1,5 @@
-"""Families whose tower takes square tiles of one size, each by itself: LLaVA and its kin, Gemma 3, PaliGemma."""
+"""Families whose tower takes square tiles of one size, each by itself: LLaVA and its kin, PaliGemma, Gemma 3 and
+InternVL."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from opsin.models.decoder import Decoder
 from opsin.models.picture_model import PictureModel
 from opsin.models.rule import PixelNorm
 from opsin.models.towers.clip import ClipTower
+from opsin.models.towers.intern_vit import InternViTTower
 from opsin.models.towers.patches import Patches
 from opsin.models.towers.siglip import SiglipTower
 from opsin.types import MediaLayout
@@ -31,7 +33,7 @@ class TileModel(PictureModel):
     def __init__(
         self,
         place: Placement,
-        tower: ClipTower | SiglipTower,
+        tower: ClipTower | SiglipTower | InternViTTower,
         projector: nn.Module,
         decoder: Decoder,
         norm: PixelNorm,
@@ -41,8 +43,8 @@ class TileModel(PictureModel):
         """
         Args:
             projector: (tiles, patches, tower's width) to (tiles, features, decoder's width).
-            drop_first: leave out the first patch of each tile. It is CLIP's class token; HF drops SigLIP's first patch
-                too, and checkpoints were trained so.
+            drop_first: leave out the first patch of each tile. It is CLIP's and InternViT's class token; HF drops
+                SigLIP's first patch too, and checkpoints were trained so.
         """
         super().__init__(self.architecture, decoder)
         self.tower = tower

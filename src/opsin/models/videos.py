@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -13,6 +13,8 @@ import numpy as np
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.models.pictures import CLIP_PIXELS, check_pixels, read_known, read_norm, read_resample, request_settings
 from opsin.types import Clip
+
+T = TypeVar("T")
 
 VIDEO_PIXELS: Mapping[str, Any] = {  # what every Hugging Face video processor has inherited
     **CLIP_PIXELS,
@@ -133,9 +135,16 @@ def spread(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
         count = max(1, int(total / clip.fps * settings["fps"]))
     if count is None:
         return range(total)
-    if not 1 <= count <= total:
-        raise ValueError(f"{count} frames cannot be sampled from a video of {total}; choose another num_frames or fps.")
+    check_enough(clip, count)
     return [i * total // count for i in range(count)]
+
+
+def check_enough(clip: Clip, count: object) -> None:
+    """``ValueError`` where ``count`` is no whole number of frames, or more than the video has."""
+    if type(count) is not int or not 1 <= count <= clip.num_frames:
+        raise ValueError(
+            f"{count} frames cannot be sampled from a video of {clip.num_frames}; choose another num_frames or fps."
+        )
 
 
 def spaced(total: int, count: int, start: float = 0.0) -> list[int]:
@@ -146,3 +155,30 @@ def spaced(total: int, count: int, start: float = 0.0) -> list[int]:
     step = total / count
     steps = np.arange(math.ceil((total - start) / step)) * step + start
     return [i for i in steps.astype(np.float32).astype(np.int64).tolist() if i < total]
+
+
+def spaced_in_steps(clip: Clip, settings: Mapping[str, Any], step: int) -> Sequence[int]:
+    """As ``spaced``, ``num_frames`` of them or as many as ``fps`` makes between ``min_frames`` and ``max_frames``, in
+    whole steps; all of them where neither is said. ``ValueError`` where both are, or where there are too few.
+
+    Source: HF ``Qwen2VLVideoProcessor.sample_frames``.
+    """
+    total, count, fps = clip.num_frames, settings["num_frames"], settings["fps"]
+    if count is not None and fps is not None:
+        raise ValueError("num_frames and fps exclude one another; give one.")
+    if count is not None:
+        count = round(count / step) * step
+    elif fps is not None:
+        assert clip.fps is not None
+        most = math.floor(min(settings["max_frames"], total) / step) * step
+        wanted = min(max(total / clip.fps * fps, settings["min_frames"]), most, total)
+        count = math.floor(wanted / step) * step
+    else:
+        return range(total)
+    check_enough(clip, count)
+    return spaced(total, count)
+
+
+def whole_steps(values: tuple[T, ...], step: int) -> tuple[T, ...]:
+    """As many as are multiples of ``step``, the last one repeated."""
+    return (*values, *values[-1:] * (-len(values) % step))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -12,14 +12,13 @@ from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
 from opsin.layers.norm import LayerNorm
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.internvl.rule import TileGeometry
-from opsin.models.picture_model import RENAMES, PictureModel
+from opsin.models.internvl.rule import read_tile
+from opsin.models.picture_model import RENAMES
 from opsin.models.projector import Projector, pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.tile_model import TileModel
 from opsin.models.towers.intern_vit import InternViTConfig, InternViTTower
-from opsin.models.towers.patches import Patches
-from opsin.types import MediaLayout
 
 _PROJECTOR_EPS = 1e-5
 _NTK_KEYS = {"rope_type", "type", "factor", "rope_theta"}
@@ -31,32 +30,17 @@ _RENAMES = (
 )
 
 
-class InternVLModel(PictureModel):
+class InternVLModel(TileModel):
     """A picture is as many tiles as its plan makes, a frame of a video is one; each is encoded by itself."""
 
+    architecture: ClassVar[str] = "InternVLForConditionalGeneration"
     renames = _RENAMES
-
-    def __init__(
-        self,
-        place: Placement,
-        tile: TileGeometry,
-        tower: InternViTTower,
-        projector: NormedProjector,
-        decoder: Decoder,
-        norm: PixelNorm,
-    ) -> None:
-        super().__init__("InternVLForConditionalGeneration", decoder)
-        self.tile = tile
-        self.tower = tower
-        self.projector = projector
-        self.patches = Patches(place, tile.patch_size, norm)
 
     @classmethod
     def from_hf(
         cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
     ) -> Self:
         strict = StrictConfig(config, "config.json")
-        tile = TileGeometry.from_hf(config)
         select = strict.take("vision_feature_layer", -1)
         if type(select) is not int:
             raise UnsupportedModelError(f"vision_feature_layer is {select!r}; this family takes a single layer.")
@@ -64,34 +48,26 @@ class InternVLModel(PictureModel):
         strict.choose("vision_feature_select_strategy", ("default",), "default")
         tower_config = InternViTConfig.from_hf(strict.take("vision_config", {}), select)
         decoder_config = DecoderConfig.from_hf(_text_config(strict, max_model_len))
-        projector = NormedProjector(
-            place,
-            tower_config.vit.hidden_size * tile.merge**2,
-            decoder_config.hidden_size,
-            strict.choose("projector_hidden_act", tuple(ACTIVATIONS), "gelu"),
-        )
+        act = strict.choose("projector_hidden_act", tuple(ACTIVATIONS), "gelu")
+        width, merge = tower_config.vit.hidden_size, read_tile(config).merge
+        projector = ShuffledProjector(place, width, decoder_config.hidden_size, act, merge)
         strict.skip("downsample_ratio", "image_token_id", "image_seq_length")
         strict.finish()
         decoder = Decoder(place, decoder_config, max_model_len)
-        return cls(place, tile, InternViTTower(place, tower_config), projector, decoder, norm)
-
-    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
-        return self.patches.in_passes(self._encode, tiles)
-
-    def _encode(self, patches_BPC: torch.Tensor) -> torch.Tensor:
-        return self.projector(pixel_shuffle(self.tower(patches_BPC)[:, 1:], self.tile.merge))
+        return cls(place, InternViTTower(place, tower_config), projector, decoder, norm, drop_first=True)
 
 
-class NormedProjector(Projector):
-    """Norm, linear, activation, linear."""
+class ShuffledProjector(Projector):
+    """Pixel shuffle, norm, linear, activation, linear."""
 
-    def __init__(self, place: Placement, in_features: int, hidden_size: int, act: str) -> None:
-        super().__init__(place, in_features, hidden_size, act, bias=True)
-        self.layer_norm = LayerNorm(place, in_features, _PROJECTOR_EPS)
+    def __init__(self, place: Placement, width: int, hidden_size: int, act: str, merge: int) -> None:
+        super().__init__(place, width * merge**2, hidden_size, act, bias=True)
+        self.merge = merge
+        self.layer_norm = LayerNorm(place, width * merge**2, _PROJECTOR_EPS)
 
-    def forward(self, x_MD: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.layer_norm(x_MD))
+    def forward(self, hidden_BPD: torch.Tensor, /) -> torch.Tensor:
+        features_MD = super().forward(self.layer_norm(pixel_shuffle(hidden_BPD, self.merge)))
+        return features_MD.unflatten(0, (len(hidden_BPD), -1))
 
 
 def _text_config(strict: StrictConfig, max_model_len: int | None) -> dict[str, Any]:

@@ -7,24 +7,28 @@ arXiv:2404.16821.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.picture_rule import PictureRule, images_only
+from opsin.errors import UnsupportedModelError
+from opsin.models.picture_rule import images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
+    agreed_id,
+    check_built,
+    check_pixels,
     checkpoint_settings,
-    read_norm,
+    plain_mark,
     read_resample,
     read_settings,
     request_settings,
+    token_ids,
     with_options,
 )
-from opsin.models.rule import Placeholder, TokenIds, TokenRun
-from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample, spaced
+from opsin.models.rule import TokenIds, TokenRun
+from opsin.models.tiles import Tile, TileRule
+from opsin.models.videos import VIDEO_PIXELS, check_enough, check_video_pixels, read_video_settings, sample, spaced
 from opsin.types import Clip, MediaLayout, Modality, PixelPlan, Resize, View
 
 _IMAGE_TOKEN, _START_TOKEN, _END_TOKEN, _VIDEO_TOKEN = "<IMG_CONTEXT>", "<img>", "</img>", "<video>"
@@ -49,106 +53,38 @@ _VIDEO_PROCESSORS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TileGeometry:
-    """One tile on its way through tower and pixel shuffle.
-
-    Attributes:
-        image_size: edge of the square that the tower takes, in pixels.
-        merge: edge of the block of patches that becomes one feature.
-    """
-
-    image_size: int
-    patch_size: int
-    merge: int
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> TileGeometry:
-        """Read it from config.json.
-
-        Raises:
-            UnsupportedModelError: a shape that is not square, or does not divide.
-        """
-        vision = config.get("vision_config") or {}
-        image_size = _square(vision, "image_size", 448)
-        patch_size = _square(vision, "patch_size", 14)
-        ratio = config.get("downsample_ratio")
-        ratio = 0.5 if ratio is None else ratio
-        merge = round(1 / ratio) if ratio in (1, 0.5, 0.25) else 0
-        if merge == 0 or image_size % (patch_size * merge):
-            raise UnsupportedModelError(
-                f"downsample_ratio is {ratio!r} for tiles of {image_size} and patches of {patch_size} pixels; "
-                "implemented are 1, 0.5 and 0.25 where they divide the tile."
-            )
-        return cls(image_size, patch_size, merge)
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def num_features(self) -> int:
-        return self.num_patches // self.merge**2
-
-
 @dataclass(frozen=True, kw_only=True)
-class InternVLRule(PictureRule):
+class InternVLRule(TileRule):
     """The ``MediaRule`` of ``InternVLForConditionalGeneration``. The features of a picture, and those of each frame of
-    a video, stand between two tags.
+    a video, stand between two tags."""
 
-    Attributes:
-    """
-
-    tile: TileGeometry
     start_token_id: int
     end_token_id: int
-    video_settings: Mapping[str, Any]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
-        tile = TileGeometry.from_hf(config)
+        tile = read_tile(config)
         name, settings = read_settings(processor, _PROCESSORS, default="GotOcr2ImageProcessor", family="InternVL")
         settings["crop_to_patches"] = True  # InternVLProcessor asks for it, whatever the config says
-        size = settings["size"]
-        if size != {"height": tile.image_size, "width": tile.image_size}:
-            raise UnsupportedModelError(
-                f"The {name} config makes tiles of {size!r}; the vision tower takes {tile.image_size} x "
-                f"{tile.image_size} pixels."
-            )
-        given = processor.get("image_seq_length")
-        if given is not None and given != tile.num_features:
-            raise UnsupportedModelError(
-                f"The processor's image_seq_length is {given}; the tower makes {tile.num_features} features of a tile."
-            )
-        tokens = (_IMAGE_TOKEN, _START_TOKEN, _END_TOKEN)
-        image_id, start_id, end_id = (tokenizer.convert_tokens_to_ids(token) for token in tokens)
-        configured = config.get("image_token_id", 151667)  # InternVLConfig's default
-        if image_id is None or start_id is None or end_id is None or image_id != configured:
-            raise UnsupportedModelError(
-                f"The tokenizer's ids of {', '.join(tokens)} are {image_id}, {start_id} and {end_id}; all must be "
-                f"there, and the first must be config.json's image_token_id, which is {configured}."
-            )
+        seq_length = {"image_seq_length": processor.get("image_seq_length")}
+        with checkpoint_settings(name):
+            check_built(settings | seq_length, size=tile.size, image_seq_length=tile.num_features)
+        image_id, start_id, end_id = token_ids(tokenizer, _IMAGE_TOKEN, _START_TOKEN, _END_TOKEN)
+        agreed_id(tokenizer, _IMAGE_TOKEN, config, "image_token_id", 151667)  # InternVLConfig's default
         video_name, video_settings = read_video_settings(
             processor, _VIDEO_PROCESSORS, default="InternVLVideoProcessor", family="InternVL"
         )
-        with checkpoint_settings(name):
-            norm = read_norm(settings)
-            read_resample(settings)
-            _tile_bounds(settings)
-        with checkpoint_settings(video_name):
-            read_resample(video_settings)
-            if read_norm(video_settings) != norm or video_settings["size"] != size:
-                raise ValueError("its size or its normalisation is not that of pictures; the tower takes one of each.")
+        check_video_pixels(video_name, video_settings, settings, "size")
         video_id = tokenizer.convert_tokens_to_ids(_VIDEO_TOKEN)
         return cls(
             tile=tile,
             video_settings=video_settings,
             start_token_id=start_id,
             end_token_id=end_id,
-            mark=Placeholder(_IMAGE_TOKEN, image_id, re.escape(_IMAGE_TOKEN)),
-            video_mark=None if video_id is None else Placeholder(_VIDEO_TOKEN, video_id, re.escape(_VIDEO_TOKEN)),
+            mark=plain_mark(_IMAGE_TOKEN, image_id),
+            video_mark=None if video_id is None else plain_mark(_VIDEO_TOKEN, video_id),
             image_token_id=image_id,
-            norm=norm,
+            norm=check_pixels(name, settings, read_resample, _tile_bounds),
             settings=settings,
         )
 
@@ -157,59 +93,27 @@ class InternVLRule(PictureRule):
     ) -> MediaLayout:
         images_only(modality)
         settings = with_options(self.settings, options, fixed=_FIXED, others=self.video_settings)
-        edge = self.tile.image_size
+        edge = self.tile.edge
         with request_settings():
             (least, most), resample = _tile_bounds(settings), read_resample(settings)
-        whole = View((Resize(edge, edge, resample),), height=edge, width=edge)
-        views = (whole,)
+        ops = (Resize(edge, edge, resample),)
         if settings["crop_to_patches"] and most > 1:  # resizes even without do_resize, as Hugging Face does
+            views = (self.whole_view(ops, width, height),)
             cols, rows = tile_grid(width, height, edge, least, most)
             if cols * rows > 1:
                 ops = (Resize(cols * edge, rows * edge, resample),)
-                views = (View(ops, height=edge, width=edge, rows=rows, cols=cols), whole)
-        elif not settings["do_resize"]:
-            if (width, height) != (edge, edge):
-                raise RequestError(
-                    f"Without do_resize and crop_to_patches, pictures must have {edge} x {edge} pixels, not "
-                    f"{width} x {height}.",
-                    param="multi_modal_data",
-                )
-            views = (View((), height=edge, width=edge),)
-        num_tiles = sum(view.rows * view.cols for view in views)
-        return MediaLayout(
-            plan=PixelPlan(width=width, height=height, views=views),
-            num_features=num_tiles * self.tile.num_features,
-            num_patches=num_tiles * self.tile.num_patches,
-        )
+                views = (View(ops, height=edge, width=edge, rows=rows, cols=cols), *views)
+        else:
+            views = (self.whole_view(ops if settings["do_resize"] else (), width, height),)
+        return self.tiled(PixelPlan(width=width, height=height, views=views))
 
     def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
         settings = with_options(self.video_settings, options, fixed=_FIXED, others=self.settings)
         clip = sample(clip, settings, options, lambda clip: _sampled(clip, settings))
-        edge = self.tile.image_size
+        edge = self.tile.edge
         with request_settings():
             ops = (Resize(edge, edge, read_resample(settings)),) if settings["do_resize"] else ()
-        if not ops and (clip.width, clip.height) != (edge, edge):
-            raise RequestError(
-                f"Without do_resize, videos must have {edge} x {edge} pixels, not {clip.width} x {clip.height}.",
-                param="multi_modal_data",
-            )
-        views = (View(ops, height=edge, width=edge),)
-        return MediaLayout(
-            plan=PixelPlan(width=clip.width, height=clip.height, views=views, frames=clip.frames),
-            num_features=len(clip.frames) * self.tile.num_features,
-            num_patches=len(clip.frames) * self.tile.num_patches,
-        )
-
-    def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
-        self.placeholder(modality)  # refuses videos where there are none
-        layout = super().embedding_layout("image", num_features, extras)
-        if num_features % self.tile.num_features:
-            raise RequestError(
-                f"The {modality}'s embedding has {num_features} rows; this model's come in whole tiles of "
-                f"{self.tile.num_features}.",
-                param="multi_modal_data",
-            )
-        return layout
+        return self.framed(clip, ops)
 
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
         if modality == "image":
@@ -250,8 +154,7 @@ def _sampled(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
         count = int(total / clip.fps * settings["fps"])
     if count is None:
         return range(total)
-    if not 1 <= count <= total:
-        raise ValueError(f"{count} frames cannot be sampled from a video of {total}; choose another num_frames or fps.")
+    check_enough(clip, count)
     return spaced(total, count, start=total / count / 2 if shift is True else float(shift))
 
 
@@ -264,6 +167,25 @@ def _tile_bounds(settings: Mapping[str, Any]) -> tuple[int, int]:
             f"max_patches <= {_MOST_TILES}."
         )
     return least, most
+
+
+def read_tile(config: Mapping[str, Any]) -> Tile:
+    """What config.json says of a tile.
+
+    Raises:
+        UnsupportedModelError: a shape that is not square, or does not divide.
+    """
+    vision = config.get("vision_config") or {}
+    edge, patch_size = _square(vision, "image_size", 448), _square(vision, "patch_size", 14)
+    ratio = config.get("downsample_ratio")
+    ratio = 0.5 if ratio is None else ratio
+    merge = round(1 / ratio) if ratio in (1, 0.5, 0.25) else 0
+    if merge == 0 or edge % (patch_size * merge):
+        raise UnsupportedModelError(
+            f"downsample_ratio is {ratio!r} for tiles of {edge} and patches of {patch_size} pixels; "
+            "implemented are 1, 0.5 and 0.25 where they divide the tile."
+        )
+    return Tile(edge, patch_size, merge)
 
 
 def _square(vision: Mapping[str, Any], name: str, default: int) -> int:

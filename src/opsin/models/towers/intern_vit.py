@@ -94,7 +94,7 @@ class InternViTTower(nn.Module):
 
     def __init__(self, place: Placement, config: InternViTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config.vit
         self.unused_weights = config.unused_weights
         self.embeddings = InternViTEmbeddings(place, config)
         self.encoder = ViTEncoder(place, config.vit, lambda: InternViTBlock(place, config))
