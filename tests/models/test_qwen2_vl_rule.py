@@ -19,8 +19,9 @@ from opsin.config import MediaConfig
 from opsin.errors import MediaError, RequestError, UnsupportedModelError
 from opsin.media.ops import make_tiles
 from opsin.media.source import open_picture
-from opsin.models.qwen2_vl.rule import Qwen2VLRule, smart_resize
+from opsin.models.qwen2_vl.rule import Qwen2VLRule
 from opsin.models.rule import TokenRun
+from opsin.models.smart_resize import smart_resize
 from opsin.types import MediaItem
 
 PAD = 7
@@ -241,8 +242,8 @@ def test_positions_of_text_alone_are_sequential() -> None:
         ({"size": {"height": 5, "width": 5}}, {}, "height"),
         (SMALL | {"min_pixels": 0}, {}, "min_pixels 0"),
         (SMALL | {"image_mean": [0.5, 0.5]}, {}, "image_mean"),
-        (SMALL | {"patch_size": 16}, {}, "vision_config has"),
-        (SMALL, {"spatial_merge_size": 4}, "vision_config has"),
+        (SMALL | {"patch_size": 16}, {}, "patch_size is 16; the model is built for 14"),
+        (SMALL, {"spatial_merge_size": 4}, "merge_size is 2; the model is built for 4"),
     ],
 )
 def test_from_hf_of_what_is_not_implemented_is_refused(

@@ -8,13 +8,12 @@ from typing import Any, Self
 
 import torch
 
-from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.picture_model import PictureModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
-from opsin.models.towers.patches import in_passes
+from opsin.models.towers.qwen_vit import RENAMES as TOWER_RENAMES
 from opsin.models.towers.qwen_vit import QwenTower, QwenViTConfig
 from opsin.types import MediaLayout
 
@@ -43,24 +42,18 @@ _OUTER_KEYS = (  # of config.json; transformers 4.5x wrote the tokens into text_
     "vision_start_token_id",
     "vision_end_token_id",
 )
-# Hub checkpoints (``visual.``, ``model.``), and transformers 5's module names (``model.visual.``,
-# ``model.language_model.``).
-_RENAMES = (
-    (r"^(model\.)?visual\.", "tower."),
-    (r"^model\.(language_model\.)?", "decoder."),
-    (r"^lm_head\.", "decoder.lm_head."),
-    (r"^tower\.patch_embed\.proj\.", "tower.patch_embed."),
-    (r"^(tower\.blocks\.\d+\.attn\.)qkv\.", r"\1qkv_proj."),
-    (r"^(tower\.blocks\.\d+\.attn\.)proj\.", r"\1out_proj."),
-    (r"^tower\.merger\.mlp\.0\.", "tower.merger.linear_1."),
-    (r"^tower\.merger\.mlp\.2\.", "tower.merger.linear_2."),
-)
 
 
 class Qwen2VLModel(PictureModel):
     """One picture is one tile of its own size; two frames of a video are one, too."""
 
-    renames = _RENAMES
+    # Hub checkpoints (``visual.``, ``model.``), transformers 5 (``model.visual.``, ``model.language_model.``).
+    renames = (
+        (r"^(model\.)?visual\.", "tower."),
+        (r"^model\.(language_model\.)?", "decoder."),
+        (r"^lm_head\.", "decoder.lm_head."),
+        *TOWER_RENAMES,
+    )
 
     def __init__(self, architecture: str, tower: QwenTower, decoder: Decoder) -> None:
         deep = len(tower.config.deep_layers)
@@ -71,29 +64,16 @@ class Qwen2VLModel(PictureModel):
     def from_hf(
         cls, config: Mapping[str, Any], *, place: Placement, norm: PixelNorm, max_model_len: int | None = None
     ) -> Self:
-        model_type = config.get("model_type", "qwen2_vl")
-        if model_type not in _ARCHITECTURES:
-            raise UnsupportedModelError(f"model_type is {model_type!r}; implemented are {', '.join(_ARCHITECTURES)}.")
+        model_type = StrictConfig(config, "config.json").choose("model_type", tuple(_ARCHITECTURES), "qwen2_vl")
         architecture, read_tower = _ARCHITECTURES[model_type]
         decoder_config = DecoderConfig.from_hf(_text_config(config))
         tower_config = read_tower(StrictConfig(config.get("vision_config") or {}, "vision_config"))
-        if tower_config.out_size != decoder_config.hidden_size:
-            raise UnsupportedModelError(
-                f"The vision tower's features have {tower_config.out_size} values; the decoder takes "
-                f"{decoder_config.hidden_size}."
-            )
+        tower_config.check_width(decoder_config.hidden_size)
         return cls(architecture, QwenTower(place, tower_config, norm), Decoder(place, decoder_config, max_model_len))
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), all pictures in as few passes as can be."""
-        pictures: list[Sequence[torch.Tensor]] = []
-        for item, layout in zip(tiles, layouts, strict=True):
-            step = len(item) // layout.numbers[0]
-            pictures += [item[i : i + step] for i in range(0, len(item), step)]
-        num_patches = [
-            picture[0].shape[0] * picture[0].shape[1] // self.tower.config.patch_size**2 for picture in pictures
-        ]
-        return in_passes(self.tower, pictures, num_patches)
+        return self.tower.in_passes(tiles, [layout.numbers[0] for layout in layouts])
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,26 +14,9 @@ from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.qwen_vit import QwenTower, QwenViTConfig
 
-# Hub checkpoints and transformers 5's modules name them alike.
-_RENAMES = (
-    (r"^(model\.)?visual\.", "tower."),
-    (r"^model\.(language_model\.)?", "decoder."),
-    (r"^lm_head\.", "decoder.lm_head."),
-    (r"^tower\.patch_embed\.proj\.", "tower.patch_embed."),
-    (r"^(tower\.blocks\.\d+\.attn\.)qkv\.", r"\1qkv_proj."),
-    (r"^(tower\.blocks\.\d+\.attn\.)proj\.", r"\1out_proj."),
-    (r"^tower\.pos_embed\.", "tower.positions."),
-    (r"^tower\.deepstack_merger_list\.", "tower.deep_mergers."),
-    (r"^(tower\.(?:merger|deep_mergers\.\d+)\.)norm\.", r"\1ln_q."),
-    (r"^(tower\.(?:merger|deep_mergers\.\d+)\.)linear_fc", r"\1linear_"),
-    (r"^(tower\.blocks\.\d+\.mlp\.)linear_fc", r"\1fc"),
-)
-
 
 class Qwen3VLModel(Qwen2VLModel):
     """A feature has the decoder's width once for its input, and once for each of its first layers."""
-
-    renames = _RENAMES
 
     @classmethod
     def from_hf(
@@ -45,11 +28,7 @@ class Qwen3VLModel(Qwen2VLModel):
         text["rope_parameters"] = _rope(text)
         decoder_config = DecoderConfig.from_hf({"model_type": "qwen3_vl_text", **text})
         tower_config = QwenViTConfig.from_qwen3_vl(StrictConfig(strict.require("vision_config"), "vision_config"))
-        if tower_config.out_size != decoder_config.hidden_size:
-            raise UnsupportedModelError(
-                f"The vision tower's features have {tower_config.out_size} values; the decoder takes "
-                f"{decoder_config.hidden_size}."
-            )
+        tower_config.check_width(decoder_config.hidden_size)
         if len(tower_config.deep_layers) > len(decoder_config.layers):
             raise UnsupportedModelError(
                 f"deepstack_visual_indexes has {len(tower_config.deep_layers)} entries for a decoder of "

@@ -31,9 +31,21 @@ from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.attention import PatchAttention, Segments
 from opsin.models.towers.packing import Packing, pack
-from opsin.models.towers.patches import Patches, cut_blocks
+from opsin.models.towers.patches import Patches, cut_blocks, in_passes
 
 _NORM_EPS = 1e-6
+RENAMES = (  # of what checkpoints of all three families call the tower's parts, once it is ``tower``
+    (r"^tower\.patch_embed\.proj\.", "tower.patch_embed."),
+    (r"^tower\.pos_embed\.", "tower.positions."),
+    (r"^(tower\.blocks\.\d+\.attn\.)qkv\.", r"\1qkv_proj."),
+    (r"^(tower\.blocks\.\d+\.attn\.)proj\.", r"\1out_proj."),
+    (r"^(tower\.blocks\.\d+\.mlp\.)linear_fc", r"\1fc"),
+    (r"^tower\.merger\.mlp\.0\.", "tower.merger.linear_1."),
+    (r"^tower\.merger\.mlp\.2\.", "tower.merger.linear_2."),
+    (r"^tower\.deepstack_merger_list\.", "tower.deep_mergers."),
+    (r"^(tower\.(?:merger|deep_mergers\.\d+)\.)norm\.", r"\1ln_q."),
+    (r"^(tower\.(?:merger|deep_mergers\.\d+)\.)linear_fc", r"\1linear_"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +190,13 @@ class QwenViTConfig:
         config.finish()
         return result
 
+    def check_width(self, hidden_size: int) -> None:
+        """Raises UnsupportedModelError: the decoder, which is ``hidden_size`` wide, cannot take the features."""
+        if self.out_size != hidden_size:
+            raise UnsupportedModelError(
+                f"The vision tower's features have {self.out_size} values; the decoder takes {hidden_size}."
+            )
+
 
 def _ends(lens: Sequence[int]) -> np.ndarray:
     """int32 (B + 1,): where sequences of these lengths begin and end."""
@@ -237,6 +256,19 @@ class QwenTower(nn.Module):
         if order_M is None:
             return features_MD
         return torch.empty_like(features_MD).index_copy_(0, order_M, features_MD)
+
+    def in_passes(self, items: Sequence[Sequence[torch.Tensor]], steps: Sequence[int]) -> torch.Tensor:
+        """The features of all items, in as few passes as can be.
+
+        Args:
+            items: each the frames of ``steps`` pictures, one after the other.
+        """
+        pictures: list[Sequence[torch.Tensor]] = []
+        for item, count in zip(items, steps, strict=True):
+            step = len(item) // count
+            pictures += [item[i : i + step] for i in range(0, len(item), step)]
+        area = self.config.patch_size**2
+        return in_passes(self, pictures, [frames[0].shape[0] * frames[0].shape[1] // area for frames in pictures])
 
     def _embed(self, pictures: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Patches by feature, (M, merge_size**2, D), in the pictures' order; stills and frames each in one product."""
