@@ -31,7 +31,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor, get_image_prompt_string
 from transformers.video_utils import VideoMetadata
 
-from opsin.models.idefics3.rule import in_words
+from opsin.models.numerals import in_words
 from tests.factory import VOCAB_SIZE, redraw_weights, write_chatml_tokenizer, write_generation_config
 
 IMAGE, VIDEO, FAKE, GLOBAL = "<image>", "<video>", "<fake_token_around_image>", "<global-img>"

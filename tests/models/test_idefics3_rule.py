@@ -16,7 +16,8 @@ from opsin.config import MediaConfig
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import make_tiles
 from opsin.media.source import open_picture
-from opsin.models.idefics3.rule import Idefics3Rule, in_words
+from opsin.models.idefics3.rule import Idefics3Rule
+from opsin.models.numerals import in_words
 from opsin.models.rule import Placeholder, TokenRun
 from opsin.types import Clip
 from tests.factories.idefics3 import FAKE, GLOBAL, IMAGE, Idefics3Shape, build_image_processor, picture_text, video_text
@@ -166,7 +167,7 @@ def test_picture_of_one_tile_has_an_overview_alone() -> None:
         ({"image_processor_type": "CLIPImageProcessor"}, {}, (), "SmolVLMImageProcessor"),
         ({"do_flip": True}, {}, (), "do_flip"),
         ({"max_image_size": {"longest_edge": 40}}, {}, (), "max_image_size"),
-        ({"image_seq_len": 9}, {}, (), "makes 4 features"),
+        ({"image_seq_len": 9}, {}, (), "image_seq_len is 9; the model is built for 4"),
         ({"size": {"shortest_edge": 96}}, {}, (), "longest_edge"),
         ({"size": 96}, {}, (), "longest_edge"),
         ({"resample": 5}, {}, (), "resample"),
@@ -336,7 +337,7 @@ def test_video_sampling_of_the_hub_s_configs_is_read() -> None:
     [
         ({"do_flip": True}, "do_flip"),
         ({"max_image_size": {"longest_edge": 64}}, "max_image_size"),
-        ({"max_image_size": {"longest_edge": EDGE}, "image_mean": [0, 0, 0]}, "normalisation"),
+        ({"max_image_size": {"longest_edge": EDGE}, "image_mean": [0, 0, 0]}, "normalised pixels"),
         ({"max_image_size": {"longest_edge": EDGE}, "video_sampling": {"fps": 1}}, "video_sampling"),
         ({"max_image_size": {"longest_edge": EDGE}, "size": 96}, "longest_edge"),
     ],
@@ -379,7 +380,7 @@ def test_video_is_marked_by_text_where_the_tokenizer_would_split_it() -> None:
 def test_video_s_embedding_is_whole_frames_at_24_a_second() -> None:
     rule = make_rule(**SMOLVLM)
     assert rule.embedding_layout("video", 30 * NUM_FEATURES, {}).times == rule.video_layout(clip(30), {}).times
-    with pytest.raises(RequestError, match="4 for each frame"):
+    with pytest.raises(RequestError, match="whole tiles of 4"):
         rule.embedding_layout("video", NUM_FEATURES + 1, {})
     with pytest.raises(RequestError, match="alone"):
         rule.embedding_layout("video", NUM_FEATURES, {"video_grid_thw": (1, 2, 2)})

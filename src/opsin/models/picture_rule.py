@@ -66,10 +66,11 @@ class PictureRule(ABC):
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         """Features that need nothing beside them."""
-        images_only(modality)
+        self.placeholder(modality)  # refuses videos where there are none
         if extras:
+            given = ", ".join(sorted(extras))
             raise RequestError(
-                f"Image embeddings of this model come alone; got {', '.join(sorted(extras))} beside them.",
+                f"{modality.capitalize()} embeddings of this model come alone; got {given} beside them.",
                 param="multi_modal_data",
             )
         return given_features(num_features)

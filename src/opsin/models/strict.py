@@ -84,6 +84,10 @@ class StrictConfig:
         """Declare keys that this model type may carry and that change nothing."""
         self._read.update(names)
 
+    def rest(self) -> dict[str, Any]:
+        """What was left unread, for another reader."""
+        return {name: value for name, value in self._values.items() if name not in self._read}
+
     def finish(self) -> None:
         """Refuse what was left unread.
 

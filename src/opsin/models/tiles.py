@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from opsin.errors import RequestError
+from opsin.media.ops import output_size
 from opsin.models.picture_rule import PictureRule
 from opsin.types import Clip, MediaLayout, Modality, PixelOp, PixelPlan, View
 
@@ -65,9 +66,10 @@ class TileRule(PictureRule):
 
         Raises:
             RequestError: none, of a picture that is no tile.
+            MediaError: nothing would be left of it on the way.
         """
         edge = self.tile.edge
-        if not ops and (width, height) != (edge, edge):
+        if output_size(ops, width, height) != (edge, edge):
             raise RequestError(
                 f"Without do_resize, pictures and frames must have {edge} x {edge} pixels, not {width} x {height}.",
                 param="multi_modal_data",
@@ -81,8 +83,7 @@ class TileRule(PictureRule):
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         """Features of whole tiles, that need nothing beside them."""
-        self.placeholder(modality)  # refuses videos where there are none
-        layout = super().embedding_layout("image", num_features, extras)
+        layout = super().embedding_layout(modality, num_features, extras)
         if num_features % self.tile.num_features:
             raise RequestError(
                 f"The {modality}'s embedding has {num_features} rows; this model's come in whole tiles of "
@@ -90,3 +91,8 @@ class TileRule(PictureRule):
                 param="multi_modal_data",
             )
         return layout
+
+
+def grids(counts: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(columns, rows) of all grids of ``counts`` tiles, each from the tallest to the widest."""
+    return ((cols, n // cols) for n in counts for cols in range(1, n + 1) if n % cols == 0)

@@ -26,6 +26,7 @@ VIDEO_PIXELS: Mapping[str, Any] = {  # what every Hugging Face video processor h
     "crop_size": None,
     "do_pad": False,
 }
+_SKIPPED_S = 1  # by ``without_ends``, at either end
 _EDGES = frozenset({"do_center_crop", "do_pad"})  # what a config for pictures says of these is for pictures
 
 
@@ -177,6 +178,31 @@ def spaced_in_steps(clip: Clip, settings: Mapping[str, Any], step: int) -> Seque
         return range(total)
     check_enough(clip, count)
     return spaced(total, count)
+
+
+def without_ends(clip: Clip, settings: Mapping[str, Any]) -> Sequence[int]:
+    """``fps`` frames a second, at most ``num_frames``, at equal distances; of a long video without its first and last
+    second. ``ValueError`` where one of the two, or the video's own speed, is unknown.
+
+    Source: HF ``SmolVLMVideoProcessor.sample_frames``.
+    """
+    fps, most = settings["fps"], settings["num_frames"]
+    if clip.fps is None or not fps or not most:
+        raise ValueError(
+            f"fps is {fps!r}, num_frames {most!r} and the video's own speed {clip.fps!r}; to sample frames, this model "
+            "needs all three."
+        )
+    last = clip.num_frames - 1
+    start, end = 0, last
+    if clip.duration - 2 * _SKIPPED_S > most * fps:
+        start = int(_SKIPPED_S * clip.fps)
+        end = min(int(clip.num_frames - _SKIPPED_S * clip.fps), last)
+        if start >= end:
+            start, end = 0, last
+    count = max(1, min(round(fps * clip.duration), most))
+    if count > end - start:
+        return range(start, end + 1)
+    return np.unique(np.linspace(start, end, count, dtype=int)).tolist()
 
 
 def whole_steps(values: tuple[T, ...], step: int) -> tuple[T, ...]:

@@ -8,16 +8,14 @@ from typing import Any, Self
 
 import torch
 
-from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.layers.linear import Linear
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.idefics3.rule import Tile
+from opsin.models.idefics3.rule import read_tile
 from opsin.models.picture_model import PictureModel
 from opsin.models.projector import pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
-from opsin.models.towers.patches import in_passes
 from opsin.models.towers.siglip_navit import SiglipNavitTower
 from opsin.models.towers.vit import ViTConfig
 from opsin.types import MediaLayout
@@ -58,16 +56,15 @@ class Idefics3Model(PictureModel):
         self,
         architecture: str,
         place: Placement,
-        tile: Tile,
+        merge: int,
         tower_config: ViTConfig,
         decoder: Decoder,
         norm: PixelNorm,
     ) -> None:
         super().__init__(architecture, decoder)
-        self.tile = tile
+        self.merge = merge
         self.tower = SiglipNavitTower(place, tower_config, norm)
-        width = tower_config.hidden_size * tile.merge**2
-        self.projector = Linear(place, width, decoder.config.hidden_size, bias=False)
+        self.projector = Linear(place, tower_config.hidden_size * merge**2, decoder.config.hidden_size, bias=False)
 
     @classmethod
     def from_hf(
@@ -75,39 +72,27 @@ class Idefics3Model(PictureModel):
     ) -> Self:
         strict = StrictConfig(config, "config.json")
         architecture = _ARCHITECTURES[strict.choose("model_type", tuple(_ARCHITECTURES), "idefics3")]
-        tile = Tile.from_hf(config)
+        merge = read_tile(config).merge
         strict.skip("scale_factor", *_LEFT_OUTSIDE)
         vision = StrictConfig({**_VISION_DEFAULTS, **(strict.take("vision_config") or {})}, "vision_config")
         tower_config = ViTConfig.from_hf(vision, -1, defaults=_VISION_DEFAULTS)
         vision.skip(*_LEFT_IN_VISION)
         vision.choose("use_base_siglip", (False,), False)
         vision.finish()
-        text = _text_config(strict, tile)
+        text = StrictConfig(strict.take("text_config", {}), "text_config")
+        for key, implemented in {**_LEFT_IN_TEXT, "pixel_shuffle_factor": merge}.items():
+            text.choose(key, (implemented,), implemented)
+        text.skip(*_INERT_IN_TEXT)
+        tied = strict.take("tie_word_embeddings", False)
         strict.finish()
-        decoder = Decoder(place, DecoderConfig.from_hf(text), max_model_len)
-        return cls(architecture, place, tile, tower_config, decoder, norm)
+        decoder_config = DecoderConfig.from_hf(text.rest() | {"tie_word_embeddings": tied})
+        decoder = Decoder(place, decoder_config, max_model_len)
+        return cls(architecture, place, merge, tower_config, decoder, norm)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
-        every = [tile for item in tiles for tile in item]
-        return in_passes(self._encode, every, [self.tile.grid**2] * len(every))
+        return self.tower.patches.pictures_in_passes(self._encode, tiles)
 
     def _encode(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
-        hidden_BPD = self.tower(tiles).x_PD.unflatten(0, (-1, self.tile.grid**2))
-        return self.projector(pixel_shuffle(hidden_BPD, self.tile.merge))
-
-
-def _text_config(strict: StrictConfig, tile: Tile) -> dict[str, Any]:
-    """The language model's settings; those that SmolVLM's training code left in are checked and taken out.
-
-    Raises:
-        UnsupportedModelError: one of them says what is not implemented.
-    """
-    text: dict[str, Any] = dict(strict.take("text_config") or {})
-    for key, implemented in {**_LEFT_IN_TEXT, "pixel_shuffle_factor": tile.merge}.items():
-        given = text.pop(key, None)
-        if given not in (None, implemented):
-            raise UnsupportedModelError(f"text_config.{key} is {given!r}; implemented is {implemented!r}.")
-    for key in _INERT_IN_TEXT:
-        text.pop(key, None)
-    return text | {"tie_word_embeddings": strict.take("tie_word_embeddings", False)}
+        hidden_BPD = self.tower(tiles).x_PD.unflatten(0, (len(tiles), -1))
+        return self.projector(pixel_shuffle(hidden_BPD, self.merge))
