@@ -18,8 +18,9 @@ from opsin.kernels.reference import KERNELS
 from opsin.layers import Placement
 from opsin.media.ops import make_tiles
 from opsin.models.hub import find_model
-from opsin.models.minicpmv.rule import MiniCPMVRule, best_size, slice_grid
+from opsin.models.minicpmv.rule import MiniCPMVRule
 from opsin.models.rule import TokenRun
+from opsin.models.slicing import best_size, slice_grid
 from opsin.models.towers.patches import Patches
 from opsin.processing.tokenizer import Tokenizer
 from opsin.types import Clip, MediaLayout
@@ -180,10 +181,10 @@ def test_option_that_cannot_be_is_refused(options: dict[str, Any], words: str, r
         ({}, {"do_pad": True}, "do_pad"),
         ({}, {"slice_mode": False}, "slice_mode"),
         ({}, {"max_slice_nums": 0}, "max_slice_nums"),
-        ({}, {"im_start": "<picture>"}, "'<picture>'"),
-        ({}, {"unk_token": "<image>"}, "unk_token '<image>', but unk is '<unk>'"),
-        ({"query_num": 64}, {}, "image_feature_size 4, but config.json has 64"),
-        ({"vision_config": {"patch_size": 14}}, {}, "patch_size 8, but config.json has 14"),
+        ({}, {"im_start": "<picture>"}, "lacks <picture>"),
+        ({}, {"unk_token": "<image>"}, "unk_token is '<image>', but unk is '<unk>'"),
+        ({"query_num": 64}, {}, "image_feature_size is 4; the model is built for 64"),
+        ({"vision_config": {"patch_size": 14}}, {}, "patch_size is 8; the model is built for 14"),
     ],
 )
 def test_checkpoint_that_is_not_implemented_is_refused(

@@ -27,7 +27,7 @@ from opsin.models.pictures import (
     with_options,
 )
 from opsin.models.rule import TokenIds, TokenRun
-from opsin.models.tiles import Tile, TileRule
+from opsin.models.tiles import Tile, TileRule, grids
 from opsin.models.videos import VIDEO_PIXELS, check_enough, check_video_pixels, read_video_settings, sample, spaced
 from opsin.types import Clip, MediaLayout, Modality, PixelPlan, Resize, View
 
@@ -134,14 +134,10 @@ def tile_grid(width: int, height: int, edge: int, least: int, most: int) -> tupl
     """
     aspect, area = width / height, width * height
     best, best_distance = (1, 1), float("inf")
-    for count in range(least, most + 1):
-        for cols in range(1, count + 1):
-            if count % cols:
-                continue
-            rows = count // cols
-            distance = abs(aspect - cols / rows)
-            if distance < best_distance or (distance == best_distance and area > 0.5 * edge * edge * count):
-                best, best_distance = (cols, rows), distance
+    for cols, rows in grids(range(least, most + 1)):
+        distance = abs(aspect - cols / rows)
+        if distance < best_distance or (distance == best_distance and area > 0.5 * edge * edge * cols * rows):
+            best, best_distance = (cols, rows), distance
     return best
 
 

@@ -10,11 +10,10 @@ import torch
 from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.minicpmv.resampler import HEAD_DIM, Resampler
 from opsin.models.picture_model import PictureModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
-from opsin.models.towers.patches import in_passes
+from opsin.models.towers.resampler import HEAD_DIM, Resampler
 from opsin.models.towers.siglip_navit import SiglipNavitTower
 from opsin.models.towers.vit import ViTConfig
 from opsin.types import MediaLayout
@@ -89,7 +88,4 @@ class MiniCPMVModel(PictureModel):
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
-        every = [tile for item in tiles for tile in item]
-        area = self.tower.patches.patch_size**2
-        num_patches = [tile.shape[0] * tile.shape[1] // area for tile in every]
-        return in_passes(lambda some: self.resampler(self.tower(some)), every, num_patches)
+        return self.tower.patches.pictures_in_passes(lambda some: self.resampler(self.tower(some)), tiles)
