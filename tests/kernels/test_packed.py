@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opsin.kernels import packed, packed_attention, reference
 from opsin.kernels.inputs import AttentionInputs, LayerCache
@@ -80,6 +84,26 @@ def test_a_cache_of_8_bits_gives_what_its_rounded_numbers_give(lens, dtype):
             outputs.append(kernels.paged_attention(q_TNH, k, v, stored, inputs, HEAD_DIM**-0.5))
         assert all(torch.equal(a.to(dtype), b) for a, b in zip(narrow, wide, strict=True))
         assert torch.equal(*outputs)
+
+
+class NoIndexedFloats(TorchDispatchMode):
+    """Refuses to index 8-bit floats, as torch does on some devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        assert "index" not in str(func) or all(tensor.dtype != FP8 for tensor in tensors), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lens", [[(1, 5), (1, 64)], [(200, 300), (9, 9)]], ids=str)
+def test_a_cache_of_8_bits_is_indexed_as_bytes(lens):
+    cache, inputs = _step(lens, 2, torch.float32)
+    narrow = LayerCache(*(narrowed(stored, FP8) for stored in cache))
+    q_TNH, k_TKH = (torch.zeros(len(inputs.slot_mapping_T), heads, HEAD_DIM) for heads in (6, 2))
+    for kernels in (reference.KERNELS, packed.KERNELS):
+        with NoIndexedFloats():
+            kernels.write_kv(k_TKH, k_TKH, narrow, inputs.slot_mapping_T)
+            kernels.paged_attention(q_TNH, k_TKH, k_TKH, narrow, inputs, 1.0)
 
 
 @DTYPES

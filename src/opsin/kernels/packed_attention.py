@@ -75,7 +75,7 @@ def _decode(q_BNH: torch.Tensor, cache: LayerCache, inputs: AttentionInputs, sca
     longest = max(inputs.context_lens)
     blocks = inputs.block_tables_BL[:, : -(-longest // block_size)].reshape(-1)
     shape = (num_rows, -1, num_kv_heads, head_dim)
-    gathered = [stored.index_select(0, blocks).to(q_BNH.dtype).view(shape) for stored in cache]
+    gathered = [reference.take_blocks(stored, blocks).to(q_BNH.dtype).view(shape) for stored in cache]
     mask = None
     if longest > min(inputs.context_lens):
         mask = (torch.arange(longest) < inputs.context_lens_B.unsqueeze(1))[:, None, None]

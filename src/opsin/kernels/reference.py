@@ -101,10 +101,18 @@ def _rotate(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -
 
 def write_kv(k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_mapping_T: torch.Tensor) -> None:
     for new_TKH, stored in ((k_TKH, cache.key), (v_TKH, cache.value)):
-        new_TKH = narrowed(new_TKH, stored.dtype)
-        if stored.dtype == FP8:  # which torch indexes as bytes alone
-            new_TKH, stored = new_TKH.view(torch.uint8), stored.view(torch.uint8)
-        stored.view(-1, *stored.shape[2:]).index_copy_(0, slot_mapping_T, new_TKH)
+        flat = _indexable(stored).view(-1, *stored.shape[2:])
+        flat.index_copy_(0, slot_mapping_T, _indexable(narrowed(new_TKH, stored.dtype)))
+
+
+def _indexable(stored: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as bytes, since not every torch and device can index the floats."""
+    return stored.view(torch.uint8) if stored.dtype == FP8 else stored
+
+
+def take_blocks(stored: torch.Tensor, blocks_L: torch.Tensor) -> torch.Tensor:
+    """A copy of some blocks of one side of a cache: (L, block_size, K, H)."""
+    return _indexable(stored).index_select(0, blocks_L).view(stored.dtype)
 
 
 def rope_and_write(
@@ -188,8 +196,7 @@ def _gather(cache: LayerCache, blocks_L: torch.Tensor, first: int, end: int) -> 
     blocks = blocks_L[low : -(-end // block_size)]
     offset = low * block_size
     key, value = (
-        stored.index_select(0, blocks).flatten(0, 1)[first - offset : end - offset]
-        for stored in (cache.key, cache.value)
+        take_blocks(stored, blocks).flatten(0, 1)[first - offset : end - offset] for stored in (cache.key, cache.value)
     )
     return key, value
 
