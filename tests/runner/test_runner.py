@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from opsin.kernels import reference
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.params import SamplingParams
-from opsin.runner.executor import Embedding
+from opsin.runner.executor import Embedding, Pixels
 from opsin.runner.runner import ModelRunner
 from opsin.types import (
     EncodeItem,
@@ -19,9 +21,11 @@ from opsin.types import (
     MediaLayout,
     ModelSpec,
     PixelPlan,
+    Resize,
     RowPlan,
     SlotOpen,
     StepPlan,
+    View,
 )
 
 HIDDEN, EXTRA, VOCAB = 4, 6, 11
@@ -105,3 +109,29 @@ def test_given_features_are_kept_apart_from_the_memory_of_the_caller():
     hidden_TD = torch.zeros(2, HIDDEN)
     runner.vision.scatter(hidden_TD, [RowPlan(0, 0, 2, (), False, (FeatureUse(0, 0, 0, 2),))], [0])
     assert (hidden_TD == 1.0).all()
+
+
+def test_raw_pictures_are_resized_by_the_kernels_that_the_runner_was_given():
+    axes: list[int] = []
+
+    def resample(picture_YX3: torch.Tensor, taps: torch.Tensor, axis: int, out_YX3: torch.Tensor) -> None:
+        axes.append(axis)
+        reference.resample(picture_YX3, taps, axis, out_YX3)
+
+    class Tower(Recorder):
+        def encode(self, tiles: Any, layouts: Any) -> torch.Tensor:
+            return torch.zeros(1, HIDDEN + EXTRA)
+
+    runner = ModelRunner(
+        Tower(),
+        max_num_seqs=1,
+        max_model_len=16,
+        block_size=4,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        kernels=replace(reference.KERNELS, resample=resample),
+    )
+    runner.put_payload(b"k", Pixels(np.zeros(5 * 6 * 3, dtype=np.uint8), is_raw=True))
+    plan = PixelPlan(width=5, height=6, views=(View((Resize(3, 4),), height=4, width=3),))
+    runner.launch(StepPlan(0, (), (), (EncodeItem(0, b"k", MediaLayout(plan, 1, 1)),))).result()
+    assert sorted(axes) == [0, 1]

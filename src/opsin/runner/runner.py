@@ -56,7 +56,7 @@ class ModelRunner:
         self._kernels = kernels or select(device)
         self._max_num_seqs = max_num_seqs
         self._graphs: StepGraphs | None = None
-        self.vision = VisionStore(EagerTower(model, device), device, dtype)
+        self.vision = VisionStore(EagerTower(model, device, self._kernels), device, dtype)
         self._caches: list[LayerCache] = []
         self._slots = SlotTable(
             max_num_seqs=max_num_seqs,
@@ -88,7 +88,7 @@ class ModelRunner:
         """
         if self.device.type == "cuda" and self._kernels.replayable:
             recorder = Recorder(self.device)
-            self.vision.tower = ReplayedTower(EagerTower(self.model, self.device), recorder.record)
+            self.vision.tower = ReplayedTower(EagerTower(self.model, self.device, self._kernels), recorder.record)
             self._graphs = StepGraphs(
                 self.model,
                 self._caches,
