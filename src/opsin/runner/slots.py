@@ -26,13 +26,11 @@ class Slot:
     prompt that is scored alone.
     """
 
-    num_prompt_tokens: int
     params: SamplingParams | PoolingParams
     stop_token_ids: frozenset[int]
     prompt_token_ids: list[int]
     bidirectional: list[tuple[int, int]]
     positions_AP: np.ndarray | None
-    position_delta: int
     num_blocks: int = 0
 
 
@@ -75,13 +73,11 @@ class SlotTable:
         params = opened.params
         scores_prompt = isinstance(params, SamplingParams) and params.prompt_logprobs is not None
         self.slots[opened.slot] = Slot(
-            num_prompt_tokens=opened.num_prompt_tokens,
             params=params,
             stop_token_ids=opened.stop_token_ids,
             prompt_token_ids=opened.token_ids[: opened.num_prompt_tokens] if scores_prompt else [],
             bidirectional=opened.bidirectional,
             positions_AP=positions,
-            position_delta=opened.position_delta,
         )
         self.num_prompt_S[opened.slot] = opened.num_prompt_tokens
         self.delta_S[opened.slot] = 0 if positions is None else opened.position_delta
