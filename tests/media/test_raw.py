@@ -47,6 +47,7 @@ def test_raw_plan_of_a_frame_that_stands_several_times_asks_for_it_once() -> Non
         plan(20, 10, Resize(101, 100), Resize(8, 8)),
         plan(20, 10, Pad(90, 0, 0, 91), Resize(8, 8)),
         plan(2, 5000, Resize(3, 8)),
+        plan(20, 10, Resize(8, 0)),
     ],
     ids=[
         "no ops",
@@ -59,6 +60,7 @@ def test_raw_plan_of_a_frame_that_stands_several_times_asks_for_it_once() -> Non
         "enlarged too much",
         "padded too much",
         "enlarged too much on the way",
+        "resized to nothing",
     ],
 )
 def test_plan_is_left_to_the_workers(left: PixelPlan) -> None:

@@ -14,7 +14,8 @@ def raw_plan(plan: PixelPlan, max_pixels: int) -> PixelPlan | None:
     """The plan of one picture as it is, upright, where the device is to do what ``plan`` says of its views.
 
     None where the workers do all: for videos; for plans that resize nothing, or by Pillow's 'nearest', which is another
-    algorithm; and where the picture, or anything on the way to its tiles, would have more than ``max_pixels``.
+    algorithm; and where the picture, or anything on the way to its tiles, would have more than ``max_pixels``, or none:
+    a worker's error is the request's, a step's would be everybody's.
 
     Args:
         max_pixels: 0 where the device does not resize.
@@ -50,4 +51,4 @@ def _as_it_is(plan: PixelPlan) -> View:
 
 
 def _is_small(width: int, height: int, max_pixels: int) -> bool:
-    return width * height <= max_pixels and max(width, height) <= _MAX_SIDE
+    return 0 < width * height <= max_pixels and max(width, height) <= _MAX_SIDE
