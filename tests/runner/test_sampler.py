@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from opsin.layers import staging
 from opsin.params import SamplingParams
 from opsin.runner import sampler
 from opsin.runner.sampler import (
@@ -248,3 +249,19 @@ def test_sample_keeps_a_token_where_top_p_is_less_than_any_token_has():
     x, _, tokens = mixed_draws()
     asked = [row(slot=i, seed=i, top_p=1e-6) for i in range(len(x))]
     assert sample(x.clone(), asked, tokens).ids_B.tolist() == x.argmax(-1).tolist()
+
+
+def test_sample_draws_the_same_where_its_numbers_travel_packed(monkeypatch: pytest.MonkeyPatch):
+    """As they do to a GPU: columns of records, of several dtypes, behind one another in one piece of memory."""
+    asked = [*MIXED, {"repetition_penalty": 1.3, "presence_penalty": 0.4}, {"logit_bias": {3: 2.0, 5: -1.0}}]
+    x = torch.randn(len(asked), MANY, generator=torch.Generator().manual_seed(2))
+    rows = [row(slot=i, seed=i, **params) for i, params in enumerate(asked)]
+    tokens = table(*[(1, 2, 3)] * len(asked))
+
+    def packed(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+        memory = torch.empty(staging.num_bytes(arrays), dtype=torch.uint8)
+        return staging.upload(arrays, device, into=memory)
+
+    expected = sample(x.clone(), rows, tokens).ids_B
+    monkeypatch.setattr(sampler, "upload", packed)
+    assert torch.equal(sample(x.clone(), rows, tokens).ids_B, expected)
