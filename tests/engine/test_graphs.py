@@ -136,6 +136,21 @@ def test_preempted_requests_give_the_same_tokens_with_graphs(recorder: Recorder,
     assert any(graph.num_replays for graph in recorder.graphs)
 
 
+def test_graphs_over_a_cache_of_8_bits_give_the_tokens_of_steps_over_one(
+    recorder: Recorder, tiny_llava: Callable[..., Path]
+):
+    folder = str(tiny_llava(LlavaShape(num_kv_heads=2)))
+    prompts = [asked(1), asked(2, 3), "Only text here.", asked(4, text="Describe it.")]
+    found: list[Any] = []
+    for settings in ({"enforce_eager": True}, {"pipeline_depth": 2}, {"max_num_batched_tokens": 7}):
+        options: Any = {**SHARED, **settings, "kv_cache_dtype": "fp8"}
+        with LLM(folder, **options) as llm:
+            found.append(answers(llm, prompts, GREEDY))
+            assert_idle(llm)
+    assert found[1:] == found[:1] * 2
+    assert any(graph.num_replays for graph in recorder.graphs)
+
+
 def test_requests_that_leave_do_not_disturb_the_others(recorder: Recorder, tiny_llava: Callable[..., Path]):
     """A stream is left while two steps are in flight, so that a row that nobody wants any more is still replayed."""
     folder = str(tiny_llava(LlavaShape(num_kv_heads=2)))

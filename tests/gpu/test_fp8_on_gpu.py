@@ -1,4 +1,4 @@
-"""FP8 linear layers on a CUDA device: kernels against the reference, engines against the reference's engine."""
+"""FP8 linear layers and an FP8 KV cache on a CUDA device: kernels against the reference, engines against its engine."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Told(NamedTuple):
 def told(folder: Path, **settings: Any) -> Told:
     """Twenty requests at once, more than one step of a tensor core takes, and the first of them alone."""
     prompts = [asked(seed, text="Describe every colour.") for seed in range(20)]
-    with LLM(str(folder), quantization="fp8", dtype="bfloat16", **SMALL, **settings) as llm:
+    with LLM(str(folder), dtype="bfloat16", **SMALL, **settings) as llm:
         scored = llm.generate(prompts, SCORED, use_tqdm=False)
         answered = [*llm.generate(prompts, TOLD, use_tqdm=False), *llm.generate(prompts[:1], TOLD, use_tqdm=False)]
         assert_idle(llm)
@@ -139,12 +139,13 @@ def mean_error(a: Told, b: Told) -> tuple[float, float]:
     return float((a.prompt_logprobs_BT - b.prompt_logprobs_BT).abs().mean()), sum(errors) / len(errors)
 
 
+@pytest.mark.parametrize("stored", [{"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}], ids=str)
 def test_engine_agrees_with_the_reference_on_a_cpu_with_graphs_or_without(
-    kernels: Any, tiny_llava: Callable[[LlavaShape], Path]
+    kernels: Any, tiny_llava: Callable[[LlavaShape], Path], stored: dict[str, str]
 ):
     folder = tiny_llava(LlavaShape(num_kv_heads=2))
-    reference = told(folder, device="cpu")
-    replayed, launched = (told(folder, enforce_eager=is_eager) for is_eager in (False, True))
+    reference = told(folder, device="cpu", **stored)
+    replayed, launched = (told(folder, enforce_eager=is_eager, **stored) for is_eager in (False, True))
     for one, other in ((replayed, reference), (launched, reference), (replayed, launched)):
         assert max(mean_error(one, other)) < 0.15
 
