@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,13 @@ class Tile:
         return (self.edge // self.patch_size) ** 2
 
     @property
+    def grid(self) -> int:
+        """Features along an edge."""
+        return self.edge // self.patch_size // self.merge
+
+    @property
     def num_features(self) -> int:
-        return self.num_patches // self.merge**2
+        return self.grid**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +97,24 @@ class TileRule(PictureRule):
                 param="multi_modal_data",
             )
         return layout
+
+
+def covering_grid(width: int, height: int, edge: int) -> tuple[int, int]:
+    """(columns, rows) of tiles: the long side in whole tiles, then the short one that keeps its ratio, in whole tiles.
+
+    Source: HF ``Idefics3ImageProcessor.resize_for_vision_encoder``.
+    """
+    long = math.ceil(max(width, height) / edge) * edge
+    covered_width, covered_height = with_long_side(long, width / height)
+    return math.ceil(covered_width / edge), math.ceil(covered_height / edge)
+
+
+def with_long_side(long: int, aspect: float, multiple: int = 1) -> tuple[int, int]:
+    """(width, height) of a picture that is ``aspect`` times as wide as high; the short side is cut to an integer, as
+    Hugging Face does, then filled up to a multiple, at least 1."""
+    short = int(long / aspect) if aspect >= 1 else int(long * aspect)
+    short = max(1, math.ceil(short / multiple) * multiple)
+    return (long, short) if aspect >= 1 else (short, long)
 
 
 def grids(counts: Iterable[int]) -> Iterator[tuple[int, int]]:

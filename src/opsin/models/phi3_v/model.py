@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from opsin.layers import Placement
 from opsin.layers.staging import upload
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.phi3_v.rule import Tile, tower_config
+from opsin.models.phi3_v.rule import read_tile, tower_config
 from opsin.models.picture_model import PictureModel
 from opsin.models.projector import Projector, pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.tiles import Tile
 from opsin.models.towers.clip import ClipTower
 from opsin.models.towers.patches import MAX_PASS, Patches
 from opsin.models.weights import WeightTable
@@ -76,7 +77,7 @@ class Phi3VModel(PictureModel):
         decoder_config = DecoderConfig.from_hf(text)
         vision = tower_config(config)
         tower = ClipTower(place, ClipTower.read_config(vision, _read_layer(config, vision)))
-        return cls(place, Tile.of(vision), tower, Decoder(place, decoder_config, max_model_len), norm)
+        return cls(place, read_tile(vision), tower, Decoder(place, decoder_config, max_model_len), norm)
 
     def weight_table(self) -> WeightTable:
         table = super().weight_table()

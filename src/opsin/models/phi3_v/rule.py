@@ -16,13 +16,17 @@ from opsin.models.picture_rule import PictureRule, images_only
 from opsin.models.pictures import (
     CLIP_LARGE_336,
     CLIP_PIXELS,
+    check_built,
     checkpoint_settings,
+    read_count,
     read_norm,
     read_settings,
     request_settings,
+    token_ids,
     with_options,
 )
 from opsin.models.rule import Placeholder, TokenIds
+from opsin.models.tiles import Tile
 from opsin.types import MediaLayout, Modality, Pad, PixelPlan, Resize, View
 
 _MARK = Placeholder("<|image_{index}|>", None, r"<\|image_([0-9]{1,9})\|>", begins_text=True)
@@ -41,29 +45,6 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One tile on its way through the tower; ``merge`` x ``merge`` patches become one feature."""
-
-    edge: int
-    patch_size: int
-    merge: int = 2
-
-    @classmethod
-    def of(cls, tower: Mapping[str, Any]) -> Tile:
-        """That of a ``tower_config``."""
-        return cls(tower["image_size"], tower["patch_size"])
-
-    @property
-    def grid(self) -> int:
-        """Edge of the square of features."""
-        return self.edge // self.patch_size // self.merge
-
-    @property
-    def num_patches(self) -> int:
-        return (self.edge // self.patch_size) ** 2
-
-
 def tower_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The vision tower's settings: those under ``vision_config``, or, as in the published checkpoints, none but a name.
 
@@ -79,6 +60,11 @@ def tower_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**CLIP_LARGE_336, **(given or {})}
 
 
+def read_tile(tower: Mapping[str, Any]) -> Tile:
+    """One tile on its way through the tower of a ``tower_config``."""
+    return Tile(tower["image_size"], tower["patch_size"], merge=2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phi3VRule(PictureRule):
     """The ``MediaRule`` of ``Phi3VForCausalLM``.
@@ -91,16 +77,13 @@ class Phi3VRule(PictureRule):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
-        tile = Tile.of(tower_config(config))
+        tile = read_tile(tower_config(config))
         name, settings = read_settings(processor, _PROCESSORS, default="Phi3VImageProcessor", family="Phi-3-vision")
         with checkpoint_settings(name):
+            check_built(settings, num_img_tokens=tile.num_features)
+            read_count(settings, "num_crops", _MOST_CROPS)
             norm = read_norm({**CLIP_PIXELS, **settings})
-            _num_crops(settings)
-            if settings["num_img_tokens"] != tile.grid**2:
-                raise ValueError(f"num_img_tokens is {settings['num_img_tokens']}; a tile has {tile.grid**2} features.")
-        token_id = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
-        if token_id is None:
-            raise UnsupportedModelError(f"The tokenizer does not know {_IMAGE_TOKEN!r}, which stands for features.")
+        (token_id,) = token_ids(tokenizer, _IMAGE_TOKEN)
         return cls(mark=_MARK, image_token_id=token_id, norm=norm, settings=settings, tile=tile)
 
     def layout(
@@ -109,7 +92,7 @@ class Phi3VRule(PictureRule):
         images_only(modality)
         settings = with_options(self.settings, options, fixed=frozenset({"num_img_tokens"}))
         with request_settings():
-            num_crops = _num_crops(settings)
+            num_crops = read_count(settings, "num_crops", _MOST_CROPS)
         edge = self.tile.edge
         # Reckoned on the picture lying down, as the reference does, which lays tall ones on their side.
         long, short = fitted(max(width, height), min(width, height), edge, num_crops)
@@ -158,11 +141,3 @@ def fitted(width: int, height: int, edge: int, num_crops: int) -> tuple[int, int
     while (cols + 1) * math.ceil((cols + 1) / ratio) <= num_crops:
         cols += 1
     return cols * edge, int(cols * edge / ratio)
-
-
-def _num_crops(settings: Mapping[str, Any]) -> int:
-    """``ValueError`` where it is not a count, or more than is sane."""
-    num_crops = settings["num_crops"]
-    if type(num_crops) is not int or not 1 <= num_crops <= _MOST_CROPS:
-        raise ValueError(f"num_crops is {num_crops!r}; it must be a whole number from 1 to {_MOST_CROPS}.")
-    return num_crops
