@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from opsin.kernels import reference
 from opsin.kernels.inputs import LayerCache
+from opsin.kernels.onednn import padded, product
 from opsin.kernels.packed_attention import paged_attention, varlen_attention
 
 _INT8_ROWS = 4  # the kernel for integers goes through the weight once for every four rows
@@ -30,7 +31,7 @@ def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
     if not weight_OI.is_mkldnn:
         return reference.linear(x_TI, weight_OI, bias_O)
-    return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+    return product(x_TI, weight_OI, bias_O)
 
 
 def int8_linear(
@@ -43,7 +44,9 @@ def int8_linear(
         y_TO = torch.ops.aten._weight_int8pack_mm(rows_TI.contiguous(), weight_OI, scale_O.to(x_TI.dtype))
     else:
         pieces = zip(weight_OI.split(_WIDENED), scale_O.to(x_TI.dtype).split(_WIDENED), strict=True)
-        y_TO = torch.cat([F.linear(rows_TI, part.to(x_TI.dtype)) * scale for part, scale in pieces], dim=1)
+        tall_TI = padded(rows_TI)
+        y_TO = torch.cat([F.linear(tall_TI, part.to(x_TI.dtype)) * scale for part, scale in pieces], dim=1)
+        y_TO = y_TO[: len(rows_TI)]
     y_TO = y_TO if bias_O is None else y_TO.add_(bias_O)
     return y_TO.view(*x_TI.shape[:-1], -1)
 

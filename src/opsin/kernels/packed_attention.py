@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from opsin.kernels import reference
 from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels.onednn import bucket, padded, product
 
 _BLOCK_ROWS = 512  # queries, times heads that share keys, whose scores are in memory at once
 _FEW_TOKENS = 192  # sequences that torch's own attention takes as fast
@@ -112,28 +113,25 @@ def _by_blocks(
     product_dtype = torch.bfloat16 if v_CKH.dtype == torch.bfloat16 else torch.float32
     step = max(1, _BLOCK_ROWS // group)
     for kv_head in range(num_kv_heads):
-        k_CH = k_CKH[:, kv_head].float().contiguous()
-        v_HC = v_CKH[:, kv_head].to(product_dtype).t().contiguous()
+        k_CH = padded(k_CKH[:, kv_head].float()).contiguous()
+        v_HC = padded(v_CKH[:, kv_head].to(product_dtype)).t().contiguous()
         for begin in range(0, num_tokens, step):
             end = min(begin + step, num_tokens)
-            seen = end if is_causal else num_keys
+            seen = min(bucket(end), len(k_CH)) if is_causal else len(k_CH)
             q_TGH = q_TKGH[begin:end, kv_head].float() * scale
-            scores_TGC = _product(q_TGH.flatten(0, 1), k_CH[:seen]).unflatten(0, (-1, group))
+            scores_TGC = product(q_TGH.flatten(0, 1), k_CH[:seen]).unflatten(0, (-1, group))
             if softcap is not None:
                 scores_TGC = scores_TGC.div_(softcap).tanh_().mul_(softcap)
             if is_causal:
                 own_TGT = scores_TGC[..., begin:]
-                later_TT = torch.ones(end - begin, end - begin, dtype=torch.bool).triu_(1)
+                later_TT = torch.ones(end - begin, seen - begin, dtype=torch.bool).triu_(1)
                 own_TGT.masked_fill_(later_TT.unsqueeze(1), -torch.inf)
-            elif mask_TC is not None:
-                scores_TGC.masked_fill_(~mask_TC[begin:end].unsqueeze(1), -torch.inf)
+            else:
+                scores_TGC[..., num_keys:] = -torch.inf
+                if mask_TC is not None:
+                    scores_TGC[..., :num_keys].masked_fill_(~mask_TC[begin:end].unsqueeze(1), -torch.inf)
             share_TGC = scores_TGC.softmax(-1).to(product_dtype)
-            out_TKGH[begin:end, kv_head] = _product(share_TGC.flatten(0, 1), v_HC[:, :seen].contiguous()).unflatten(
+            out_TKGH[begin:end, kv_head] = product(share_TGC.flatten(0, 1), v_HC[:, :seen].contiguous()).unflatten(
                 0, (-1, group)
             )
     return out_TKGH.flatten(1, 2)
-
-
-def _product(x_RI: torch.Tensor, y_OI: torch.Tensor) -> torch.Tensor:
-    """x @ y.T by oneDNN, which for float32 is twice as fast as what ``@`` calls on some processors."""
-    return torch.ops.mkldnn._linear_pointwise(x_RI, y_OI, None, "none", [], "")
