@@ -98,6 +98,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         redoc_url=None,
         openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
         servers=[{"url": config.root_path}] if config.root_path else None,
+        redirect_slashes=False,  # to a URL made of the Host header, which knows neither a proxy's path nor its TLS
     )
     app.state.server = server
     quotas = Quotas(config.max_requests_per_minute, config.max_requests_per_key)
@@ -136,7 +137,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
 
 class Posts:
     """ASGI middleware that takes POSTs to their handlers, past the router and what it wraps around each event sent, and
-    has HEAD answered as GET is.
+    has HEAD answered as GET is. Of a POST's path, a slash at the end makes no difference.
 
     Args:
         app: answers everything else.
@@ -149,7 +150,7 @@ class Posts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        handler = self._handlers.get(scope["path"]) if is_post else None
+        handler = self._handlers.get(scope["path"].rstrip("/")) if is_post else None
         if handler is None:
             if scope["type"] == "http" and scope["method"] == "HEAD":  # its sender leaves the body out
                 scope = {**scope, "method": "GET"}
