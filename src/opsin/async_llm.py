@@ -408,7 +408,7 @@ class AsyncLLM:
         inputs = self._front.inputs
         form, grammars = params.structured_outputs if isinstance(params, SamplingParams) else None, inputs.grammars
         if form is not None and grammars is not None and not grammars.is_known(form):  # some take seconds
-            await asyncio.get_running_loop().run_in_executor(self._compilers, grammars.check, form)
+            await self._beside(lambda: grammars.check(form), self._compilers)
         return lambda prompt: inputs.process(name, prompt, params, priority=priority)
 
     async def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
