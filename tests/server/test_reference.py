@@ -38,6 +38,8 @@ def test_page_loads_nothing(client: httpx.Client):
 def test_document_tells_answers_and_errors_of_every_route(client: httpx.Client):
     document = client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
+    for path in ("/v1/embeddings", "/pooling"):
+        assert "application/octet-stream" in document["paths"][path]["post"]["responses"]["200"]["content"]
     assert "HTTPValidationError" not in schemas  # FastAPI's own, which is never sent
     nothing = {"/classify", *(path for path in document["paths"] if path.startswith("/v1/responses/"))}
     for path, methods in document["paths"].items():
