@@ -251,5 +251,6 @@ def test_command_tells_of_flags_that_change_nothing(caplog: pytest.LogCaptureFix
 
 def test_words_that_only_look_like_flags_are_text() -> None:
     assert settings('run a.png "--what is this?"')["inputs"] == ["a.png", "--what is this?"]
-    assert settings("run a.png -- --what")["inputs"] == ["a.png", "--what"]
+    assert settings('run a.png "--what_is this?"')["inputs"] == ["a.png", "--what_is this?"]
+    assert settings("run --max_tokens 3 a.png -- --what_is")["inputs"] == ["a.png", "--what_is"]
     assert settings("chat --temperature -1")["temperature"] == -1

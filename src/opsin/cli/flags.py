@@ -199,7 +199,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
         ConfigError: that file is wrong, or a flag is refused.
     """
     command, depth = _command(parser, argv)
-    first, words = list(argv[:depth]), [spelt(word) for word in argv[depth:]]
+    first, words = list(argv[:depth]), spelt(argv[depth:])
     if "--config" not in command._option_string_actions:  # it has no engine
         args = parser.parse_args([*first, *words])
         args.notices = []

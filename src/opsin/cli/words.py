@@ -18,7 +18,7 @@ from opsin import vllm_settings
 from opsin.errors import ConfigError
 
 _FLAG = re.compile(r"--?[A-Za-z][^\s=]*(=.*)?", re.DOTALL)  # as argparse: with a blank in it, it is text
-_DASHES = re.compile(r"--\w[\w-]*")
+_DASHES = re.compile(r"^--\w[\w-]*")
 _LEVEL = re.compile(r"(-O)(?:=?(\d)|(\..*))")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -80,6 +80,7 @@ def rewrite(
     """Rewrite the words behind a command.
 
     Args:
+        words: as ``spelt`` has them.
         command: its parser. Where it takes one MODEL at most, that may come behind a list.
         has_model: the model is named elsewhere.
 
@@ -90,9 +91,14 @@ def rewrite(
     return _Rewriting(command, kinds).run(words, has_model)
 
 
-def spelt(word: str) -> str:
-    """A flag with dashes for underscores, but for the keys behind a dot; any other word as it is."""
-    return _DASHES.sub(lambda flag: flag[0].replace("_", "-"), word, count=1) if word.startswith("--") else word
+def spelt(words: Sequence[str]) -> list[str]:
+    """Words whose flags have dashes for underscores, but for the keys behind a dot; text stays as it is."""
+    end = words.index("--") if "--" in words else len(words)
+    return [*(_spelt(word) if _FLAG.fullmatch(word) else word for word in words[:end]), *words[end:]]
+
+
+def _spelt(flag: str) -> str:
+    return _DASHES.sub(lambda name: name[0].replace("_", "-"), flag)
 
 
 class _Rewriting:
@@ -104,7 +110,7 @@ class _Rewriting:
         self._notices: list[str] = []
 
     def run(self, words: Sequence[str], has_model: bool) -> Rewritten:
-        parts = list(self._parts([spelt(word) for word in words]))
+        parts = list(self._parts(words))
         if self._takes_model and not has_model:
             self._free_model(parts)
         lists: dict[str, list[str]] = {}
