@@ -21,7 +21,7 @@ from opsin.engine.front import Front, is_at_hand, template_text
 from opsin.engine.histogram import Histogram
 from opsin.engine.remote import Watch
 from opsin.engine.spawn import spawn_front
-from opsin.engine.thread import FrontThread
+from opsin.engine.thread import FrontThread, Output
 from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
 from opsin.media.fetcher import Fetcher
@@ -39,7 +39,6 @@ from opsin.processing.prompts import Prompt
 from opsin.runner.executor import MemoryPlan
 from opsin.types import ModelSpec
 
-Output = RequestOutput | PoolingRequestOutput
 T = TypeVar("T")
 P = TypeVar("P", SamplingParams, PoolingParams)
 

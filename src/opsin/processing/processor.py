@@ -218,19 +218,11 @@ class InputProcessor:
         """Open an item of a conversation; ``fetched`` are the bytes behind it where it is a URL."""
         return open_reference(reference, fetched, self._opener(media_io_kwargs))
 
-    def chat_prompt(
-        self,
-        chat: ChatPrompt,
-        media: Sequence[MediaInput],
-        *,
-        mm_processor_kwargs: Mapping[str, Any] | None = None,
-        cache_salt: str = "",
-    ) -> Prompt:
+    def chat_prompt(self, chat: ChatPrompt, media: Sequence[MediaInput], *, cache_salt: str = "") -> Prompt:
         """The prompt of a rendered conversation and its opened media."""
         return Prompt(
             rendered=chat.prompt,
             media=list(media),
-            processor_options=mm_processor_kwargs or {},
             cache_salt=cache_salt,
             add_special_tokens=chat.add_special_tokens,
         )
