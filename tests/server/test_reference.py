@@ -14,6 +14,7 @@ from opsin.server.config import ServerConfig
 from opsin.server.gate import OPEN, PROBES
 from opsin.server.reference import reference_page
 from tests.server.conftest import NAME
+from tests.server.test_options import served
 
 
 def test_page_lists_every_route_and_field(client: httpx.Client):
@@ -75,6 +76,14 @@ def test_document_names_the_fields_that_are_answered(client: httpx.Client, path:
     name = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
     schema = document["components"]["schemas"][name]
     assert set(schema.get("required", ())) <= answer.keys() <= schema["properties"].keys()
+
+
+def test_document_and_page_are_made_once(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch):
+    with served(engine) as client:
+        first = [client.get(path).text for path in ("/openapi.json", "/docs")]
+        monkeypatch.setattr("opsin.server.app.complete", None)
+        monkeypatch.setattr("opsin.server.app.reference_page", None)
+        assert [client.get(path).text for path in ("/openapi.json", "/docs")] == first
 
 
 def test_document_tells_which_routes_want_a_key(engine: AsyncLLM):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
 
 import msgspec
 from fastapi import FastAPI
@@ -125,10 +126,12 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
     if config.disable_fastapi_docs:
         return app
     routes, bodies = app.openapi, {path: body for path, _, body in _POSTS}
-    app.openapi = lambda: complete(routes(), bodies, needs_key=bool(config.api_key))
+    # Made once: either takes tens of milliseconds of the event loop, and nobody is held to a quota for asking.
+    app.openapi = cache(lambda: complete(routes(), bodies, needs_key=bool(config.api_key)))
+    reference = cache(lambda: reference_page(app.openapi()))
 
     async def docs() -> Response:  # FastAPI's own page loads its scripts from elsewhere
-        page, headers = reference_page(app.openapi())
+        page, headers = reference()
         return Response(page, media_type="text/html; charset=utf-8", headers=dict(headers))
 
     app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)

@@ -66,7 +66,7 @@ def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
 def complete(
     document: dict[str, Any], bodies: Mapping[str, type[msgspec.Struct]], *, needs_key: bool
 ) -> dict[str, Any]:
-    """Say what is sent and answered; the document itself is changed, and may be given again.
+    """Say what is sent and answered; the document itself is changed.
 
     Args:
         document: what FastAPI knows.
