@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 from triton import knobs
@@ -33,25 +34,22 @@ import opsin.kernels.triton as our_kernels
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.kernels.quantized import FP8
 from opsin.layers import Placement
+from opsin.media.raw import MAX_RAW_PIXELS, raw_plan
 from opsin.models import resolve
 from opsin.models.hub import find_model
 from opsin.models.interface import VisionLanguageModel
 from opsin.models.rule import MediaRule
 from opsin.models.weights import pack
 from opsin.processing.tokenizer import Tokenizer
+from opsin.runner.executor import Pixels
 from opsin.runner.graphs import decode_sizes
+from opsin.runner.pixels import PixelLoader
 from opsin.runner.tower import cut_tiles
 
 META = torch.device("meta")
 BLOCK_SIZE, MAX_ROWS, MAX_LEN = 16, 256, 8192
 PREFILLS = (128, 1024)  # graphs; all sizes between have the same variants
-STEPS = (
-    (1, 333),
-    (1, 2048),
-    (2, 700),
-    (7, 3001),
-    (16, 8192),
-)  # (rows, tokens) of eager ones
+STEPS = ((1, 333), (1, 2048), (2, 700), (7, 3001), (16, 8192))  # (rows, tokens) of eager ones
 PICTURES = (((640, 480),), ((1024, 768),), ((640, 480),) * 7, ((640, 480),) * 16)
 
 
@@ -172,11 +170,22 @@ def run_tower(model: VisionLanguageModel, rule: MediaRule) -> Callable[[], None]
     return pictures
 
 
+def run_resize(rule: MediaRule) -> Callable[[], None]:
+    def pictures() -> None:
+        loader = PixelLoader(our_kernels.KERNELS.resample, META)
+        for (width, height), *_ in PICTURES:
+            plan = rule.layout("image", width, height, 1, {}).plan
+            assert raw_plan(plan, MAX_RAW_PIXELS) is not None, f"this model takes {width} x {height} pixels as they are"
+            loader.load(Pixels(np.zeros(width * height * 3, np.uint8), is_raw=True), plan)
+
+    return pictures
+
+
 @torch.inference_mode()
 def launches(folder: str, sm: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> dict[str, dict[str, Launch]]:
     """Variants by the part of a start that meets them first, and by key."""
     model, rule = open_model(folder, dtype)
-    parts = {**run_decoder(model, kv_dtype), "tower": run_tower(model, rule)}
+    parts = {**run_decoder(model, kv_dtype), "resize": run_resize(rule), "tower": run_tower(model, rule)}
     found: dict[str, dict[str, Launch]] = {}
     for name, run in parts.items():
         with noting_launches(sm) as noted:

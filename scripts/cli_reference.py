@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from opsin.cli import vllm_flags
+from opsin import vllm_settings
 from opsin.cli.main import build_parser
 
 INTRODUCTION = """\
@@ -116,7 +116,7 @@ def foreign_flags() -> Iterator[str]:
     yield FOREIGN
     yield "| | taken | |"
     yield "|---|---|---|"
-    for row in vllm_flags.TABLE:
+    for row in vllm_settings.TABLE:
         taken = "always" if row.only is None else row.choice or "no"
         yield f"| {' '.join(f'`{name}`' for name in row.names)} | {taken} | {row.told} |"
 

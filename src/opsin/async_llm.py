@@ -21,7 +21,7 @@ from opsin.engine.front import Front, is_at_hand, template_text
 from opsin.engine.histogram import Histogram
 from opsin.engine.remote import Watch
 from opsin.engine.spawn import spawn_front
-from opsin.engine.thread import FrontThread
+from opsin.engine.thread import FrontThread, Output
 from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
 from opsin.media.fetcher import Fetcher
@@ -39,7 +39,6 @@ from opsin.processing.prompts import Prompt
 from opsin.runner.executor import MemoryPlan
 from opsin.types import ModelSpec
 
-Output = RequestOutput | PoolingRequestOutput
 T = TypeVar("T")
 P = TypeVar("P", SamplingParams, PoolingParams)
 
@@ -408,7 +407,7 @@ class AsyncLLM:
         inputs = self._front.inputs
         form, grammars = params.structured_outputs if isinstance(params, SamplingParams) else None, inputs.grammars
         if form is not None and grammars is not None and not grammars.is_known(form):  # some take seconds
-            await asyncio.get_running_loop().run_in_executor(self._compilers, grammars.check, form)
+            await self._beside(lambda: grammars.check(form), self._compilers)
         return lambda prompt: inputs.process(name, prompt, params, priority=priority)
 
     async def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:

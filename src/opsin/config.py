@@ -19,6 +19,7 @@ from typing import Any, Literal, TypedDict, cast
 
 import msgspec
 
+from opsin import vllm_settings
 from opsin.errors import ConfigError
 
 GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
@@ -252,21 +253,16 @@ class EngineConfig:
             kinds = typing.get_type_hints(owner)
             groups[group.name] = owner(**{k: _typed(k, v, kinds[k]) for k, v in settings.items() if k in names})  # type: ignore[misc]
         unknown = sorted(set(settings) - known)
-        if foreign := sorted(_WITHOUT_COUNTERPART.intersection(unknown)):
-            raise ConfigError(f"vLLM's {', '.join(foreign)} has no counterpart in opsin; leave it out.")
+        for name in unknown:
+            if (row := vllm_settings.find("--" + name.replace("_", "-"))) is not None:
+                raise ConfigError(f"vLLM's {name} has no counterpart in opsin; leave it out: {row.told}.")
         if unknown:
             raise ConfigError(f"Unknown setting{'s' * (len(unknown) > 1)}: {', '.join(unknown)}. See --help.")
         return cls(**groups)
 
 
-# Settings of vLLM that its users' scripts often carry.
-_WITHOUT_COUNTERPART = frozenset(
-    """
-    cpu_offload_gb disable_custom_all_reduce disable_log_stats distributed_executor_backend enable_chunked_prefill
-    enable_lora max_seq_len_to_capture pipeline_parallel_size speculative_config swap_space tokenizer_mode
-    """.split()
-)
-_RUNNER_OF_TASK = {"auto": "auto", "generate": "generate", "embed": "pooling", "embedding": "pooling"}
+RUNNER_OF_TASK = {"auto": "auto", "generate": "generate", "embed": "pooling", "embedding": "pooling"}
+"""vLLM's former name of the runner."""
 
 
 def _in_todays_form(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -277,9 +273,9 @@ def _in_todays_form(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     settings = dict(settings)
     if (task := settings.pop("task", None)) is not None:
-        if task not in _RUNNER_OF_TASK:
-            raise ConfigError(f"task is {task!r}; it must be one of {', '.join(_RUNNER_OF_TASK)}.")
-        if settings.setdefault("runner", _RUNNER_OF_TASK[task]) != _RUNNER_OF_TASK[task]:
+        if task not in RUNNER_OF_TASK:
+            raise ConfigError(f"task is {task!r}; it must be one of {', '.join(RUNNER_OF_TASK)}.")
+        if settings.setdefault("runner", RUNNER_OF_TASK[task]) != RUNNER_OF_TASK[task]:
             raise ConfigError(f"task={task!r} contradicts runner={settings['runner']!r}; give one of them.")
     limits = settings.get("limit_mm_per_prompt")
     if isinstance(limits, Mapping):

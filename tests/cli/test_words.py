@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from opsin.cli import flags, vllm_flags
+from opsin import vllm_settings
+from opsin.cli import flags, words
 from opsin.cli.main import build_parser, main
 from opsin.errors import ConfigError
 
@@ -97,20 +98,20 @@ def own_flags() -> set[str]:
 
 @pytest.mark.parametrize("flag", SERVE_FLAGS)
 def test_flag_of_vllm_is_known_or_answered(flag: str) -> None:
-    assert "--" + flag in own_flags() or vllm_flags.find("--" + flag) is not None
+    assert "--" + flag in own_flags() or vllm_settings.find("--" + flag) is not None
 
 
 def test_table_answers_every_flag_once_and_none_of_opsins_own() -> None:
-    names = [name for row in vllm_flags.TABLE for name in row.names]
+    names = [name for row in vllm_settings.TABLE for name in row.names]
     assert len(names) == len(set(names))
     assert not own_flags() & set(names)
     known = own_flags() | set(names)
-    assert set(vllm_flags.SHORT.values()) <= known
-    assert {row.becomes.partition("=")[0] for row in vllm_flags.TABLE} - {""} <= known
+    assert set(words.SHORT.values()) <= known
+    assert {row.becomes.partition("=")[0] for row in vllm_settings.TABLE} - {""} <= known
 
 
-@pytest.mark.parametrize("row", vllm_flags.TABLE, ids=lambda row: row.names[0])
-def test_flag_of_vllms_is_answered_as_its_row_says(row: vllm_flags.Foreign) -> None:
+@pytest.mark.parametrize("row", vllm_settings.TABLE, ids=lambda row: row.names[0])
+def test_flag_of_vllms_is_answered_as_its_row_says(row: vllm_settings.Foreign) -> None:
     for name in row.names:
         value = {"nothing": "", "value": " 7", "values": " 7 8"}[row.takes]
         line = f"serve demo {name}{value} --port 1"
@@ -250,5 +251,6 @@ def test_command_tells_of_flags_that_change_nothing(caplog: pytest.LogCaptureFix
 
 def test_words_that_only_look_like_flags_are_text() -> None:
     assert settings('run a.png "--what is this?"')["inputs"] == ["a.png", "--what is this?"]
-    assert settings("run a.png -- --what")["inputs"] == ["a.png", "--what"]
+    assert settings('run a.png "--what_is this?"')["inputs"] == ["a.png", "--what_is this?"]
+    assert settings("run --max_tokens 3 a.png -- --what_is")["inputs"] == ["a.png", "--what_is"]
     assert settings("chat --temperature -1")["temperature"] == -1

@@ -12,6 +12,7 @@ import pytest
 from opsin import AsyncLLM, EngineDeadError, RequestError, SamplingParams
 from opsin.engine.thread import _Caller
 from opsin.outputs import CompletionOutput, RequestOutput
+from opsin.params import StructuredOutputsParams
 from tests.engine.conftest import asked
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -173,6 +174,14 @@ def test_shutdown_ends_running_streams_and_refuses_new_ones(folder: Path):
 
     assert len(asyncio.run(run())) == 2
     engine.shutdown()  # twice is once
+
+
+def test_engine_that_is_shut_down_refuses_a_form_that_nobody_has_compiled(folder: Path):
+    with AsyncLLM(str(folder), media_workers=0) as engine:
+        pass
+    form = StructuredOutputsParams(regex="[xyz]{3}")
+    with pytest.raises(EngineDeadError):
+        asyncio.run(engine.prepare(asked(1), SamplingParams(structured_outputs=form)))
 
 
 def test_failing_step_tells_every_caller(

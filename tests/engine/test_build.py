@@ -118,8 +118,12 @@ def test_former_and_newer_forms_of_vllm_settings_are_understood():
     assert config.media.limit_mm_per_prompt == {"image": 2}
     with pytest.raises(ConfigError, match="contradicts"):
         EngineConfig.from_flat({"task": "generate", "runner": "pooling"})
-    with pytest.raises(ConfigError, match="swap_space has no counterpart"):
-        EngineConfig.from_flat({"swap_space": 4})
+
+
+def test_settings_that_vllm_alone_has_are_refused_with_what_to_do_instead():
+    for name, told in (("swap_space", "weights, keys and values stay"), ("max_lora_rank", "merge them into")):
+        with pytest.raises(ConfigError, match=f"vLLM's {name} has no counterpart in opsin; leave it out: .*{told}"):
+            EngineConfig.from_flat({name: 4})
 
 
 def test_pooling_engine_makes_vectors_and_no_text(make_llm: Callable[..., LLM]):

@@ -41,6 +41,7 @@ def test_steps_of_any_size_launch_what_the_graphs_already_compiled(tmp_path: Pat
     printed, _ = run(checkpoint(tmp_path, "/Qwen2-VL-2B-Instruct"), "--list")
     assert "eager steps: 0 variants" in printed
     assert "decode graphs: 0 variants" not in printed
+    assert "resize: 2 variants" in printed  # down and across, whatever the sizes
 
 
 @pytest.mark.slow
@@ -56,7 +57,8 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path, name: str, capabilities: 
     _, built = run(checkpoint(tmp_path, name), *(word for sm in capabilities for word in ("--sm", str(sm))))
     for sm in capabilities:
         rows = [row for row in built if row["sm"] == sm]
-        assert {"_attention_kernel", "_rms_norm_kernel", "_varlen_kernel"} <= {row["kernel"] for row in rows}
+        names = {row["kernel"] for row in rows}
+        assert {"_attention_kernel", "_rms_norm_kernel", "_varlen_kernel", "_resample_kernel"} <= names
         for row in rows:
             assert row["shared"] <= SHARED_KIB[sm] * 1024, row
             assert sm != 90 or not row["spilled"], row  # for an H100 the kernels are tuned

@@ -16,6 +16,7 @@ import torch
 
 from opsin.kernels import quantized, reference
 from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.media.resample import make_taps
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
@@ -24,6 +25,9 @@ pytestmark = pytest.mark.gpu if HAS_CUDA else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_BFLOAT16 = pytest.mark.skipif(
     not HAS_CUDA, reason="Triton's interpreter keeps bfloat16 as integers, and adds and multiplies those"
+)
+NEEDS_FP8 = pytest.mark.skipif(
+    HAS_CUDA and torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no 8-bit tensor cores"
 )
 # Of kernels that compute in the dtype they are given; the others widen what they load.
 COMPUTED_DTYPES = (torch.float32, pytest.param(torch.bfloat16, marks=NO_BFLOAT16), torch.float16)
@@ -172,6 +176,7 @@ def test_paged_attention_equals_reference(
         assert_close(got, reference.paged_attention(q, k, v, twin, inputs, size**-0.5, mask.window, mask.softcap))
 
 
+@NEEDS_FP8
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_cache_of_8_bits_equals_reference(kernels: Any, dtype: torch.dtype):
     kv, size, page = 2, 64, 16
@@ -338,9 +343,7 @@ def test_paged_attention_of_a_padded_step_equals_that_of_its_rows(
     assert got[num_tokens:].eq(0).all()
 
 
-@pytest.mark.skipif(
-    HAS_CUDA and torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no 8-bit tensor cores"
-)
+@NEEDS_FP8
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize(("num_in", "num_out"), [(64, 48), (4304, 16)])
 def test_few_quantized_rows_equal_the_reference(kernels: Any, rows: int, num_in: int, num_out: int):
@@ -352,3 +355,21 @@ def test_few_quantized_rows_equal_the_reference(kernels: Any, rows: int, num_in:
             expected = quantized.quantized_linear(x, weight, scale.squeeze(1), bias, torch.float32)
             got = kernels.quantized_linear(x, weight, scale.squeeze(1), bias, dtype)
             torch.testing.assert_close(got, expected.to(dtype), rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(("num_in", "num_out"), [(30, 56), (70, 9), (1, 9), (9, 1)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_resample_equals_reference(kernels: Any, axis: int, num_in: int, num_out: int, name: str):
+    """To the bit, of a picture that is cut out of a larger one, whose other side takes two blocks across."""
+    other = 90 if axis == 0 else 6
+    height, width = (num_in, other) if axis == 0 else (other, num_in)
+    large = rand(height + 3, width + 5, 3).mul_(99).clamp_(0, 255).to(torch.uint8)
+    picture = large[2 : 2 + height, 4 : 4 + width]
+    taps = torch.from_numpy(make_taps(name, num_in, num_out)).to(DEVICE)
+    shape = (num_out, width, 3) if axis == 0 else (height, num_out, 3)
+    got, expected = (torch.zeros(shape, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    for own, out in ((kernels, got), (reference, expected)):
+        own.resample(picture, taps, axis, out)
+    assert torch.equal(got, expected)
+    assert got.any()

@@ -281,7 +281,7 @@ def test_slow_name_server_counts_against_the_deadline(monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: release.wait(5) and [])
     start = time.monotonic()
     assert code_of("http://pictures.example/", HASTY) == "failed_to_download_image"
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 4  # the name server would have taken 5
     release.set()
 
 

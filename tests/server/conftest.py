@@ -76,8 +76,8 @@ def client(address: str, app: FastAPI, engine: AsyncLLM) -> Iterator[httpx.Clien
 
 
 def assert_idle(app: FastAPI, engine: AsyncLLM) -> None:
-    """Within two seconds every place, block and byte has come back."""
-    deadline = time.monotonic() + 2
+    """Every place, block and byte comes back; what has not in twenty seconds never will, however slow the machine."""
+    deadline = time.monotonic() + 20
     names = ("num_requests_running", "num_requests_waiting", "kv_blocks_used", "feature_bytes_leased")
     while True:
         left = {name: engine.stats()[name] for name in names} | {"admitted": app.state.server.admission.num_admitted}

@@ -61,6 +61,9 @@ def test_search_of_one_beam_is_the_greedy_answer_about_a_picture(client: httpx.C
     [
         ({"stream": True}, "stream"),
         ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"stop": "a"}, "stop"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
@@ -71,6 +74,12 @@ def test_search_of_one_beam_is_the_greedy_answer_about_a_picture(client: httpx.C
 def test_what_a_search_cannot_do_is_refused(client: httpx.Client, fields: dict[str, Any], param: str) -> None:
     answer = client.post(COMPLETION, json=completion("Hi", **fields))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_fields_that_ask_for_nothing_go_with_a_search(client: httpx.Client) -> None:
+    nothing = {"stream": False, "stop": [], "logit_bias": {}, "presence_penalty": 0, "repetition_penalty": 1.0}
+    asked = chat(use_beam_search=True, logprobs=False, response_format={"type": "text"}, tools=[], **nothing)
+    assert client.post("/v1/chat/completions", json=asked).status_code == 200
 
 
 def test_chat_without_a_length_cannot_be_searched(client: httpx.Client) -> None:

@@ -231,7 +231,7 @@ def test_client_that_leaves_while_its_picture_is_fetched_is_forgotten(
     try:
         with pytest.raises(httpx.ReadTimeout):
             open_client.post(URL, json=chat(part(f"{host.url}/left-{stream}"), stream=stream), timeout=0.3)
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 20
         while open_app.state.server.admission.num_admitted:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -127,6 +127,9 @@ def test_server_under_a_path_answers_with_and_without_it(engine: AsyncLLM, prefi
             assert client.get(f"{start}/v1/models").status_code == 401
             assert client.get(f"{start}/health").status_code == 200
         assert client.get(f"{path}lone/v1/models", headers=key).status_code == 404
+        page = client.get(path)  # as the banner has it
+        assert (page.status_code, page.headers["location"]) == (307, "/vlm/")
+        assert client.get(page.headers["location"]).text.startswith("<!doctype html>")
         assert client.get(f"{path}/openapi.json", headers=key).json()["servers"] == [{"url": prefix}]
 
 

@@ -14,6 +14,7 @@ from opsin.server.config import ServerConfig
 from opsin.server.gate import OPEN, PROBES
 from opsin.server.reference import reference_page
 from tests.server.conftest import NAME
+from tests.server.test_options import served
 
 
 def test_page_lists_every_route_and_field(client: httpx.Client):
@@ -38,6 +39,8 @@ def test_page_loads_nothing(client: httpx.Client):
 def test_document_tells_answers_and_errors_of_every_route(client: httpx.Client):
     document = client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
+    for path in ("/v1/embeddings", "/pooling"):
+        assert "application/octet-stream" in document["paths"][path]["post"]["responses"]["200"]["content"]
     assert "HTTPValidationError" not in schemas  # FastAPI's own, which is never sent
     nothing = {"/classify", *(path for path in document["paths"] if path.startswith("/v1/responses/"))}
     for path, methods in document["paths"].items():
@@ -73,6 +76,14 @@ def test_document_names_the_fields_that_are_answered(client: httpx.Client, path:
     name = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
     schema = document["components"]["schemas"][name]
     assert set(schema.get("required", ())) <= answer.keys() <= schema["properties"].keys()
+
+
+def test_document_and_page_are_made_once(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch):
+    with served(engine) as client:
+        first = [client.get(path).text for path in ("/openapi.json", "/docs")]
+        monkeypatch.setattr("opsin.server.app.complete", None)
+        monkeypatch.setattr("opsin.server.app.reference_page", None)
+        assert [client.get(path).text for path in ("/openapi.json", "/docs")] == first
 
 
 def test_document_tells_which_routes_want_a_key(engine: AsyncLLM):

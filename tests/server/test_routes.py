@@ -291,3 +291,11 @@ def test_tokens_take_a_place_like_answers(client: httpx.Client, app: FastAPI):
             assert response.status_code == 503
             assert int(response.headers["Retry-After"]) >= 1
     assert client.post("/tokenize", json={"prompt": "x"}).status_code == 200
+
+
+def test_slash_at_the_end_of_a_path_leads_nowhere_else(client: httpx.Client):
+    asked = {"Host": "evil.example"}
+    assert client.post("/v1/chat/completions/", json=chat(), headers=asked).status_code == 200
+    missing = client.get("/health/", headers=asked)
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "route_not_found")
+    assert "location" not in missing.headers

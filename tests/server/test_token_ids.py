@@ -164,3 +164,12 @@ def test_prompt_is_cut_to_what_the_context_holds_beside_the_answer(client: httpx
     assert len(answer["prompt_token_ids"]) == engine.max_model_len - 1
     refused = client.post("/v1/completions", json=completion(long, truncate_prompt_tokens=-2)).json()["error"]
     assert refused["param"] == "truncate_prompt_tokens"
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_prompt_is_not_cut_to_nothing_for_an_answer_that_fills_the_context(
+    client: httpx.Client, engine: AsyncLLM, field: str
+) -> None:
+    asked = chat("word " * 9, truncate_prompt_tokens=-1, **{"max_tokens": None, field: engine.max_model_len})
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)

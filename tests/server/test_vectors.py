@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from typing import Any
@@ -10,6 +11,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from starlette.responses import Response
+
+from opsin.server import vectors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -73,3 +77,19 @@ def test_base64_may_hold_half_precision(client: httpx.Client) -> None:
 def test_form_that_is_not_had_is_refused(client: httpx.Client, fields: dict[str, Any], param: str) -> None:
     answer = client.post("/v1/embeddings", json={"input": "One", **fields})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling"])
+def test_vectors_are_written_beside_the_event_loop(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    write = vectors.json_response
+
+    def write_beside(body: Any) -> Response:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return write(body)
+
+    monkeypatch.setattr(vectors, "json_response", write_beside)
+    for form in ("float", "base64"):
+        assert client.post(path, json={"input": "One", "encoding_format": form}).status_code == 200

@@ -16,16 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from opsin.cli import vllm_flags
+from opsin import vllm_settings
 from opsin.cli.values import StoreMapping, converter, mapping, names, texts, without_none
 from opsin.cli.words import Kinds, Rewritten, rewrite, spelt
-from opsin.config import EngineConfig
+from opsin.config import RUNNER_OF_TASK, EngineConfig
 from opsin.errors import ConfigError
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]  # what add_subparsers() returns
-
-_TASKS = {"auto": "auto", "generate": "generate", "embedding": "pooling", "embed": "pooling"}
 
 
 class ConfigGroup(NamedTuple):
@@ -168,7 +166,7 @@ def yaml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     arguments: list[str] = []
     for key, value in settings.items():
         name = "--" + str(key).replace("_", "-")
-        if name not in known and (row := vllm_flags.find(name)) is not None and not name.startswith("--no-"):
+        if name not in known and (row := vllm_settings.find(name)) is not None and not name.startswith("--no-"):
             arguments += _foreign_arguments(name, value, row)
             continue
         if name not in known or name.startswith("--no-"):
@@ -201,7 +199,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
         ConfigError: that file is wrong, or a flag is refused.
     """
     command, depth = _command(parser, argv)
-    first, words = list(argv[:depth]), [spelt(word) for word in argv[depth:]]
+    first, words = list(argv[:depth]), spelt(argv[depth:])
     if "--config" not in command._option_string_actions:  # it has no engine
         args = parser.parse_args([*first, *words])
         args.notices = []
@@ -240,7 +238,7 @@ def _config_of(words: Sequence[str]) -> str | None:
     return found
 
 
-def _foreign_arguments(name: str, value: object, row: vllm_flags.Foreign) -> list[str]:
+def _foreign_arguments(name: str, value: object, row: vllm_settings.Foreign) -> list[str]:
     """A setting that vLLM alone has, as the flag that is answered."""
     if value is None:
         return []
@@ -252,9 +250,9 @@ def _foreign_arguments(name: str, value: object, row: vllm_flags.Foreign) -> lis
 
 
 def _task(text: str) -> str:
-    if text not in _TASKS:
-        raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(_TASKS)}")
-    return _TASKS[text]
+    if text not in RUNNER_OF_TASK:
+        raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(RUNNER_OF_TASK)}")
+    return RUNNER_OF_TASK[text]
 
 
 _KINDS = Kinds(lists=(names, texts), mappings=(mapping,))

@@ -14,13 +14,38 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from opsin.cli import vllm_flags
+from opsin import vllm_settings
 from opsin.errors import ConfigError
 
 _FLAG = re.compile(r"--?[A-Za-z][^\s=]*(=.*)?", re.DOTALL)  # as argparse: with a blank in it, it is text
-_DASHES = re.compile(r"--\w[\w-]*")
+_DASHES = re.compile(r"^--\w[\w-]*")
 _LEVEL = re.compile(r"(-O)(?:=?(\d)|(\..*))")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+SHORT = {
+    "-O": "--optimization-level",
+    "-q": "--quantization",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-dpn": "--data-parallel-rank",
+    "-dpr": "--data-parallel-start-rank",
+    "-dpl": "--data-parallel-size-local",
+    "-dpa": "--data-parallel-address",
+    "-dpp": "--data-parallel-rpc-port",
+    "-dpb": "--data-parallel-backend",
+    "-dph": "--data-parallel-hybrid-lb",
+    "-dpe": "--data-parallel-external-lb",
+    "-dcp": "--decode-context-parallel-size",
+    "-pcp": "--prefill-context-parallel-size",
+    "-ep": "--enable-expert-parallel",
+    "-asc": "--api-server-count",
+    "-cc": "--compilation-config",
+    "-ac": "--attention-config",
+    "-sc": "--speculative-config",
+    "-n": "--nnodes",
+    "-r": "--node-rank",
+}
+"""vLLM's short spellings; a command that has one of its own keeps that."""
 
 
 class Rewritten(NamedTuple):
@@ -55,6 +80,7 @@ def rewrite(
     """Rewrite the words behind a command.
 
     Args:
+        words: as ``spelt`` has them.
         command: its parser. Where it takes one MODEL at most, that may come behind a list.
         has_model: the model is named elsewhere.
 
@@ -65,9 +91,14 @@ def rewrite(
     return _Rewriting(command, kinds).run(words, has_model)
 
 
-def spelt(word: str) -> str:
-    """A flag with dashes for underscores, but for the keys behind a dot; any other word as it is."""
-    return _DASHES.sub(lambda flag: flag[0].replace("_", "-"), word, count=1) if word.startswith("--") else word
+def spelt(words: Sequence[str]) -> list[str]:
+    """Words whose flags have dashes for underscores, but for the keys behind a dot; text stays as it is."""
+    end = words.index("--") if "--" in words else len(words)
+    return [*(_spelt(word) if _FLAG.fullmatch(word) else word for word in words[:end]), *words[end:]]
+
+
+def _spelt(flag: str) -> str:
+    return _DASHES.sub(lambda name: name[0].replace("_", "-"), flag)
 
 
 class _Rewriting:
@@ -79,7 +110,7 @@ class _Rewriting:
         self._notices: list[str] = []
 
     def run(self, words: Sequence[str], has_model: bool) -> Rewritten:
-        parts = list(self._parts([spelt(word) for word in words]))
+        parts = list(self._parts(words))
         if self._takes_model and not has_model:
             self._free_model(parts)
         lists: dict[str, list[str]] = {}
@@ -125,7 +156,7 @@ class _Rewriting:
             if level := _LEVEL.fullmatch(word):  # -O3, -O.mode=3
                 word = f"{level[1]}={level[2] or level[3]}"
             flag, sign, value = word.partition("=")
-            flag = flag if flag in self._known else vllm_flags.SHORT.get(flag, flag)
+            flag = flag if flag in self._known else SHORT.get(flag, flag)
             most = self._num_values(flag)
             if sign:
                 yield _Part(flag, [value])
@@ -153,10 +184,10 @@ class _Rewriting:
         action = self._known.get(flag.partition(".")[0])
         return action if action is not None and action.type in self._kinds.mappings else None
 
-    def _row(self, flag: str) -> vllm_flags.Foreign | None:
+    def _row(self, flag: str) -> vllm_settings.Foreign | None:
         if self._action(flag) is not None:
             return None
-        return vllm_flags.find(flag.partition(".")[0])
+        return vllm_settings.find(flag.partition(".")[0])
 
     def _is_list(self, action: argparse.Action) -> bool:
         return action.type in self._kinds.lists
@@ -231,7 +262,7 @@ class _Rewriting:
             self._notices.append(notice)
 
     def _refuse_unknown(self, flag: str) -> NoReturn:
-        names = [name for row in vllm_flags.TABLE for name in row.names]
+        names = [name for row in vllm_settings.TABLE for name in row.names]
         near = _nearest(flag.partition(".")[0], [*self._known, *names])
         hint = f"; did you mean {near}?" if near else ""
         self._command.error(f"unrecognized arguments: {flag}{hint}")  # exits

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, Unpack
 
 from opsin.config import MediaConfig
@@ -78,13 +77,12 @@ class Front:
         Raises:
             MediaError: one cannot be fetched.
         """
-        urls = {ref.value: ref for ref in references if isinstance(ref.value, str) and not ref.is_embedding}
-        if is_at_hand(references):
-            jobs = {url: partial(fetch, url, self._media, ref.modality) for url, ref in urls.items()}
-            return _fetched(references, jobs)
+        if is_at_hand(references):  # each by itself: to hash a URL of many megabytes lets no other thread run
+            return _fetched(references, lambda ref: fetch(ref.value, self._media, ref.modality))
+        urls = {ref.value: ref for ref in references if _is_url(ref)}
         with ThreadPoolExecutor(min(_FETCH_THREADS, len(urls)), thread_name_prefix="opsin-fetch") as threads:
             futures = {url: threads.submit(fetch, url, self._media, ref.modality) for url, ref in urls.items()}
-            return _fetched(references, {url: future.result for url, future in futures.items()})
+            return _fetched(references, lambda ref: futures[ref.value].result())
 
     def open_chat(
         self,
@@ -272,12 +270,15 @@ def is_at_hand(references: Iterable[MediaReference]) -> bool:
     )
 
 
-def _fetched(references: Sequence[MediaReference], jobs: Mapping[str, Callable[[], bytes]]) -> list[bytes | None]:
+def _is_url(reference: MediaReference) -> bool:
+    return isinstance(reference.value, str) and not reference.is_embedding
+
+
+def _fetched(references: Sequence[MediaReference], fetch_one: Callable[[MediaReference], bytes]) -> list[bytes | None]:
     fetched: list[bytes | None] = []
     for ref in references:
-        job = jobs.get(ref.value) if isinstance(ref.value, str) else None
         try:
-            fetched.append(job() if job is not None else None)
+            fetched.append(fetch_one(ref) if _is_url(ref) else None)
         except RequestError as error:
             error.param = error.param or ref.param
             raise

@@ -17,7 +17,7 @@ from opsin.media.decode import AlphaMode
 from opsin.media.sniff import ImageHeader
 from opsin.media.source import EncodedPicture, PixelPicture
 from opsin.media.video import VideoHeader
-from opsin.media.wire import allocate, map_memory
+from opsin.media.wire import map_memory, share
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.prompts import MediaSource
 from opsin.types import Clip, EngineRequest, RequestUpdate
@@ -114,11 +114,7 @@ def pack_sources(sources: Sequence[MediaSource]) -> tuple[list[SourceHead], int 
     num_bytes = sum(head.num_bytes for head in heads)
     if num_bytes <= _MAX_INLINE_BYTES:
         return [msgspec.structs.replace(h, data=bytes(part)) for h, part in zip(heads, parts, strict=True)], None
-    descriptor, memory = allocate(num_bytes)
-    with memory:
-        for part in parts:
-            memory.write(part)
-    return heads, descriptor
+    return heads, share(*parts)
 
 
 def unpack_sources(heads: Sequence[SourceHead], descriptor: int | None) -> list[MediaSource]:

@@ -31,7 +31,7 @@ from opsin.media.ops import PixelArray, distinct
 from opsin.media.raw import is_raw
 from opsin.media.source import EncodedPicture, PictureSource
 from opsin.media.spawn import START_TIMEOUT_S, start_worker
-from opsin.media.wire import Job, Reply, allocate, carry_out, receive, send
+from opsin.media.wire import Job, Reply, allocate, carry_out, receive, send, share
 from opsin.types import PixelPlan
 
 logger = logging.getLogger(__name__)
@@ -333,10 +333,7 @@ class MediaPool:
                 return
         descriptors: list[int] = []
         try:
-            source_descriptor, source_memory = allocate(len(data))
-            descriptors.append(source_descriptor)
-            source_memory[:] = data
-            source_memory.close()
+            descriptors.append(share(data))
             tiles_descriptor, tiles_memory = allocate(task.plan.num_bytes)
             descriptors.append(tiles_descriptor)
             alpha = source.alpha if isinstance(source, EncodedPicture) else "white"

@@ -21,7 +21,7 @@ from opsin.media.ops import PixelArray
 from opsin.media.source import EncodedPicture, Noun
 from opsin.media.spawn import START_TIMEOUT_S, start_worker
 from opsin.media.video import VideoFormat, VideoHeader, read_video_header
-from opsin.media.wire import Job, Probe, Reply, allocate, carry_out, receive, send
+from opsin.media.wire import Job, Probe, Reply, allocate, carry_out, receive, send, share
 from opsin.types import PixelPlan
 
 _MAX_WORKERS = 4  # so that a few files that take their time hold up nobody else
@@ -58,7 +58,7 @@ class VideoProber:
         max_pixels = self._config.max_image_pixels
         if self._config.media_workers == 0:
             return read_video_header(data, format, max_pixels=max_pixels)
-        descriptor = _shared(data)
+        descriptor = share(data)
         try:
             reply = self._reply_to(Probe(format, max_pixels, len(data)), [descriptor], "video")
         finally:
@@ -78,7 +78,7 @@ class VideoProber:
             tiles = np.empty(plan.num_bytes, np.uint8)
             reply = carry_out(lambda: source.frames(plan.frames), plan, tiles)
         else:
-            descriptors = [_shared(source.data)]
+            descriptors = [share(source.data)]
             try:
                 descriptor, memory = allocate(plan.num_bytes)
                 descriptors.append(descriptor)
@@ -142,11 +142,3 @@ class VideoProber:
             raise MediaError(f"{what} timed out after {self._config.media_decode_timeout_s:g} s.", code=code) from None
         except (EOFError, OSError, msgspec.MsgspecError):
             raise MediaError(f"The decoder died on this {noun}.", code=code) from None
-
-
-def _shared(data: bytes) -> int:
-    """A descriptor of shared memory that holds the bytes."""
-    descriptor, memory = allocate(len(data))
-    memory[:] = data
-    memory.close()
-    return descriptor

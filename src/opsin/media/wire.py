@@ -121,6 +121,26 @@ def allocate(num_bytes: int) -> tuple[int, mmap.mmap]:
         raise
 
 
+def share(*parts: bytes | bytearray | memoryview) -> int:
+    """The descriptor of shared memory that holds the parts, one behind the other.
+
+    Copying into a mapping makes its pages one by one and lets no other thread run meanwhile; writing does neither.
+    """
+    descriptor, memory = allocate(sum(memoryview(part).nbytes for part in parts))
+    try:
+        memory.close()
+        at = 0
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                written = os.pwrite(descriptor, rest, at)
+                at, rest = at + written, rest[written:]
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def map_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
     """Map shared memory; the descriptor may be closed at once."""
     if sys.version_info >= (3, 13):  # older Pythons keep one duplicate of the descriptor for as long as the mapping

@@ -75,6 +75,21 @@ class PictureRule(ABC):
             )
         return given_features(num_features)
 
+    def sized_features(self, num_features: int, size: tuple[int, int]) -> MediaLayout:
+        """Features of a picture of this (width, height), which says how many there are.
+
+        Raises:
+            RequestError: there are not so many.
+        """
+        layout = self.layout("image", *size, 1, {})
+        if num_features != layout.num_features:
+            raise RequestError(
+                f"A picture of height {size[1]} and width {size[0]} has {layout.num_features} features in this model; "
+                f"got {num_features}.",
+                param="multi_modal_data",
+            )
+        return given_features(num_features, layout.numbers)
+
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
         token_id = self.image_token_id if modality == "image" else self.placeholder(modality).token_id
         assert token_id is not None, "a family whose videos are not one run of tokens says what they are"

@@ -29,6 +29,7 @@ CLIP_PIXELS: Mapping[str, Any] = {  # what most Hugging Face picture processors 
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
+SIGLIP_NORM: Mapping[str, Any] = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 CLIP_LARGE_336: Mapping[str, Any] = {  # the vision_config of the tower that many checkpoints do not spell out
     "model_type": "clip_vision_model",
     "hidden_size": 1024,

@@ -32,7 +32,6 @@ from opsin.processing.processor import ProcessedRequest
 from opsin.processing.tokenizer import Tokenizer
 from opsin.types import OWN_FAULT, EngineRequest, FinishReason, PositionLogprobs, RequestUpdate
 
-AnyOutput = RequestOutput | PoolingRequestOutput
 OutputKind = Literal["final", "cumulative", "delta"]
 
 ENGINE_RESTARTED = "engine_restarting"

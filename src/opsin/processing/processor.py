@@ -35,8 +35,9 @@ from opsin.processing.grammar import GrammarCheck
 from opsin.processing.jinja import ContentFormat, find_template
 from opsin.processing.model_templates import ModelTemplates
 from opsin.processing.neutral import ControlStrings, Rendered
-from opsin.processing.pooling import VectorSizes, check_pooling
+from opsin.processing.pooling import VectorSizes
 from opsin.processing.prompts import MediaInput, MediaSource, Opener, Prompt, open_reference, read_prompt
+from opsin.processing.resolve import ParamsResolver
 from opsin.processing.texts import TextLimits, check_unicode
 from opsin.processing.tokenizer import Tokenizer
 from opsin.types import EngineRequest, MediaItem, MediaLayout, Modality, ModelSpec
@@ -97,7 +98,6 @@ class InputProcessor:
     ) -> None:
         self.tokenizer = tokenizer
         self.grammars = grammars
-        self._vector_sizes = vector_sizes or VectorSizes(spec.hidden_size)
         self.rule = rule
         self.spec = spec
         self.max_model_len = max_model_len
@@ -106,7 +106,13 @@ class InputProcessor:
         FrameChoice.of(media.media_io_kwargs)  # a mistake in there should be told at once
         self._probe = VideoProber(media)
         self._generation_config = generation_config or {}
-        self._max_answer_len = max_answer_len or max_model_len
+        self._resolver = ParamsResolver(
+            tokenizer,
+            vocab_size=spec.vocab_size,
+            max_model_len=max_model_len,
+            max_answer_len=max_answer_len or max_model_len,
+            vector_sizes=vector_sizes or VectorSizes(spec.hidden_size),
+        )
         self._default_seed = default_seed
         plain, with_tools = (
             chat_template or find_template(folder, tokenizer.chat_template, family, tools=tools)
@@ -212,19 +218,11 @@ class InputProcessor:
         """Open an item of a conversation; ``fetched`` are the bytes behind it where it is a URL."""
         return open_reference(reference, fetched, self._opener(media_io_kwargs))
 
-    def chat_prompt(
-        self,
-        chat: ChatPrompt,
-        media: Sequence[MediaInput],
-        *,
-        mm_processor_kwargs: Mapping[str, Any] | None = None,
-        cache_salt: str = "",
-    ) -> Prompt:
+    def chat_prompt(self, chat: ChatPrompt, media: Sequence[MediaInput], *, cache_salt: str = "") -> Prompt:
         """The prompt of a rendered conversation and its opened media."""
         return Prompt(
             rendered=chat.prompt,
             media=list(media),
-            processor_options=mm_processor_kwargs or {},
             cache_salt=cache_salt,
             add_special_tokens=chat.add_special_tokens,
         )
@@ -265,7 +263,7 @@ class InputProcessor:
             expanded, dropped = expansion.truncate(expanded, params.truncate_prompt_tokens)
             order = order[dropped:]
         items = [items[i] for i in order]
-        params = self._resolve(params, expanded, items)
+        params = self._resolver.resolve(params, expanded, items)
         ids = expanded.token_ids
         request = EngineRequest(
             request_id=request_id,
@@ -280,7 +278,7 @@ class InputProcessor:
             arrival_s=time.monotonic() if arrival_s is None else arrival_s,
         )
         if isinstance(params, SamplingParams):
-            request.stop_token_ids = self._end_ids(params)
+            request.stop_token_ids = self._resolver.end_ids(params)
             request.share_prefix = params.prompt_logprobs is None  # these need every position computed
         positions = self.rule.positions(ids, items)
         if positions is not None:
@@ -418,60 +416,6 @@ class InputProcessor:
                     f"prompt_token_ids holds {wrong}; this model's ids are 0 to {self.spec.vocab_size - 1}.",
                     param="prompt_token_ids",
                 )
-
-    def _resolve(
-        self, params: SamplingParams | PoolingParams, prompt: Expanded, items: Sequence[MediaItem]
-    ) -> SamplingParams | PoolingParams:
-        """The parameters with what depends on the prompt and the tokenizer filled in."""
-        length = len(prompt.token_ids)
-        pooling = isinstance(params, PoolingParams)
-        room = self.max_model_len - length
-        if room < (0 if pooling else 1):
-            features = sum(item.layout.num_features for item in items)
-            made_of = f" ({features} of them for {len(items)} image(s) or video(s))" if items else ""
-            answer = "" if pooling else ", and at least one token must remain for the answer"
-            raise ContextLengthError(
-                f"The prompt has {length} tokens{made_of}; this model's context holds {self.max_model_len}{answer}. "
-                "Shorten the prompt, send fewer or smaller pictures, or raise max_model_len if the model allows it.",
-                param="prompt",
-            )
-        if isinstance(params, PoolingParams):
-            check_pooling(params, self._vector_sizes)
-            return params
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            wrong = next((i for i in getattr(params, name) or () if i >= self.spec.vocab_size), None)
-            if wrong is not None:
-                raise RequestError(
-                    f"{name} holds {wrong}; this model's ids are 0 to {self.spec.vocab_size - 1}.", param=name
-                )
-        room = min(room, self._max_answer_len)
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        bad_words = params.bad_words_token_ids
-        if params.bad_words:
-            bad_words = [*(bad_words or ()), *self.tokenizer.encode_bad_words(params.bad_words)]
-        wrong = next((i for word in bad_words or () for i in word if i >= self.spec.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(
-                f"bad_words need token {wrong}; this model's ids are 0 to {self.spec.vocab_size - 1}.",
-                param="bad_words" if params.bad_words else "bad_words_token_ids",
-            )
-        min_tokens = min(params.min_tokens, max_tokens)
-        never = {word[0] for word in bad_words or () if len(word) == 1}
-        if min_tokens:
-            never |= self._end_ids(params)
-        if params.allowed_token_ids is not None and never.issuperset(params.allowed_token_ids):
-            raise RequestError(
-                "allowed_token_ids leaves nothing to draw: bad_words forbid each of them"
-                + (f", or it ends the answer before min_tokens={min_tokens}." if min_tokens else "."),
-                param="allowed_token_ids",
-            )
-        return msgspec.structs.replace(
-            params, max_tokens=max_tokens, min_tokens=min_tokens, bad_words_token_ids=bad_words
-        )
-
-    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
-        ends = frozenset[int]() if params.ignore_eos else self.tokenizer.eos_token_ids
-        return ends | frozenset(params.stop_token_ids)
 
     def _answers(self, prompt: Prompt, length: int, params: PoolingParams) -> list[list[list[int]]]:
         """The tokens of each choice of a "pick" behind a prompt of ``length`` tokens, in each spelling."""

@@ -344,7 +344,10 @@ def _draw(logits_BV: torch.Tensor, numbers_B: np.ndarray, keys_B: np.ndarray) ->
 
 
 def _candidates(num_kept: int, vocab_size: int) -> int:
-    """How many of the likeliest tokens to look at for the ``num_kept`` best; more, for the sake of ties."""
+    """How many of the likeliest tokens to look at for the ``num_kept`` best; more, for the sake of ties.
+
+    Where even more tokens than that are equally likely, torch chooses which of them are looked at.
+    """
     return vocab_size if num_kept > _MAX_NARROW else min(max(64, 2 * num_kept), vocab_size)
 
 

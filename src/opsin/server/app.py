@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
 
 import msgspec
 from fastapi import FastAPI
@@ -98,6 +99,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         redoc_url=None,
         openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
         servers=[{"url": config.root_path}] if config.root_path else None,
+        redirect_slashes=False,  # to a URL made of the Host header, which knows neither a proxy's path nor its TLS
     )
     app.state.server = server
     quotas = Quotas(config.max_requests_per_minute, config.max_requests_per_key)
@@ -124,10 +126,12 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
     if config.disable_fastapi_docs:
         return app
     routes, bodies = app.openapi, {path: body for path, _, body in _POSTS}
-    app.openapi = lambda: complete(routes(), bodies, needs_key=bool(config.api_key))
+    # Made once: either takes tens of milliseconds of the event loop, and nobody is held to a quota for asking.
+    app.openapi = cache(lambda: complete(routes(), bodies, needs_key=bool(config.api_key)))
+    reference = cache(lambda: reference_page(app.openapi()))
 
     async def docs() -> Response:  # FastAPI's own page loads its scripts from elsewhere
-        page, headers = reference_page(app.openapi())
+        page, headers = reference()
         return Response(page, media_type="text/html; charset=utf-8", headers=dict(headers))
 
     app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
@@ -136,7 +140,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
 
 class Posts:
     """ASGI middleware that takes POSTs to their handlers, past the router and what it wraps around each event sent, and
-    has HEAD answered as GET is.
+    has HEAD answered as GET is. Of a POST's path, a slash at the end makes no difference.
 
     Args:
         app: answers everything else.
@@ -149,7 +153,7 @@ class Posts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        handler = self._handlers.get(scope["path"]) if is_post else None
+        handler = self._handlers.get(scope["path"].rstrip("/")) if is_post else None
         if handler is None:
             if scope["type"] == "http" and scope["method"] == "HEAD":  # its sender leaves the body out
                 scope = {**scope, "method": "GET"}

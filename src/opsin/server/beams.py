@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from opsin.engine.beam import Beam, BeamSearch, Candidate
 from opsin.errors import EngineDeadError, RequestError
@@ -39,6 +40,9 @@ _FOR_DRAWING = (
     "tools",
 )
 """Fields that a search would have to ignore. Those that only say how to draw (temperature, top_p, seed) are no harm."""
+
+_HARMLESS = {"repetition_penalty": 1.0, "response_format": {"type": "text"}}
+"""Values by which clients ask for nothing."""
 
 
 class Beams:
@@ -119,8 +123,7 @@ def beams_for(request: SamplingRequest, params: SamplingParams, engine: EngineCl
     if not request.use_beam_search:
         return None
     for name in _FOR_DRAWING:
-        value = getattr(request, name, None)
-        if value not in (None, False, [], {}, ""):
+        if _asks(name, getattr(request, name, None)):
             raise RequestError(f"{name} does not go with use_beam_search; leave one of them out.", param=name)
     if params.max_tokens is None:
         raise RequestError("use_beam_search needs max_tokens: a search goes on for so long.", param="max_tokens")
@@ -131,6 +134,12 @@ def beams_for(request: SamplingRequest, params: SamplingParams, engine: EngineCl
         name = "n" if error.param == "beam_width" else error.param
         raise RequestError(str(error).replace("beam_width", "n"), param=name) from None
     return Beams(engine, length_penalty)
+
+
+def _asks(name: str, value: Any) -> bool:
+    if name in ("logprobs", "prompt_logprobs"):  # 0 asks for a token's own
+        return value is not None and value is not False
+    return bool(value) and value != _HARMLESS.get(name)
 
 
 def _candidates(output: RequestOutput, count: int) -> list[Candidate]:

@@ -4,7 +4,7 @@ and everybody else learns when to come again.
 
 from __future__ import annotations
 
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from opsin.server.errors import LoadingError, describe
@@ -50,4 +50,7 @@ class UnderPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(self._prefix + "/"):
             scope = {**scope, "path": scope["path"][len(self._prefix) :]}
+        elif scope["type"] == "http" and scope["path"] == self._prefix:  # the page's links are relative to the slash
+            await RedirectResponse(self._prefix + "/")(scope, receive, send)
+            return
         await self._app(scope, receive, send)

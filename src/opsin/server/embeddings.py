@@ -30,4 +30,4 @@ async def create_embeddings(http: HTTPRequest, server: ServerState) -> Response:
         assert isinstance(output.outputs, EmbeddingOutput)
         vectors.append(output.outputs.data)
     body = Embeddings(name, int(time.time()), server.names[0], [], usage_of(finished))
-    return vectors_response(request, vectors, body)
+    return await vectors_response(request, vectors, body)

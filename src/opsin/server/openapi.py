@@ -27,7 +27,7 @@ from opsin.server.seen import Seen
 from opsin.server.vector_answers import Embeddings, Pick, Poolings, Reranking, Scores
 
 _REFERENCE = "#/components/schemas/{name}"
-_JSON, _STREAM, _TEXT = "application/json", "text/event-stream", "text/plain"
+_JSON, _STREAM, _TEXT, _BYTES = "application/json", "text/event-stream", "text/plain", "application/octet-stream"
 
 _Answer = type[msgspec.Struct] | type[list[RenderedRequest]]
 
@@ -35,10 +35,10 @@ _ANSWERS: Mapping[str, Mapping[str, _Answer | None]] = {
     "/v1/chat/completions": {_JSON: ChatCompletion, _STREAM: ChatChunk},
     "/v1/responses": {_JSON: ModelResponse, _STREAM: ResponseEvent},
     "/v1/completions": {_JSON: Completion, _STREAM: Completion},
-    "/v1/embeddings": {_JSON: Embeddings},
+    "/v1/embeddings": {_JSON: Embeddings, _BYTES: None},
     "/page/seen": {_JSON: Seen},
     "/v1/pick": {_JSON: Pick},
-    "/pooling": {_JSON: Poolings},
+    "/pooling": {_JSON: Poolings, _BYTES: None},
     "/score": {_JSON: Scores},
     "/v1/score": {_JSON: Scores},
     "/rerank": {_JSON: Reranking},
@@ -66,7 +66,7 @@ def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
 def complete(
     document: dict[str, Any], bodies: Mapping[str, type[msgspec.Struct]], *, needs_key: bool
 ) -> dict[str, Any]:
-    """Say what is sent and answered; the document itself is changed, and may be given again.
+    """Say what is sent and answered; the document itself is changed.
 
     Args:
         document: what FastAPI knows.

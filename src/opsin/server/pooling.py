@@ -38,7 +38,7 @@ async def create_pooling(http: HTTPRequest, server: ServerState) -> Response:
         assert isinstance(output.outputs, EmbeddingOutput | TokenEmbeddingOutput)
         vectors.append(output.outputs.data)
     body = Poolings(name, int(time.time()), server.names[0], [], usage_of(finished))
-    return vectors_response(request, vectors, body)
+    return await vectors_response(request, vectors, body)
 
 
 async def classify(http: HTTPRequest, server: ServerState) -> Response:

@@ -73,7 +73,13 @@ def sampling_params(
         given["logprobs"] = request.logprobs
     if request.truncate_prompt_tokens == -1:  # vLLM's word for what the context holds beside the answer
         longest = given.get("max_tokens", defaults.max_tokens) or 1
-        given["truncate_prompt_tokens"] = max(1, max_model_len - longest)
+        if longest >= max_model_len:
+            raise RequestError(
+                f"truncate_prompt_tokens is -1, but an answer of {longest} tokens leaves nothing of this model's "
+                f"context of {max_model_len} to the prompt; ask for fewer.",
+                param=names.get("max_tokens", "max_tokens"),
+            )
+        given["truncate_prompt_tokens"] = max_model_len - longest
     given["structured_outputs"] = constraint_of(request)
     try:
         return msgspec.structs.replace(defaults, **given)

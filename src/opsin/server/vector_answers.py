@@ -8,7 +8,7 @@ import msgspec
 
 
 class EmbeddingItem(msgspec.Struct):
-    """One vector, as numbers or as base64 of little-endian float32."""
+    """One vector, as numbers or as base64."""
 
     index: int
     embedding: list[float] | str
@@ -34,7 +34,7 @@ class Embeddings(msgspec.Struct):
 
 
 class PoolingItem(msgspec.Struct):
-    """What was read off one input, as numbers or as base64 of little-endian float32."""
+    """What was read off one input, as numbers or as base64."""
 
     index: int
     data: list[float | list[float]] | str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sys
@@ -54,28 +55,42 @@ def check_told(request: EmbeddingRequest, num_vectors: int) -> None:
         )
 
 
-def vectors_response(request: EmbeddingRequest, vectors: Sequence[np.ndarray], body: Embeddings | Poolings) -> Response:
-    """Send vectors as a request asks.
+async def vectors_response(
+    request: EmbeddingRequest, vectors: Sequence[np.ndarray], body: Embeddings | Poolings
+) -> Response:
+    """Send vectors as a request asks. They are written beside the event loop: there may be a hundred million numbers.
 
     Args:
         vectors: float32, per input; of one dimension, or of two where there are several.
         body: the answer without them; it is filled where it is JSON.
     """
+    return await asyncio.to_thread(_response, request, vectors, body)
+
+
+def _response(request: EmbeddingRequest, vectors: Sequence[np.ndarray], body: Embeddings | Poolings) -> Response:
     dtype, order = request.embed_dtype or "float32", _byte_order(request)
     form = request.encoding_format or "float"
     if form in ("float", "base64"):
         item: Any = EmbeddingItem if isinstance(body, Embeddings) else PoolingItem
-        told = [v.tolist() if form == "float" else base64.b64encode(_packed(v, dtype, order)).decode() for v in vectors]
-        body.data = [item(i, value) for i, value in enumerate(told)]
+        for i, vector in enumerate(vectors):
+            told = _numbers(vector) if form == "float" else base64.b64encode(_packed(vector, dtype, order)).decode()
+            body.data.append(item(i, told))
         return json_response(body)
     packed = [_packed(vector, dtype, order) for vector in vectors]
-    told, end = list[PackedVector](), 0
+    places, end = list[PackedVector](), 0
     for i, (vector, data) in enumerate(zip(vectors, packed, strict=True)):
         begin, end = end, end + len(data)
-        told.append(PackedVector(i, dtype, order, begin, end, vector.shape))
-    about = PackedVectors(body.id, body.created, body.model, told, body.usage)
+        places.append(PackedVector(i, dtype, order, begin, end, vector.shape))
+    about = PackedVectors(body.id, body.created, body.model, places, body.usage)
     headers = {"metadata": json.dumps(msgspec.to_builtins(about))} if form == "bytes" else None  # in ASCII
     return Response(b"".join(packed), media_type="application/octet-stream", headers=headers)
+
+
+def _numbers(vector: np.ndarray) -> msgspec.Raw:
+    """A vector, or rows of them, in JSON: written row by row, between which others get the interpreter."""
+    if vector.ndim > 1:
+        return msgspec.Raw(b"[" + b",".join(map(_numbers, vector)) + b"]")
+    return msgspec.Raw(msgspec.json.encode(vector.tolist()))
 
 
 def _byte_order(request: EmbeddingRequest) -> Literal["little", "big"]:

@@ -6,25 +6,28 @@ Source: Hugging Face ``Gemma3Processor`` and ``Gemma3ImageProcessor``; arXiv:250
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from opsin.errors import MediaError, RequestError, UnsupportedModelError
+from opsin.errors import MediaError, RequestError
 from opsin.models.picture_rule import PictureRule, given_features, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
     SquareTower,
+    agreed_id,
     checkpoint_settings,
+    plain_mark,
+    read_count,
     read_norm,
     read_settings,
     read_square_tower,
     request_settings,
     square_view,
+    token_ids,
     with_options,
 )
-from opsin.models.rule import Placeholder, TokenIds, TokenRun
+from opsin.models.rule import TokenIds, TokenRun
 from opsin.types import Crop, MediaLayout, Modality, PixelPlan, View
 
 _TOKENS = {  # by the name of their ids in config.json
@@ -66,14 +69,16 @@ class Gemma3Rule(PictureRule):
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
         tower = read_square_tower({**config, "vision_feature_select_strategy": "full"}, family="Gemma 3")
         name, settings = read_settings(processor, _PROCESSORS, default="Gemma3ImageProcessor", family="Gemma 3")
-        begin, image_token_id, end = (_token_id(config, key, tokenizer) for key in _TOKENS)
-        text, _ = _TOKENS["boi_token_index"]
+        text, *_ = tokens = [token for token, _ in _TOKENS.values()]
+        begin, image_token_id, end = token_ids(tokenizer, *tokens)
+        for key, (token, default) in _TOKENS.items():
+            agreed_id(tokenizer, token, config, key, default)
         with checkpoint_settings(name):
             rule = cls(
                 tower=tower,
                 tile_features=config.get("mm_tokens_per_image") or 256,
                 tags=(begin, end),
-                mark=Placeholder(text, begin, re.escape(text)),
+                mark=plain_mark(text, begin),
                 image_token_id=image_token_id,
                 norm=read_norm(settings),
                 settings=settings,
@@ -157,20 +162,13 @@ def pan_and_scan(width: int, height: int, min_size: int, max_crops: int, min_rat
 
 def _pan_and_scan_settings(settings: Mapping[str, Any]) -> tuple[int, int, float]:
     """The arguments of ``pan_and_scan``; ``ValueError`` says which setting is wrong."""
-    size, crops = settings["pan_and_scan_min_crop_size"], settings["pan_and_scan_max_num_crops"]
+    size, crops = (
+        settings["pan_and_scan_min_crop_size"],
+        read_count(settings, "pan_and_scan_max_num_crops", _MOST_CROPS),
+    )
     ratio = settings["pan_and_scan_min_ratio_to_activate"]
     if type(size) is not int or size < 1:
         raise ValueError(f"pan_and_scan_min_crop_size is {size!r}; it must be a whole number of pixels, at least 1.")
-    if type(crops) is not int or not 1 <= crops <= _MOST_CROPS:
-        raise ValueError(f"pan_and_scan_max_num_crops is {crops!r}; it must be a whole number, 1 to {_MOST_CROPS}.")
     if type(ratio) not in (int, float):
         raise ValueError(f"pan_and_scan_min_ratio_to_activate is {ratio!r}; it must be a number.")
     return size, crops, ratio
-
-
-def _token_id(config: Mapping[str, Any], key: str, tokenizer: TokenIds) -> int:
-    text, default = _TOKENS[key]
-    given, known = config.get(key, default), tokenizer.convert_tokens_to_ids(text)
-    if given != known:
-        raise UnsupportedModelError(f"config.json's {key} is {given}; the tokenizer's id of {text!r} is {known}.")
-    return given

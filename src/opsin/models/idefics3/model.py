@@ -17,28 +17,13 @@ from opsin.models.projector import pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.siglip_navit import SiglipNavitTower
-from opsin.models.towers.vit import ViTConfig
 from opsin.types import MediaLayout
 
 _ARCHITECTURES = {"idefics3": "Idefics3ForConditionalGeneration", "smolvlm": "SmolVLMForConditionalGeneration"}
-_VISION_DEFAULTS: dict[str, Any] = {  # Idefics3VisionConfig's
-    "hidden_size": 1152,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-}
 # What SmolVLM's training code left in its configs, and the values that mean what is implemented.
 _LEFT_IN_TEXT = {"is_llama_config": True, "qk_layer_norms": False, "rope_interleaved": False, "use_resampler": False}
 _INERT_IN_TEXT = ("_flash_attn_2_enabled", "neftune_noise_alpha", "perceiver_config", "transformers.js_config")
-_LEFT_IN_VISION = ("max_image_size", "size", "tie_word_embeddings")
-_LEFT_OUTSIDE = (
-    "_pad_token_id",
-    "image_token_id",
-    "transformers.js_config",
-    "use_reentrant_checkpointing",
-    "vocab_size",
-)
+_INERT_OUTSIDE = ("_pad_token_id", "transformers.js_config", "use_reentrant_checkpointing", "vocab_size")
 _RENAMES = (
     (r"^model\.text_model\.", "decoder."),
     (r"^lm_head\.", "decoder.lm_head."),
@@ -53,18 +38,12 @@ class Idefics3Model(PictureModel):
     renames = _RENAMES
 
     def __init__(
-        self,
-        architecture: str,
-        place: Placement,
-        merge: int,
-        tower_config: ViTConfig,
-        decoder: Decoder,
-        norm: PixelNorm,
+        self, architecture: str, tower: SiglipNavitTower, projector: Linear, decoder: Decoder, merge: int
     ) -> None:
         super().__init__(architecture, decoder)
+        self.tower = tower
+        self.projector = projector
         self.merge = merge
-        self.tower = SiglipNavitTower(place, tower_config, norm)
-        self.projector = Linear(place, tower_config.hidden_size * merge**2, decoder.config.hidden_size, bias=False)
 
     @classmethod
     def from_hf(
@@ -73,12 +52,8 @@ class Idefics3Model(PictureModel):
         strict = StrictConfig(config, "config.json")
         architecture = _ARCHITECTURES[strict.choose("model_type", tuple(_ARCHITECTURES), "idefics3")]
         merge = read_tile(config).merge
-        strict.skip("scale_factor", *_LEFT_OUTSIDE)
-        vision = StrictConfig({**_VISION_DEFAULTS, **(strict.take("vision_config") or {})}, "vision_config")
-        tower_config = ViTConfig.from_hf(vision, -1, defaults=_VISION_DEFAULTS)
-        vision.skip(*_LEFT_IN_VISION)
-        vision.choose("use_base_siglip", (False,), False)
-        vision.finish()
+        strict.skip("scale_factor", "image_token_id", *_INERT_OUTSIDE)
+        tower_config = SiglipNavitTower.read_config(strict.take("vision_config", {}))
         text = StrictConfig(strict.take("text_config", {}), "text_config")
         for key, implemented in {**_LEFT_IN_TEXT, "pixel_shuffle_factor": merge}.items():
             text.choose(key, (implemented,), implemented)
@@ -86,8 +61,9 @@ class Idefics3Model(PictureModel):
         tied = strict.take("tie_word_embeddings", False)
         strict.finish()
         decoder_config = DecoderConfig.from_hf(text.rest() | {"tie_word_embeddings": tied})
+        projector = Linear(place, tower_config.hidden_size * merge**2, decoder_config.hidden_size, bias=False)
         decoder = Decoder(place, decoder_config, max_model_len)
-        return cls(architecture, place, merge, tower_config, decoder, norm)
+        return cls(architecture, SiglipNavitTower(place, tower_config, norm), projector, decoder, merge)
 
     def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
         """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""

@@ -7,7 +7,6 @@ Source: Hugging Face ``Idefics3ImageProcessor`` and ``SmolVLMImageProcessor`` (P
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +20,7 @@ from opsin.models.numerals import in_words
 from opsin.models.picture_rule import given_features, given_size, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
+    SIGLIP_NORM,
     check_built,
     check_pixels,
     checkpoint_settings,
@@ -34,34 +34,30 @@ from opsin.models.pictures import (
     with_options,
 )
 from opsin.models.rule import TokenIds, TokenRun
-from opsin.models.tiles import Tile, TileRule
+from opsin.models.tiles import Tile, TileRule, covering_grid, with_long_side
 from opsin.models.videos import VIDEO_PIXELS, check_video_pixels, read_video_settings, sample, without_ends
 from opsin.types import DEFAULT_FPS, Clip, MediaLayout, Modality, PixelOp, PixelPlan, Resize, View
 
 _FAKE, _GLOBAL, _VIDEO = "<fake_token_around_image>", "<global-img>", "<video>"
 _LONGEST_EDGE = 4096  # whatever the settings ask for
 _LONGEST_S = 10**9
-_DEFAULTS: dict[str, Any] = {
-    **CLIP_PIXELS,
+_SHARED: dict[str, Any] = {  # by the processors of pictures and of videos
+    **SIGLIP_NORM,
     "resample": 1,
     "size": {"longest_edge": 4 * 364},
     "max_image_size": {"longest_edge": 364},
-    "do_image_splitting": True,
     "do_pad": True,  # tiles have one size, so there is nothing to fill up
-    "image_mean": (0.5, 0.5, 0.5),
-    "image_std": (0.5, 0.5, 0.5),
-    "image_seq_len": None,
-    "return_row_col_info": None,
     "video_sampling": None,
 }
-_PROCESSORS = {"Idefics3ImageProcessor": _DEFAULTS, "SmolVLMImageProcessor": _DEFAULTS}
-_VIDEO_PROCESSORS: dict[str, dict[str, Any]] = {
-    "SmolVLMVideoProcessor": {
-        **VIDEO_PIXELS,
-        **{key: _DEFAULTS[key] for key in ("resample", "size", "max_image_size", "do_pad", "image_mean", "image_std")},
-        "video_sampling": None,
-    }
+_DEFAULTS: dict[str, Any] = {
+    **CLIP_PIXELS,
+    **_SHARED,
+    "do_image_splitting": True,
+    "image_seq_len": None,
+    "return_row_col_info": None,
 }
+_PROCESSORS = {"Idefics3ImageProcessor": _DEFAULTS, "SmolVLMImageProcessor": _DEFAULTS}
+_VIDEO_PROCESSORS = {"SmolVLMVideoProcessor": {**VIDEO_PIXELS, **_SHARED}}
 _FIXED = frozenset({"max_image_size", "image_seq_len", "video_sampling"})
 
 
@@ -116,7 +112,7 @@ class Idefics3Rule(TileRule):
             ops = (Resize(*_resized(width, height, size), resample),)
         cols = rows = 1
         if settings["do_image_splitting"]:
-            cols, rows = _tile_grid(*output_size(ops, width, height), edge)
+            cols, rows = covering_grid(*output_size(ops, width, height), edge)
             ops = (*ops, Resize(cols * edge, rows * edge, resample))
         views = (self.whole_view((*ops, Resize(edge, edge, resample)), width, height),)
         if rows * cols == 1:
@@ -152,16 +148,15 @@ class Idefics3Rule(TileRule):
             times = tuple(i / DEFAULT_FPS for i in range(num_features // self.tile.num_features))
             return msgspec.structs.replace(layout, times=(*times, times[-1]))
         size = given_size(extras)
-        rows, cols = (0, 0) if size is None else self.layout(modality, *size, 1, {}).numbers
-        expected = (rows * cols + 1) * self.tile.num_features
-        if num_features != expected:
+        if size is not None:
+            return self.sized_features(num_features, size)
+        if num_features != self.tile.num_features:
             raise RequestError(
-                f"An image embedding has {num_features} rows, expected {expected}: {self.tile.num_features} for each "
-                f"of {rows} x {cols} tiles and the overview. For pictures in tiles, give their (height, width) as "
-                "'image_sizes' beside 'image_embeds'.",
+                f"An image embedding has {num_features} rows; an overview alone has {self.tile.num_features}. For "
+                "pictures in tiles, give their (height, width) as 'image_sizes' beside 'image_embeds'.",
                 param="multi_modal_data",
             )
-        return given_features(num_features, (rows, cols))
+        return given_features(num_features, (0, 0))
 
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
         fake, features = TokenRun(self.fake_token_id), TokenRun(self.image_token_id, self.tile.num_features, True)
@@ -232,31 +227,5 @@ def _resized(width: int, height: int, size: Mapping[str, int]) -> tuple[int, int
     """
     if "longest_edge" not in size:
         return size["width"], size["height"]
-    edge, aspect = size["longest_edge"], width / height
-    if width >= height:
-        width, height = edge, max(1, _even(int(edge / aspect)))
-    else:
-        width, height = max(1, _even(int(edge * aspect))), edge
-    aspect = width / height
-    if width >= height and width > _LONGEST_EDGE:
-        width, height = _LONGEST_EDGE, max(1, int(_LONGEST_EDGE / aspect))
-    elif height > width and height > _LONGEST_EDGE:
-        width, height = max(1, int(_LONGEST_EDGE * aspect)), _LONGEST_EDGE
-    return width, height
-
-
-def _even(length: int) -> int:
-    return length + length % 2
-
-
-def _tile_grid(width: int, height: int, edge: int) -> tuple[int, int]:
-    """(columns, rows) of tiles: the long side in whole tiles, then the short one that keeps its ratio, in whole tiles.
-
-    Source: HF ``resize_for_vision_encoder``.
-    """
-    aspect = width / height
-    if width >= height:
-        cols = math.ceil(width / edge)
-        return cols, math.ceil(int(cols * edge / aspect) / edge)
-    rows = math.ceil(height / edge)
-    return math.ceil(int(rows * edge * aspect) / edge), rows
+    made = with_long_side(size["longest_edge"], width / height, multiple=2)
+    return made if max(made) <= _LONGEST_EDGE else with_long_side(_LONGEST_EDGE, made[0] / made[1])

@@ -15,9 +15,9 @@ from opsin.errors import RequestError, UnsupportedModelError
 from opsin.models.picture_rule import PictureRule, given_features, given_size, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
+    check_pixels,
     checkpoint_settings,
     read_image_token,
-    read_norm,
     read_resample,
     read_settings,
     read_size,
@@ -91,9 +91,7 @@ class LlavaNextRule(PictureRule):
             )
         with checkpoint_settings(name):
             pinpoints = _read_pinpoints(given, tower.image_size)
-            norm = read_norm(settings)
             _check_sizes(settings, tower.image_size)
-            read_resample(settings)
         mark, token_id = read_image_token(config, processor, tokenizer)
         return cls(
             image_size=tower.image_size,
@@ -101,7 +99,7 @@ class LlavaNextRule(PictureRule):
             pinpoints=pinpoints,
             mark=mark,
             image_token_id=token_id,
-            norm=norm,
+            norm=check_pixels(name, settings, read_resample),
             settings=settings,
         )
 

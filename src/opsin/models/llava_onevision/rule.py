@@ -18,14 +18,15 @@ from opsin.models.llava_next.rule import LlavaNextRule
 from opsin.models.picture_rule import given_features
 from opsin.models.pictures import (
     CLIP_PIXELS,
+    agreed_id,
+    check_built,
     checkpoint_settings,
-    read_norm,
-    read_resample,
+    plain_mark,
     square_view,
     with_options,
 )
-from opsin.models.rule import Placeholder, TokenIds
-from opsin.models.videos import VIDEO_PIXELS, read_video_settings, sample, spread
+from opsin.models.rule import TokenIds
+from opsin.models.videos import VIDEO_PIXELS, check_video_pixels, read_video_settings, sample, spread
 from opsin.types import Clip, MediaLayout, Modality, PixelPlan
 
 CONFIG_DEFAULTS: Mapping[str, Any] = {  # LlavaOnevisionConfig's
@@ -98,26 +99,24 @@ class LlavaOnevisionRule(LlavaNextRule):
             raise UnsupportedModelError(
                 f"The processor's vision_aspect_ratio allows {given} tiles, but config.json's allows {max_tiles}."
             )
-        num_patches, count = (rule.image_size // rule.patch_size) ** 2, rule.settings["num_image_tokens"]
-        if count not in (None, num_patches):
-            raise UnsupportedModelError(
-                f"The processor's num_image_tokens is {count}; the tower makes {num_patches} features of a tile."
-            )
+        with checkpoint_settings(next(iter(cls.processors))):
+            check_built(rule.settings, num_image_tokens=(rule.image_size // rule.patch_size) ** 2)
         name, video_settings = read_video_settings(
             processor, _VIDEO_PROCESSORS, default="LlavaOnevisionVideoProcessor", family=cls.family
         )
+        check_video_pixels(name, video_settings, rule.settings)
         with checkpoint_settings(name):
-            read_resample(video_settings)
-            if read_norm(video_settings) != rule.norm:
-                raise ValueError("its normalisation is not that of pictures; the tower takes one.")
             if video_settings["do_center_crop"]:
                 raise ValueError("do_center_crop is not implemented.")
             square_view(video_settings, rule.image_size, rule.image_size, rule.image_size)
+        video_token = rule.settings["video_token"]
+        key = "video_token_index" if "video_token_index" in config else "video_token_id"
+        video_id = agreed_id(tokenizer, video_token, config, key, 151647)  # LlavaOnevisionConfig's default
         return replace(
             rule,
             max_tiles=max_tiles,
             video_settings=video_settings,
-            video_mark=_video_mark(config, rule.settings["video_token"], tokenizer),
+            video_mark=None if video_id is None else plain_mark(video_token, video_id),
         )
 
     @property
@@ -159,18 +158,6 @@ class LlavaOnevisionRule(LlavaNextRule):
                 code="image_too_small",
             )
         return made
-
-
-def _video_mark(config: Mapping[str, Any], text: str, tokenizer: TokenIds) -> Placeholder | None:
-    """Raises UnsupportedModelError: config.json and tokenizer know it by different ids."""
-    token_id = tokenizer.convert_tokens_to_ids(text)
-    built = config.get("video_token_index", config.get("video_token_id", 151647))
-    if token_id not in (None, built):
-        raise UnsupportedModelError(
-            f"The tokenizer's id of {text!r} is {token_id}; config.json's video_token_index is {built}. They must be "
-            "the same."
-        )
-    return None if token_id is None else Placeholder(text, token_id, re.escape(text))
 
 
 def read_max_tiles(settings: Mapping[str, Any]) -> int:

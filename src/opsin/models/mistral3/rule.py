@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.picture_rule import PictureRule, given_features, given_size, images_only
+from opsin.models.picture_rule import PictureRule, given_size, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
     check_built,
@@ -136,14 +136,7 @@ class Mistral3Rule(PictureRule):
                 "features: {'image_embeds': tensor, 'image_sizes': [(height, width)]}.",
                 param="multi_modal_data",
             )
-        layout = self.layout(modality, *size, 1, {})
-        if num_features != layout.num_features:
-            raise RequestError(
-                f"A picture of height {size[1]} and width {size[0]} has {layout.num_features} features in this model; "
-                f"got {num_features}.",
-                param="multi_modal_data",
-            )
-        return given_features(num_features, layout.numbers)
+        return self.sized_features(num_features, size)
 
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun]:
         images_only(modality)

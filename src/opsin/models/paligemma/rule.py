@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from opsin.errors import UnsupportedModelError
 from opsin.models.picture_rule import PictureRule, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
@@ -20,6 +19,7 @@ from opsin.models.pictures import (
     read_settings,
     read_square_tower,
     square_view,
+    token_ids,
     with_options,
 )
 from opsin.models.rule import TokenIds
@@ -46,8 +46,7 @@ class PaliGemmaRule(PictureRule):
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
         tower = read_square_tower({**config, "vision_feature_select_strategy": "full"}, family="PaliGemma")
         name, settings = read_settings(processor, _PROCESSORS, default="SiglipImageProcessor", family="PaliGemma")
-        if tokenizer.convert_tokens_to_ids(_BOS) is None:
-            raise UnsupportedModelError(f"The tokenizer does not know {_BOS!r}, which PaliGemma's prompts need.")
+        token_ids(tokenizer, _BOS)  # which prompts need
         mark, token_id = read_image_token(config, processor, tokenizer)
         with checkpoint_settings(name):
             rule = cls(tower=tower, mark=mark, image_token_id=token_id, norm=read_norm(settings), settings=settings)

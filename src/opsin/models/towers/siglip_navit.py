@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,19 @@ from opsin.layers import Placement
 from opsin.layers.norm import LayerNorm
 from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
+from opsin.models.strict import StrictConfig
 from opsin.models.towers.patches import Patches
 from opsin.models.towers.siglip import SiglipEmbeddings
 from opsin.models.towers.vit import ViTConfig, ViTEncoder
+
+_IDEFICS3_DEFAULTS: dict[str, Any] = {  # Idefics3VisionConfig's
+    "hidden_size": 1152,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+_LEFT_BY_IDEFICS3 = ("max_image_size", "size", "tie_word_embeddings")  # in its configs, and without effect
 
 
 class PackedPatches(NamedTuple):
@@ -40,6 +50,20 @@ class SiglipNavitTower(nn.Module):
         self.embeddings = SiglipEmbeddings(place, config)
         self.encoder = ViTEncoder(place, config)
         self.post_layernorm = LayerNorm(place, config.hidden_size, config.norm_eps)
+
+    @staticmethod
+    def read_config(vision_config: Mapping[str, Any]) -> ViTConfig:
+        """The shape of Idefics3's and SmolVLM's.
+
+        Raises:
+            UnsupportedModelError: an unknown key or value.
+        """
+        config = StrictConfig({**_IDEFICS3_DEFAULTS, **vision_config}, "vision_config")
+        result = ViTConfig.from_hf(config, -1, defaults=_IDEFICS3_DEFAULTS)
+        config.skip(*_LEFT_BY_IDEFICS3)
+        config.choose("use_base_siglip", (False,), False)
+        config.finish()
+        return result
 
     def forward(self, pictures: Sequence[torch.Tensor]) -> PackedPatches:
         """(height, width, 3) each, sides in whole patches."""

@@ -1,4 +1,6 @@
-"""What becomes of vLLM's flags that opsin has not under the same name. The documentation prints this table.
+"""What becomes of vLLM's settings that opsin has not under the same name. The documentation prints this table.
+
+They are spelt as flags here; as keywords of ``LLM`` all of them are refused, and the same is said of each.
 
 A flag that would change what clients get is refused, with what to use instead. One that is about speed, memory or logs
 alone is accepted, and a line says what opsin does. A few stand for flags of opsin's.
@@ -52,7 +54,7 @@ _SERVERS = "run one server per GPU, and a load balancer before them"
 _ADAPTERS = "opsin has no adapters; merge them into the checkpoint (peft's merge_and_unload)"
 _REASONING = "opsin leaves what a model thinks in the answer's content"
 _PLUGINS = "opsin loads no code by name"
-_FP8 = "of quantized weights, opsin takes FP8 (--quantization fp8, or a checkpoint that is FP8)"
+_FP8 = "opsin quantizes to FP8 and INT8 (--quantization), and takes checkpoints that are FP8"
 _NO_ROUTE = "opsin has nothing of the kind"
 
 TABLE: tuple[Foreign, ...] = (
@@ -129,7 +131,7 @@ TABLE: tuple[Foreign, ...] = (
     ),
     Foreign("cpu-offload-params offload-params", "values", _HOST),
     Foreign("kv-cache-dtype-skip-layers", "values", "--kv-cache-dtype holds for every layer"),
-    Foreign("calculate-kv-scales", "nothing", "keys and values are kept in the model's dtype"),
+    Foreign("calculate-kv-scales", "nothing", "keys and values of 8 bits (--kv-cache-dtype fp8) need no scales"),
     Foreign(
         "mm-processor-cache-gb mm-processor-cache-type mm-shm-cache-max-object-size-mb mm-tensor-ipc "
         "mm-ipc-gpu-memory-gb",
@@ -256,31 +258,6 @@ TABLE: tuple[Foreign, ...] = (
         "",
     ),
 )
-
-SHORT = {
-    "-O": "--optimization-level",
-    "-q": "--quantization",
-    "-pp": "--pipeline-parallel-size",
-    "-dp": "--data-parallel-size",
-    "-dpn": "--data-parallel-rank",
-    "-dpr": "--data-parallel-start-rank",
-    "-dpl": "--data-parallel-size-local",
-    "-dpa": "--data-parallel-address",
-    "-dpp": "--data-parallel-rpc-port",
-    "-dpb": "--data-parallel-backend",
-    "-dph": "--data-parallel-hybrid-lb",
-    "-dpe": "--data-parallel-external-lb",
-    "-dcp": "--decode-context-parallel-size",
-    "-pcp": "--prefill-context-parallel-size",
-    "-ep": "--enable-expert-parallel",
-    "-asc": "--api-server-count",
-    "-cc": "--compilation-config",
-    "-ac": "--attention-config",
-    "-sc": "--speculative-config",
-    "-n": "--nnodes",
-    "-r": "--node-rank",
-}
-"""vLLM's short spellings; a command that has one of its own keeps that."""
 
 
 def find(name: str) -> Foreign | None:
