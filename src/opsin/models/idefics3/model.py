@@ -3,47 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from opsin.layers import Placement
 from opsin.layers.linear import Linear
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.idefics3.rule import read_tile
-from opsin.models.picture_model import PictureModel
+from opsin.models.packed_model import PackedModel
 from opsin.models.projector import pixel_shuffle
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
-from opsin.models.towers.siglip_navit import SiglipNavitTower
-from opsin.types import MediaLayout
+from opsin.models.towers.siglip_navit import PackedPatches, SiglipNavitTower
 
 _ARCHITECTURES = {"idefics3": "Idefics3ForConditionalGeneration", "smolvlm": "SmolVLMForConditionalGeneration"}
 # What SmolVLM's training code left in its configs, and the values that mean what is implemented.
 _LEFT_IN_TEXT = {"is_llama_config": True, "qk_layer_norms": False, "rope_interleaved": False, "use_resampler": False}
 _INERT_IN_TEXT = ("_flash_attn_2_enabled", "neftune_noise_alpha", "perceiver_config", "transformers.js_config")
 _INERT_OUTSIDE = ("_pad_token_id", "transformers.js_config", "use_reentrant_checkpointing", "vocab_size")
-_RENAMES = (
-    (r"^model\.text_model\.", "decoder."),
-    (r"^lm_head\.", "decoder.lm_head."),
-    (r"^model\.vision_model\.", "tower."),
-    (r"^model\.connector\.modality_projection\.proj\.", "projector."),
-)
 
 
-class Idefics3Model(PictureModel):
+class Idefics3Model(PackedModel):
     """A picture is as many tiles as its plan makes, each encoded by itself."""
 
-    renames = _RENAMES
-
-    def __init__(
-        self, architecture: str, tower: SiglipNavitTower, projector: Linear, decoder: Decoder, merge: int
-    ) -> None:
-        super().__init__(architecture, decoder)
-        self.tower = tower
-        self.projector = projector
-        self.merge = merge
+    renames = (
+        (r"^model\.text_model\.", "decoder."),
+        (r"^lm_head\.", "decoder.lm_head."),
+        (r"^model\.vision_model\.", "tower."),
+        (r"^model\.connector\.modality_projection\.proj\.", "projector.linear."),
+    )
 
     @classmethod
     def from_hf(
@@ -61,14 +52,19 @@ class Idefics3Model(PictureModel):
         tied = strict.take("tie_word_embeddings", False)
         strict.finish()
         decoder_config = DecoderConfig.from_hf(text.rest() | {"tie_word_embeddings": tied})
-        projector = Linear(place, tower_config.hidden_size * merge**2, decoder_config.hidden_size, bias=False)
+        projector = Connector(place, tower_config.hidden_size, decoder_config.hidden_size, merge)
         decoder = Decoder(place, decoder_config, max_model_len)
-        return cls(architecture, SiglipNavitTower(place, tower_config, norm), projector, decoder, merge)
+        return cls(architecture, SiglipNavitTower(place, tower_config, norm), projector, decoder)
 
-    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
-        return self.tower.patches.pictures_in_passes(self._encode, tiles)
 
-    def _encode(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
-        hidden_BPD = self.tower(tiles).x_PD.unflatten(0, (len(tiles), -1))
-        return self.projector(pixel_shuffle(hidden_BPD, self.merge))
+class Connector(nn.Module):
+    """Pixel shuffle, linear."""
+
+    def __init__(self, place: Placement, width: int, hidden_size: int, merge: int) -> None:
+        super().__init__()
+        self.merge = merge
+        self.linear = Linear(place, width * merge**2, hidden_size, bias=False)
+
+    def forward(self, tiles: PackedPatches) -> torch.Tensor:
+        hidden_BPD = tiles.x_PD.unflatten(0, (len(tiles.grids), -1))
+        return self.linear(pixel_shuffle(hidden_BPD, self.merge))

@@ -79,9 +79,7 @@ class Idefics3Rule(TileRule):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
         tile = read_tile(config)
-        name, settings = read_settings(
-            processor, _PROCESSORS, default="Idefics3ImageProcessor", family="Idefics3 and SmolVLM"
-        )
+        name, settings = read_settings(processor, _PROCESSORS, default="Idefics3ImageProcessor", family="Idefics3")
         with checkpoint_settings(name):
             check_built(settings, max_image_size={"longest_edge": tile.edge}, image_seq_len=tile.num_features)
         fake_id, global_id = token_ids(tokenizer, _FAKE, _GLOBAL)
@@ -114,11 +112,10 @@ class Idefics3Rule(TileRule):
         if settings["do_image_splitting"]:
             cols, rows = covering_grid(*output_size(ops, width, height), edge)
             ops = (*ops, Resize(cols * edge, rows * edge, resample))
-        views = (self.whole_view((*ops, Resize(edge, edge, resample)), width, height),)
+        whole = self.whole_view((*ops, Resize(edge, edge, resample)), width, height)
         if rows * cols == 1:
-            return self.tiled(PixelPlan(width, height, views), numbers=(0, 0))
-        views = (View(ops, edge, edge, rows, cols), *views)
-        return self.tiled(PixelPlan(width, height, views), numbers=(rows, cols))
+            return self.tiled(PixelPlan(width, height, (whole,)), numbers=(0, 0))
+        return self.tiled(PixelPlan(width, height, (View(ops, edge, edge, rows, cols), whole)), numbers=(rows, cols))
 
     def video_layout(self, clip: Clip, options: Mapping[str, Any]) -> MediaLayout:
         self.placeholder("video")

@@ -3,7 +3,7 @@ with a Pixtral tower): a tower for pictures of any size, a learned merger in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -14,12 +14,12 @@ from opsin.layers import Placement
 from opsin.layers.norm import RMSNorm, normed
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.mistral3.rule import PatchGeometry
-from opsin.models.picture_model import RENAMES, PictureModel
+from opsin.models.packed_model import PackedModel
+from opsin.models.picture_model import RENAMES
 from opsin.models.projector import PatchMerger, Projector
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.pixtral import PixtralConfig, PixtralTower
-from opsin.types import MediaLayout
 
 _DEFAULTS: dict[str, dict[str, Any]] = {  # of Mistral3Config and LlavaConfig
     "mistral3": {
@@ -37,17 +37,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # of Mistral3Config and LlavaConfig
 }
 
 
-class Mistral3Model(PictureModel):
+class Mistral3Model(PackedModel):
     """One picture is one tile of its own size."""
 
     renames = (*RENAMES, (r"^(tower\..*\.attention\.)o_proj\.", r"\1out_proj."))
-
-    def __init__(
-        self, architecture: str, tower: PixtralTower, projector: Projector | MergingProjector, decoder: Decoder
-    ) -> None:
-        super().__init__(architecture, decoder)
-        self.tower = tower
-        self.projector = projector
 
     @classmethod
     def from_hf(
@@ -84,10 +77,6 @@ class Mistral3Model(PictureModel):
         strict.finish()
         tower = PixtralTower(place, tower_config, norm, geometry.merge)
         return cls(defaults["architecture"], tower, projector, Decoder(place, decoder_config, max_model_len))
-
-    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), all pictures in as few passes as can be."""
-        return self.tower.patches.pictures_in_passes(lambda some: self.projector(self.tower(some)), tiles)
 
 
 class MergingProjector(Projector):
