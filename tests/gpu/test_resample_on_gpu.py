@@ -22,6 +22,7 @@ from opsin.types import Crop, Pad, PixelOp, PixelPlan, Resize, View
 from tests.engine.conftest import picture
 from tests.factories.families import FAMILIES
 from tests.factories.family import Family
+from tests.gpu.waiting import waiting_refused
 
 pytestmark = pytest.mark.gpu
 
@@ -91,6 +92,22 @@ def test_views_windows_borders_and_tiles_lie_where_workers_put_them(loader: Pixe
         for (done, rows, cols), (width, height) in zip(ops, sides, strict=True)
     ]
     assert_pillows(loader, 640, 480, views, num_frames=2)
+
+
+def test_pictures_are_loaded_without_waiting_for_the_device(loader: PixelLoader):
+    view = View((Resize(112, 84), Pad(0, 14, 0, 14)), height=56, width=56, rows=2, cols=2)
+    plan = PixelPlan(100, 80, (view,))
+    raw, tiles = Pixels(noise(100, 80).reshape(-1), is_raw=True), Pixels(np.zeros(plan.num_bytes, np.uint8))
+    place = torch.empty(plan.num_bytes, dtype=torch.uint8, device=CUDA)
+    loader.load(raw, plan)  # compiles
+    with waiting_refused():
+        for pixels in (raw, tiles):
+            for into in (None, place):
+                loader.load(pixels, plan, into)
+
+
+def test_start_check_finds_pillows_bytes(loader: PixelLoader):
+    assert loader.makes_pillows_bytes()
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_next", "internvl", "phi3_v"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 
 from opsin.params import SamplingParams
 from opsin.runner.sampler import NUMBERS, ParticularRow, SampleRows, numbers_of, sample
+from tests.gpu.waiting import waiting_refused
 
 pytestmark = pytest.mark.gpu
 
@@ -22,16 +20,6 @@ ASKED = [
     SamplingParams(logit_bias={3: 1.0}, allowed_token_ids=[1, 2, 3], bad_words_token_ids=[[1], [4, 2]]),
     SamplingParams(min_tokens=8),
 ]
-
-
-@contextmanager
-def waiting_refused() -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("params", ASKED, ids=str)
