@@ -263,6 +263,22 @@ def test_chat_tools_that_cannot_be_used_are_a_400(client: httpx.Client, body: di
     assert words in error["message"]
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [{"description": "long " * 250_000}, {"properties": {f"p{i}": {"enum": list(range(20))} for i in range(4000)}}],
+    ids=["text", "values"],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_tools_longer_than_contexts_are_a_400_before_a_template_writes_them(
+    client: httpx.Client, path: str, parameters: dict[str, Any]
+):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    response = client.post(path, json={"messages": MESSAGES, "tools": [tool], "tool_choice": "none"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tools"
+    assert "1,048,576 characters" in response.json()["error"]["message"]
+
+
 def test_tokenize_counts_the_tools_of_a_conversation(engine: AsyncLLM):
     app = create_app(engine, ServerConfig(trust_request_chat_template=True), model=NAME)
     template = "{{ tools | tojson if tools else '' }}{{ messages[0].content }}"

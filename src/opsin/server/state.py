@@ -23,6 +23,7 @@ from opsin.server.gate import request_id_from
 from opsin.server.metrics import Metrics
 from opsin.server.remembered import RememberedMedia
 from opsin.server.requests import Request, SamplingRequest, StreamOptions
+from opsin.server.tools import check_size
 from opsin.server.transport import read_body
 
 T = TypeVar("T", bound=Request)
@@ -133,6 +134,8 @@ class ServerState:
         Raises:
             RequestError, MediaError: what is wrong.
         """
+        if tools:
+            check_size(tools)
         given = request.add_generation_prompt
         continues = bool(request.continue_final_message)
         with blame("messages"):

@@ -24,6 +24,8 @@ from opsin.server.tool_parsers import (
 )
 
 _MAX_TOOLS = 128
+_MAX_CHARS = 2**20  # templates write tools in one go, in which no other thread runs, at 15 ms a million
+_CHARS_OF_VALUE = 16  # about what a value takes beside its text: signs, blanks
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
@@ -96,6 +98,29 @@ def tool_use(request: ChatCompletionRequest, parser: str | None) -> ToolUse:
         raise RequestError(f"tool_choice names {name!r}; the tools are {', '.join(functions)}.", param="tool_choice")
     arguments = _calls_of(functions[name])
     return ToolUse(request.tools, arguments, lambda: NamedCall(name), finish_reason="stop")
+
+
+def check_size(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse descriptions of tools that are longer than contexts are, before a template writes them.
+
+    Raises:
+        RequestError: they have about a million characters.
+    """
+    left = _MAX_CHARS
+    values: list[Any] = [*tools]
+    while values:
+        value = values.pop()
+        left -= _CHARS_OF_VALUE + (len(value) if isinstance(value, str) else 0)
+        if left < 0:
+            raise RequestError(
+                f"tools has more than {_MAX_CHARS:,} characters as JSON; describe fewer, or more briefly.",
+                param="tools",
+            )
+        if isinstance(value, Mapping):
+            values += value.keys()
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
 
 
 def tool_parser_name(config: ServerConfig, template: str | None) -> str | None:
