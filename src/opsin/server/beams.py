@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
 from opsin.engine.beam import Beam, BeamSearch, Candidate
-from opsin.errors import EngineDeadError, RequestError
+from opsin.errors import RequestError
 from opsin.outputs import CompletionOutput, RequestOutput
 from opsin.params import BeamSearchParams, SamplingParams
 from opsin.processing.output import OutputKind
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.client import EngineClient
 from opsin.server.requests import SamplingRequest
-from opsin.types import EngineRequest
+from opsin.server.runs import all_of, run_whole
 
 _FOR_DRAWING = (
     "stream",
@@ -74,7 +72,7 @@ class Beams:
         num_cached: int | None = None
         while not search.done:
             requests = search.requests()
-            outputs = await self._step(processed, requests)
+            outputs = await all_of(self._run(replace(processed, request=request)) for request in requests)
             if num_cached is None:
                 num_cached = outputs[0].num_cached_tokens
             found = {
@@ -87,20 +85,10 @@ class Beams:
             processed.request.request_id, processed.prompt, ids, None, answers, True, num_cached_tokens=num_cached or 0
         )
 
-    async def _step(self, processed: ProcessedRequest, requests: Sequence[EngineRequest]) -> list[RequestOutput]:
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._run(replace(processed, request=request))) for request in requests]
-        except ExceptionGroup as failures:  # one cause is enough, and its class decides the status
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
-
     async def _run(self, processed: ProcessedRequest) -> RequestOutput:
-        async with contextlib.aclosing(self._engine.stream(processed, "final")) as outputs:
-            async for output in outputs:
-                assert isinstance(output, RequestOutput)
-                return output
-        raise EngineDeadError("The engine stopped before the request was answered.")
+        output = await run_whole(self._engine, processed)
+        assert isinstance(output, RequestOutput)
+        return output
 
     async def _answer(self, index: int, beam: Beam, params: BeamSearchParams) -> CompletionOutput:
         shows_end = params.include_stop_str_in_output

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -11,12 +9,13 @@ import numpy as np
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from opsin.errors import EngineDeadError, RequestError
+from opsin.errors import RequestError
 from opsin.outputs import EmbeddingOutput, PoolingRequestOutput, TokenEmbeddingOutput
 from opsin.params import PoolingParams
 from opsin.processing.pooling import missing_head
 from opsin.processing.processor import ProcessedRequest
 from opsin.server.requests import ClassifyRequest, EmbeddingRequest, PoolingRequest, VectorRequest
+from opsin.server.runs import all_of, run_whole
 from opsin.server.state import ServerState, blame, prompts_of
 from opsin.server.transport import ClientGone, GoneResponse, until_gone
 from opsin.server.vector_answers import EmbeddingUsage, Poolings
@@ -92,13 +91,7 @@ async def pool(
 
     async def work() -> list[PoolingRequestOutput]:
         with server.admission.enter(num_places):
-            prepared = await prepare()
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(_run(server, processed)) for processed in prepared]
-            except ExceptionGroup as failures:  # one cause is enough, and its class decides the status
-                raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+            return await all_of(_run(server, processed) for processed in await prepare())
 
     try:
         return await until_gone(http.receive, work())
@@ -111,12 +104,10 @@ async def _run(server: ServerState, processed: ProcessedRequest) -> PoolingReque
     metrics.admitted(len(processed.request.prompt_token_ids), len(processed.sources))
     reason = "abort"  # the client has left, or another input has failed
     try:
-        async with contextlib.aclosing(server.engine.stream(processed, "final")) as outputs:
-            async for output in outputs:
-                assert isinstance(output, PoolingRequestOutput)
-                reason = "stop"
-                return output
-        raise EngineDeadError("The engine stopped before the request was answered.")
+        output = await run_whole(server.engine, processed)
+        assert isinstance(output, PoolingRequestOutput)
+        reason = "stop"
+        return output
     except Exception:
         reason = "error"
         raise
