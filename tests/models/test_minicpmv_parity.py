@@ -157,7 +157,7 @@ def test_dropped_last_layer_is_not_built():
 def test_missing_resampler_weight_is_named(tiny: Write, tmp_path: Path):
     weights = load_file(tiny("plain") / "model.safetensors")
     del weights["resampler.attn.in_proj_bias"]
-    with pytest.raises(WeightError, match=r"resampler\.attn\.in_proj_bias"):
+    with pytest.raises(WeightError, match=r"projector\.attn\.in_proj_bias"):
         Driver(copy_with_weights(tiny("plain"), tmp_path, weights))
 
 
@@ -203,20 +203,20 @@ def _columns_as_rows(driver: Driver, folder: Path, case: Case) -> Row:
 
 def _rows_first(driver: Driver, folder: Path, case: Case) -> Row:
     """In the resampler's places alone."""
-    resampler: Any = driver.model.resampler  # type: ignore[attr-defined]
+    resampler: Any = driver.model.projector  # type: ignore[attr-defined]
     places = resampler._places
     resampler._places = lambda packed: places(packed).unflatten(1, (2, -1)).flip(1).flatten(1)
     return row_of(driver, folder, case)
 
 
 def _placeless_queries(driver: Driver, folder: Path, case: Case) -> Row:
-    resampler: Any = driver.model.resampler  # type: ignore[attr-defined]
+    resampler: Any = driver.model.projector  # type: ignore[attr-defined]
     resampler._places = lambda packed: torch.zeros(len(packed.x_PD), factory.HIDDEN)
     return row_of(driver, folder, case)
 
 
 def _transposed_projection(driver: Driver, folder: Path, case: Case) -> Row:
-    resampler: Any = driver.model.resampler  # type: ignore[attr-defined]
+    resampler: Any = driver.model.projector  # type: ignore[attr-defined]
     resampler.proj.data = resampler.proj.data.T
     return row_of(driver, folder, case)
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
-
-import torch
 
 from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.picture_model import PictureModel
+from opsin.models.packed_model import PackedModel
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.resampler import HEAD_DIM, Resampler
 from opsin.models.towers.siglip_navit import SiglipNavitTower
 from opsin.models.towers.vit import ViTConfig
-from opsin.types import MediaLayout
 
 _VERSION = "2.6"
 _VISION: Mapping[str, Any] = {  # where config.json has no vision_config
@@ -45,18 +42,14 @@ _RENAMES = (
     (r"^llm\.lm_head\.", "decoder.lm_head."),
     (r"^llm\.model\.", "decoder."),
     (r"^vpm\.", "tower."),
+    (r"^resampler\.", "projector."),
 )
 
 
-class MiniCPMVModel(PictureModel):
+class MiniCPMVModel(PackedModel):
     """Every slice of every picture, and every overview, is a picture of its own to the tower."""
 
     renames = _RENAMES
-
-    def __init__(self, tower: SiglipNavitTower, resampler: Resampler, decoder: Decoder) -> None:
-        super().__init__("MiniCPMV", decoder)
-        self.tower = tower
-        self.resampler = resampler
 
     @classmethod
     def from_hf(
@@ -82,10 +75,5 @@ class MiniCPMVModel(PictureModel):
             )
         query_num = config.get("query_num") or 64
         resampler = Resampler(place, query_num, tower_config.hidden_size, decoder_config.hidden_size)
-        return cls(
-            SiglipNavitTower(place, tower_config, norm), resampler, Decoder(place, decoder_config, max_model_len)
-        )
-
-    def encode(self, tiles: Sequence[Sequence[torch.Tensor]], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        """(sum of num_features, D), the tiles of all pictures in as few passes as can be."""
-        return self.tower.patches.pictures_in_passes(lambda some: self.resampler(self.tower(some)), tiles)
+        tower = SiglipNavitTower(place, tower_config, norm)
+        return cls("MiniCPMV", tower, resampler, Decoder(place, decoder_config, max_model_len))
