@@ -14,6 +14,7 @@ from opsin.errors import MediaError, RequestError
 from opsin.models.picture_rule import PictureRule, given_features, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
+    SIGLIP_NORM,
     SquareTower,
     agreed_id,
     checkpoint_settings,
@@ -42,8 +43,7 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
         "size": {"height": 224, "width": 224},
         "default_to_square": True,
         "resample": 2,
-        "image_mean": (0.5, 0.5, 0.5),
-        "image_std": (0.5, 0.5, 0.5),
+        **SIGLIP_NORM,
         "do_pan_and_scan": False,
         "pan_and_scan_min_crop_size": 256,
         "pan_and_scan_max_num_crops": 4,

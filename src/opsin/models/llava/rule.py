@@ -14,6 +14,7 @@ from opsin.media.ops import output_size
 from opsin.models.picture_rule import PictureRule, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
+    SIGLIP_NORM,
     checkpoint_settings,
     per_channel,
     read_image_token,
@@ -39,8 +40,7 @@ _SIGLIP_DEFAULTS: dict[str, Any] = _CLIP_DEFAULTS | {
     "size": {"height": 224, "width": 224},
     "do_center_crop": False,
     "crop_size": None,
-    "image_mean": (0.5, 0.5, 0.5),
-    "image_std": (0.5, 0.5, 0.5),
+    **SIGLIP_NORM,
 }
 _PROCESSORS = {
     "BitImageProcessor": _CLIP_DEFAULTS,

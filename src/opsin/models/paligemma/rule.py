@@ -12,6 +12,7 @@ from typing import Any, Self
 from opsin.models.picture_rule import PictureRule, images_only
 from opsin.models.pictures import (
     CLIP_PIXELS,
+    SIGLIP_NORM,
     SquareTower,
     checkpoint_settings,
     read_image_token,
@@ -30,8 +31,7 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
     "SiglipImageProcessor": {
         **CLIP_PIXELS,
         "size": {"height": 224, "width": 224},
-        "image_mean": (0.5, 0.5, 0.5),
-        "image_std": (0.5, 0.5, 0.5),
+        **SIGLIP_NORM,
     }
 }
 

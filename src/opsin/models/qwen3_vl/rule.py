@@ -16,7 +16,7 @@ import numpy as np
 
 from opsin.errors import RequestError
 from opsin.models.mrope import counted, mrope_positions
-from opsin.models.pictures import token_ids, with_options
+from opsin.models.pictures import SIGLIP_NORM, token_ids, with_options
 from opsin.models.qwen2_vl.rule import GEOMETRY, VIDEO_DEFAULTS, Qwen2VLRule
 from opsin.models.rule import Placeholder, Positions, TokenIds, TokenRun
 from opsin.models.smart_resize import own_size, requested_bounds, smart_resize
@@ -28,8 +28,7 @@ _VIDEO = "<|video_pad|>"
 _VIDEO_DEFAULTS: Mapping[str, Any] = {
     **VIDEO_DEFAULTS,
     **own_size(16, 128 * 32 * 32, 32 * 32 * 768),
-    "image_mean": (0.5, 0.5, 0.5),
-    "image_std": (0.5, 0.5, 0.5),
+    **SIGLIP_NORM,
     "do_sample_frames": True,
     "fps": 2,
     "max_video_tokens": 768,
