@@ -98,3 +98,15 @@ def test_every_error_class_is_documented() -> None:
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8"))
     assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def test_family_folders_are_as_short_as_the_guide_says() -> None:
+    guide = (ROOT / "docs/add-a-model.md").read_text(encoding="utf-8")
+    match = re.search(r"A\s+family's folder is (\d+) lines at the most", guide)
+    assert match is not None
+    lengths = {
+        rule.parent.name: sum(len(path.read_text(encoding="utf-8").splitlines()) for path in rule.parent.glob("*.py"))
+        for rule in (ROOT / "src/opsin/models").glob("*/rule.py")
+    }
+    assert len(lengths) > 10
+    assert {name: length for name, length in lengths.items() if length > int(match[1])} == {}
