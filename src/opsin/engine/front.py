@@ -80,7 +80,7 @@ class Front:
         if is_at_hand(references):  # each by itself: to hash a URL of many megabytes lets no other thread run
             return _fetched(references, lambda ref: fetch(ref.value, self._media, ref.modality))
         urls = {ref.value: ref for ref in references if _is_url(ref)}
-        with ThreadPoolExecutor(min(_FETCH_THREADS, len(urls)), thread_name_prefix="opsin-fetch") as threads:
+        with ThreadPoolExecutor(max(1, min(_FETCH_THREADS, len(urls))), thread_name_prefix="opsin-fetch") as threads:
             futures = {url: threads.submit(fetch, url, self._media, ref.modality) for url, ref in urls.items()}
             return _fetched(references, lambda ref: futures[ref.value].result())
 
