@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import threading
 from typing import Any
 
 import httpx
@@ -13,8 +14,10 @@ from fastapi import FastAPI
 
 import opsin
 from opsin import AsyncLLM, PoolingParams, SamplingParams
+from opsin.server import generation
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
+from opsin.server.transport import json_response
 from tests.engine.conftest import picture
 from tests.server.conftest import NAME, chat, data_url, run_async, serving, user
 
@@ -265,6 +268,19 @@ def test_error_about_what_became_a_message_names_the_bodys_field(
     response = client.post(path, json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_many_prompt_logprobs_are_written_beside_the_event_loop(client: httpx.Client, monkeypatch: pytest.MonkeyPatch):
+    writers: list[int] = []
+
+    def noting(body: Any) -> Any:
+        writers.append(threading.get_ident())
+        return json_response(body)
+
+    monkeypatch.setattr(generation, "json_response", noting)
+    completion(client, prompt="Once upon a time", max_tokens=1)
+    completion(client, prompt="Once upon a time", max_tokens=1, prompt_logprobs=1)
+    assert len(set(writers)) == 2
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/"])

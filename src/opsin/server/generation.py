@@ -161,7 +161,7 @@ async def respond(
         if stream:
             first = await until_gone(http.receive, anext(outputs))
             return EventStream(_events(http, server, form, tally, first, outputs, options or StreamOptions()))
-        return json_response(await until_gone(http.receive, _whole(form, tally, outputs)))
+        return await until_gone(http.receive, _whole(form, tally, outputs))
     except ClientGone:
         return GoneResponse()
 
@@ -169,10 +169,16 @@ async def respond(
 _Numbered = tuple[int, RequestOutput]
 
 
-async def _whole(form: Form, tally: Tally, outputs: AsyncGenerator[_Numbered, None]) -> msgspec.Struct:
+async def _whole(form: Form, tally: Tally, outputs: AsyncGenerator[_Numbered, None]) -> Response:
     async with contextlib.aclosing(outputs):
         finished = {prompt: output async for prompt, output in outputs}
-    return form.whole([finished[prompt] for prompt in sorted(finished)], tally.usage())
+
+    def write() -> Response:
+        return json_response(form.whole([finished[prompt] for prompt in sorted(finished)], tally.usage()))
+
+    if any(output.prompt_logprobs for output in finished.values()):  # of a long prompt, a hundred thousand entries
+        return await asyncio.to_thread(write)
+    return write()
 
 
 async def _events(
