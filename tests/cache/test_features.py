@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from opsin.cache import features
 from opsin.cache.features import FeatureCache, Lease
 from opsin.types import MediaItem, MediaLayout, PixelPlan, Resize, View
 
@@ -99,6 +100,17 @@ def test_encode_keeps_the_patch_budget_and_a_larger_item_goes_alone() -> None:
     assert encoded(cache, 20) == [b"2"]
     assert encoded(cache, 20) == [b"3"]
     assert encoded(cache, 20) == [b"4"]
+
+
+def test_encode_moves_so_many_bytes_in_one_step_and_a_larger_payload_goes_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(features, "MAX_STEP_BYTES", 60)
+    cache = make(rows=40)
+    for order, (name, pixels) in enumerate((("a", 10), ("b", 10), ("c", 30), ("d", 1))):
+        lease(cache, item(name, pixels=pixels), (0, order))
+    supply(cache)
+    assert [encoded(cache) for _ in range(4)] == [[b"a", b"b"], [b"c"], [b"d"], []]
 
 
 def test_encode_ahead_never_evicts_what_others_still_read() -> None:

@@ -25,6 +25,9 @@ from typing import NamedTuple
 from opsin.media.raw import raw_plan
 from opsin.types import EncodeItem, MediaItem, MediaNeed
 
+MAX_STEP_BYTES = 2**28
+"""Payloads that one step moves to the device. Pictures that the device resizes may be large and of few patches."""
+
 Order = tuple[int, int]
 """A request's place in the line: (priority, number of arrival). Lower is served first; unique."""
 
@@ -201,20 +204,21 @@ class FeatureCache:
     def encode(self, max_patches: int, urgent: bytes | None) -> list[EncodeItem]:
         """Choose what the tower runs in this step, by rank; what it stores counts as stored from here on.
 
-        At most ``max_patches`` in all; one larger item goes alone. Evicts, so it comes before any row of the step
-        is planned; ``take_drops`` afterwards has the evicted ids, which may be in use again already (a step drops
-        before it encodes).
+        At most ``max_patches`` and ``MAX_STEP_BYTES`` in all; one larger item goes alone. Evicts, so it comes before
+        any row of the step is planned; ``take_drops`` afterwards has the evicted ids, which may be in use again already
+        (a step drops before it encodes).
         """
         chosen: list[EncodeItem] = []
-        num_patches = 0
+        num_patches = num_bytes = 0
         while (top := self._top(self._ready, _State.READY)) is not None:
             _, entry = top
             layout = entry.item.layout
-            if chosen and num_patches + layout.num_patches > max_patches:
+            num_patches += layout.num_patches
+            num_bytes += entry.payload_bytes
+            if chosen and (num_patches > max_patches or num_bytes > MAX_STEP_BYTES):
                 break
             if not self._make_room(entry, urgent):
                 break
-            num_patches += layout.num_patches
             if not self._free_ids:
                 self._free_ids.append(self._num_ids)
                 self._num_ids += 1
