@@ -62,7 +62,7 @@ class AsyncLLM:
         from opsin.engine.build import build_front  # here, since the front of an engine process needs none of it
 
         config = _config(model, settings)
-        self._begin(config, build_front(config))
+        self._begin(config, build_front(config, streams=True))
 
     @classmethod
     def spawn(

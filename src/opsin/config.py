@@ -135,10 +135,10 @@ class SchedulerConfig:
         None, "Vision patches encoded per step; 16384 on a GPU, 4096 on a CPU by default."
     )
     max_num_tokens_beside_decodes: int | None = setting(
-        None, "Prompt tokens per step while other answers go on; no fewer on a GPU, 16 on a CPU by default."
+        None, "Prompt tokens per step while other answers go on; 16 on a CPU that streams, else no fewer, by default."
     )
     max_num_patches_beside_decodes: int | None = setting(
-        None, "Vision patches per step while other answers go on; no fewer on a GPU, 256 on a CPU by default."
+        None, "Vision patches per step while other answers go on; 256 on a CPU that streams, else no fewer, by default."
     )
     pixel_buffer_gb: float = setting(1.0, "GiB of decoded pixels held while they wait for the vision tower.")
     scheduling_policy: Literal["fcfs", "priority"] = setting("fcfs", "Order of waiting requests.")

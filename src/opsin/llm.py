@@ -60,7 +60,7 @@ class LLM:
 
     def __init__(self, model: str = "demo", **settings: Unpack[EngineSettings]) -> None:
         self.config = EngineConfig.from_flat({"model": model, **settings})
-        self._front = build_front(self.config)
+        self._front = build_front(self.config, streams=False)
         self._ids = itertools.count()
         self._turn = threading.Lock()  # threads that share an engine take turns; ``AsyncLLM`` batches them
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from opsin import LLM, ConfigError, ContextLengthError, RequestError, UnsupportedModelError
-from opsin.config import EngineConfig, EngineSettings
+from opsin.config import EngineConfig, EngineSettings, SchedulerConfig
+from opsin.engine.build import Budgets
 
 
 def test_engine_settings_name_every_field_of_the_config():
@@ -150,3 +151,13 @@ def test_prompt_far_beyond_the_context_is_refused_before_it_is_tokenised(
 def test_tokenizer_is_that_of_transformers(make_llm: Callable[..., LLM]):
     tokenizer = make_llm().get_tokenizer()
     assert tokenizer.decode(tokenizer("A red circle", add_special_tokens=False).input_ids) == "A red circle"
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "streams", "expected"), [(False, True, 16), (False, False, 2048), (True, True, 8192)]
+)
+def test_prompts_are_bounded_beside_answers_that_are_watched_on_a_cpu(on_gpu: bool, streams: bool, expected: int):
+    budgets = Budgets.resolve(SchedulerConfig(), on_gpu, streams=streams)
+    assert budgets.max_num_tokens_beside_decodes == expected
+    asked = Budgets.resolve(SchedulerConfig(max_num_tokens_beside_decodes=5), on_gpu, streams=streams)
+    assert asked.max_num_tokens_beside_decodes == 5

@@ -60,37 +60,45 @@ class Budgets:
     pipeline_depth: int
 
     @classmethod
-    def resolve(cls, config: SchedulerConfig, on_gpu: bool) -> Budgets:
-        """Fill in what the settings leave open, by device."""
+    def resolve(cls, config: SchedulerConfig, on_gpu: bool, *, streams: bool) -> Budgets:
+        """Fill in what the settings leave open, by device, and by whether answers are watched as they are written."""
         tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
         patches = config.max_num_batched_patches or (16384 if on_gpu else 4096)
         # A CPU's time grows with every token. A GPU has a floor, below which larger steps cost next to nothing.
+        is_bound = streams and not on_gpu
         return cls(
             max_num_seqs=config.max_num_seqs or (256 if on_gpu else 32),
             max_num_batched_tokens=tokens,
             max_num_batched_patches=patches,
-            max_num_tokens_beside_decodes=config.max_num_tokens_beside_decodes or (tokens if on_gpu else 16),
-            max_num_patches_beside_decodes=config.max_num_patches_beside_decodes or (patches if on_gpu else 256),
+            max_num_tokens_beside_decodes=config.max_num_tokens_beside_decodes or (16 if is_bound else tokens),
+            max_num_patches_beside_decodes=config.max_num_patches_beside_decodes or (256 if is_bound else patches),
             pipeline_depth=config.pipeline_depth or (2 if on_gpu else 1),
         )
 
 
-def build_front(config: EngineConfig) -> Front:
+def build_front(config: EngineConfig, *, streams: bool) -> Front:
     """Everything in this process: the engine runs in the thread that steps the front.
+
+    Args:
+        streams: as ``build_engine``.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
     """
     checkpoint = Checkpoint.open(config)
-    engine = build_engine(config, checkpoint)
+    engine = build_engine(config, checkpoint, streams=streams)
     inputs = checkpoint.processor(config, engine.facts, engine.grammars)
     return Front(engine, inputs, OutputProcessor(checkpoint.tokenizer), config.media, config.model.runner)
 
 
-def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside: bool = False) -> LocalEngine:
+def build_engine(
+    config: EngineConfig, checkpoint: Checkpoint, *, streams: bool = True, encodes_beside: bool = False
+) -> LocalEngine:
     """Load the model, plan the memory, and connect the engine's parts.
 
     Args:
+        streams: answers are watched as they are written, so that on a CPU a step takes little of others' prompts beside
+            them; whole batches are done sooner without that.
         encodes_beside: on a CPU, encode pictures beside the steps rather than in them. It costs whole batches of
             pictures some time, and saves everybody who is being answered from waiting for others' pictures.
 
@@ -117,7 +125,7 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint, *, encodes_beside
     if max_model_len > spec.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; this model's positions end at {spec.max_position}.")
 
-    budgets = Budgets.resolve(config.scheduler, device.type == "cuda")
+    budgets = Budgets.resolve(config.scheduler, device.type == "cuda", streams=streams)
     runner = ModelRunner(
         model,
         max_num_seqs=budgets.max_num_seqs,
