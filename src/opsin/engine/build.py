@@ -149,6 +149,7 @@ def build_engine(
         kv_bytes=config.cache.kv_cache_memory_bytes,
         num_blocks=config.cache.num_gpu_blocks_override,
         max_raw_pixels=max_raw_pixels,
+        replays=not config.device.enforce_eager,
     )
     logger.info("%s on %s in %s", config.model.model, device, str(dtype).removeprefix("torch."))
     logger.info("Memory plan:\n%s", describe(memory, spec, max_model_len))

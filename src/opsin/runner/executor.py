@@ -36,7 +36,8 @@ Payload = Pixels | Embedding
 class MemoryPlan(NamedTuple):
     """Bytes on the device, as measured and decided at start.
 
-    ``peak_step_bytes`` is the most that activations took in a step at full budgets.
+    ``peak_step_bytes`` is the most that activations took in a step at full budgets; ``graph_bytes`` is for those of
+    graphs.
     """
 
     total_bytes: int
@@ -46,6 +47,7 @@ class MemoryPlan(NamedTuple):
     peak_step_bytes: int
     num_blocks: int
     block_size: int
+    graph_bytes: int = 0
 
 
 class PendingStep(Protocol):

@@ -1,8 +1,11 @@
-"""The decoder's pass, captured once per size and replayed from then on: steps that only decode, and small prefills.
+"""The decoder's pass, captured once per size and replayed from then on: steps that only decode, and all others.
 
 Launching a few hundred kernels from Python takes tens of milliseconds; replaying them takes one call. What changes from
 step to step lies in buffers that keep their place: one packed upload fills them. Sizes are rounded up to few, with rows
 and tokens that write to the scratch block and that nobody reads. Drawing tokens is not part of it.
+
+Decode steps are captured at the start. Other sizes are captured when a step first has them, which costs the host little
+more than launching that step would.
 """
 
 from __future__ import annotations
@@ -20,8 +23,6 @@ from opsin.models.interface import VisionLanguageModel
 from opsin.runner.inputs import RowNumbers, StepArrays, decode_arrays, padded
 from opsin.runner.slots import SlotTable
 
-_PREFILL_TOKENS = (128, 256, 384, 512, 640, 768, 1024)
-
 
 def decode_sizes(max_rows: int) -> list[int]:
     """Numbers of rows to capture: doubling to 16, then in steps that waste an eighth or so."""
@@ -30,13 +31,19 @@ def decode_sizes(max_rows: int) -> list[int]:
     return [*sizes, max_rows]
 
 
+def prefill_sizes(max_tokens: int) -> list[int]:
+    """Numbers of tokens to capture: in steps that waste a sixteenth or so, and no less than matrix products notice."""
+    ranges = ((64, 1024, 64), (1024, 2048, 128), (2048, 4096, 256), (4096, max_tokens, 512))
+    return [*(size for each in ranges for size in range(*each) if size < max_tokens), max_tokens]
+
+
 class _Captured(NamedTuple):
     """A graph, and the memory outside its pool that it reads; nothing else keeps that alive."""
 
     graph: torch.cuda.CUDAGraph
     packed: torch.Tensor
     inputs: list[torch.Tensor]
-    kept: torch.Tensor
+    starts: torch.Tensor
     hidden: torch.Tensor
 
 
@@ -92,19 +99,21 @@ class StepGraphs:
         self._caches = caches
         self._table = table
         self._block_size = block_size
-        self._dtype = dtype
         self._device = table.tokens_SL.device
         self._decode_sizes = decode_sizes(max_rows)
         self._prefill_rows = max_rows + 1  # of which one pads
-        self._prefill_sizes = [size for size in _PREFILL_TOKENS if size <= max_tokens]
+        self._prefill_sizes = prefill_sizes(max_tokens)
+        width = model.spec.hidden_size
+        # One for all sizes: each step is done with them before the next one.
+        self._embedded_TD, self._hidden_TD = torch.zeros(2, max_tokens, width, dtype=dtype, device=self._device)
         self._recorder = recorder
         self._decode: dict[int, _Captured] = {}
         self._prefill: dict[int, _Captured] = {}
 
-    def capture_all(self) -> None:
-        """Capture every size, the largest first, so that the smaller ones fit into its memory."""
-        for size in reversed(self._prefill_sizes):
-            self._prefill[size] = self._capture_prefill(size)
+    def capture_first(self) -> None:
+        """Capture decode steps, and before them the largest step that there can be: the others fit into its memory."""
+        largest = self._prefill_sizes[-1]
+        self._prefill[largest] = self._capture_prefill(largest, warm_up=True)
         for size in reversed(self._decode_sizes):
             self._decode[size] = self._capture_decode(size)
 
@@ -122,10 +131,6 @@ class StepGraphs:
         captured.graph.replay()
         return captured.hidden[:num_rows], captured.inputs[1][:num_rows]
 
-    def covers(self, arrays: StepArrays) -> bool:
-        """``prefill`` can run this step."""
-        return bool(self._prefill_sizes) and len(arrays.at_T) <= self._prefill_sizes[-1]
-
     def prefill(
         self, arrays: StepArrays, fill: Callable[[torch.Tensor], None]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,11 +144,13 @@ class StepGraphs:
         """
         num_tokens, num_emitting = len(arrays.at_T), len(arrays.emit_index_E)
         size = self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)]
-        captured = self._prefill[size]
+        captured = self._prefill.get(size)
+        if captured is None:
+            captured = self._prefill[size] = self._capture_prefill(size, warm_up=False)
         refill(captured.packed, padded(arrays, size, self._prefill_rows))
         at_T, _, _, _, emit_index_E, token_at_E, _, _ = captured.inputs
-        captured.kept[:] = self._model.embed(self._table.tokens_SL.view(-1)[at_T])
-        fill(captured.kept[:num_tokens])
+        self._embedded_TD[:size] = self._model.embed(self._table.tokens_SL.view(-1)[at_T])
+        fill(self._embedded_TD[:num_tokens])
         captured.graph.replay()
         return captured.hidden[:num_tokens], emit_index_E[:num_emitting], token_at_E[:num_emitting]
 
@@ -173,7 +180,7 @@ class StepGraphs:
         graph, hidden = self._recorder.record(forward, warm_up=True)
         return _Captured(graph, packed, inputs, starts_B1, hidden)
 
-    def _capture_prefill(self, size: int) -> _Captured:
+    def _capture_prefill(self, size: int, *, warm_up: bool) -> _Captured:
         """Record the pass on tokens that are all padding."""
         nothing = np.zeros(0, dtype=np.int64)
         arrays = padded(
@@ -194,7 +201,6 @@ class StepGraphs:
         inputs = views(packed, arrays)
         refill(packed, arrays)
         _, positions_AT, slot_mapping_T, slot_B, _, _, query_start_B1, context_B = inputs
-        embedded_TD = torch.zeros(size, self._model.spec.hidden_size, dtype=self._dtype, device=self._device)
         longest = self._table.tokens_SL.shape[1]
 
         def forward() -> torch.Tensor:
@@ -207,7 +213,9 @@ class StepGraphs:
                 context_lens=(longest,) * self._prefill_rows,
             )
             # A copy, since the pass may work in place.
-            return self._model.forward(embedded_TD.clone(), positions_AT, attention, self._caches)
+            embedded_TD = self._embedded_TD[:size].clone()
+            hidden_TD = self._model.forward(embedded_TD, positions_AT, attention, self._caches)
+            return self._hidden_TD[:size].copy_(hidden_TD)
 
-        graph, hidden = self._recorder.record(forward, warm_up=True)
-        return _Captured(graph, packed, inputs, embedded_TD, hidden)
+        graph, hidden = self._recorder.record(forward, warm_up=warm_up)
+        return _Captured(graph, packed, inputs, query_start_B1, hidden)

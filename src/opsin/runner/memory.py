@@ -30,7 +30,7 @@ _CPU_MEASURED_TOKENS = 128
 _CPU_MEASURED_PATCHES = 1024
 _CPU_KV_BYTES = 4 * _GIB
 _CPU_KV_SHARE = 0.4  # of the memory that is free at start: a laptop has other things to do
-_GPU_HEADROOM = 0.02  # of the device: fragmentation, captured graphs, and libraries that allocate at first use
+_GPU_HEADROOM = 0.02  # of the device: fragmentation, and libraries that allocate at first use
 
 
 def plan_memory(
@@ -45,6 +45,7 @@ def plan_memory(
     kv_bytes: int | None = None,
     num_blocks: int | None = None,
     max_raw_pixels: int = 0,
+    replays: bool = False,
 ) -> MemoryPlan:
     """Measure a step, then divide the device's memory.
 
@@ -56,18 +57,22 @@ def plan_memory(
         kv_bytes: size of the KV cache when the caller fixed it.
         num_blocks: number of KV blocks when the caller fixed it; wins over ``kv_bytes``.
         max_raw_pixels: see ``media.raw.raw_plan``: pictures that the device resizes come as they are.
+        replays: a GPU's steps will be replayed as graphs, whose memory is theirs alone, and at most a step's again.
 
     Raises:
         ConfigError: one request of ``max_model_len`` tokens would not fit.
     """
     weight_bytes = sum(p.numel() * p.element_size() for p in runner.model.parameters())
     on_gpu = runner.device.type == "cuda"
+    graph_bytes = 0
     if on_gpu:
         peak = _measure_gpu(runner, max_num_tokens, max_num_seqs, max_model_len, layouts, max_raw_pixels)
+        graph_bytes = peak if replays else 0
         total = torch.cuda.get_device_properties(runner.device).total_memory
         free, _ = torch.cuda.mem_get_info(runner.device)
         outside = total - free - torch.cuda.memory_reserved(runner.device)  # other processes, and CUDA's own context
-        available = int(total * (utilization - _GPU_HEADROOM)) - outside - weight_bytes - peak - feature_bytes
+        used = outside + weight_bytes + peak + graph_bytes + feature_bytes
+        available = int(total * (utilization - _GPU_HEADROOM)) - used
     else:
         free = _free_host_bytes()
         peak = _measure_cpu(runner, max_num_tokens, max_num_seqs, max_model_len, layouts)
@@ -87,7 +92,7 @@ def plan_memory(
                 f"{(per_sequence + 1) * block_bytes / _GIB:.2f} GiB of KV cache and "
                 f"{max(0, available if kv_bytes is None else kv_bytes) / _GIB:.2f} GiB are left "
                 f"(weights {weight_bytes / _GIB:.2f}, activations {peak / _GIB:.2f}, "
-                f"vision features {feature_bytes / _GIB:.2f}). "
+                f"graphs {graph_bytes / _GIB:.2f}, vision features {feature_bytes / _GIB:.2f}). "
                 "Lower max_model_len or max_num_batched_tokens, or raise gpu_memory_utilization or "
                 "kv_cache_memory_bytes."
             )
@@ -99,18 +104,20 @@ def plan_memory(
         peak_step_bytes=peak,
         num_blocks=num_blocks,
         block_size=runner.block_size,
+        graph_bytes=graph_bytes,
     )
 
 
 def describe(plan: MemoryPlan, spec: ModelSpec, max_model_len: int) -> str:
     """The memory plan as lines for a person."""
-    used = plan.weight_bytes + plan.kv_bytes + plan.feature_bytes + plan.peak_step_bytes
+    used = plan.weight_bytes + plan.kv_bytes + plan.feature_bytes + plan.peak_step_bytes + plan.graph_bytes
     tokens = (plan.num_blocks - 1) * plan.block_size
     rows = [
         ("weights", plan.weight_bytes, ""),
         ("KV cache", plan.kv_bytes, f"{tokens:,} tokens; {tokens / max_model_len:.1f} requests of {max_model_len:,}"),
         ("vision features", plan.feature_bytes, f"{feature_rows(plan, spec):,} rows at most"),
         ("activations", plan.peak_step_bytes, "most that a step takes, measured"),
+        *([("graphs", plan.graph_bytes, "the same again, for steps that are replayed")] if plan.graph_bytes else []),
         ("left alone", max(0, plan.total_bytes - used), ""),
     ]
     return "\n".join(f"  {name:<16} {size / _GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows)

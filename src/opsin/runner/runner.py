@@ -78,8 +78,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, max_tokens: int) -> None:
-        """From now on replay decode steps, others of few tokens, and pictures of sizes that come again, where the
-        device and the kernels can.
+        """From now on replay steps, and pictures of sizes that come again, where the device and the kernels can.
 
         ``allocate_kv`` ends that.
 
@@ -99,7 +98,7 @@ class ModelRunner:
                 dtype=self.dtype,
                 recorder=recorder,
             )
-            self._graphs.capture_all()
+            self._graphs.capture_first()
 
     def put_payload(self, key: bytes, payload: Payload) -> None:
         self.vision.put(key, payload)
@@ -127,7 +126,7 @@ class ModelRunner:
         views = views_of(plan.rows, numbers, self._slots, arrays)
         row_starts = arrays.query_start_B1[:-1].tolist()
         is_narrow = self.model.spec.feature_width == self.model.spec.hidden_size
-        if self._graphs is not None and views is None and is_narrow and self._graphs.covers(arrays):
+        if self._graphs is not None and views is None and is_narrow:
 
             def fill(hidden_TD: torch.Tensor) -> None:
                 self.vision.scatter(hidden_TD, plan.rows, row_starts)
