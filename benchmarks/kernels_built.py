@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import opsin.kernels.triton as our_kernels
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.kernels.quantized import FP8
+from opsin.kernels.triton import overlap
 from opsin.layers import Placement
 from opsin.media.raw import MAX_RAW_PIXELS, raw_plan
 from opsin.models import resolve
@@ -67,7 +69,8 @@ class Launch(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Built:
     """A compiled variant. ``seconds`` of processor time, the assembler's included; ``spilled`` in bytes of a thread's
-    stack, ``shared`` in bytes of a program."""
+    stack, ``shared`` in bytes of a program. ``waits``: it is launched before the kernel ahead of it has ended;
+    ``early_loads`` and ``early_stores``: instructions ahead of its waiting for that end."""
 
     sm: int
     kernel: str
@@ -78,6 +81,9 @@ class Built:
     registers: int
     spilled: int
     shared: int
+    waits: bool
+    early_loads: int
+    early_stores: int
 
 
 @contextmanager
@@ -85,7 +91,6 @@ def noting_launches(sm: int) -> Iterator[dict[str, Launch]]:
     """Inside, launches of kernels do nothing but add what they would compile for compute capability ``sm``."""
     backend = make_backend(GPUTarget("cuda", sm, 32))
     noted: dict[str, Launch] = {}
-    run = JITFunction.run
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kwargs |= {"debug": False, "instrumentation_mode": ""}
@@ -95,11 +100,11 @@ def noting_launches(sm: int) -> Iterator[dict[str, Launch]]:
         launch = Launch(ASTSource(self, signature, constants, attributes), dict(options.__dict__))
         noted[launch.key] = launch
 
-    JITFunction.run = note
-    try:
+    with (
+        patch.object(JITFunction, "run", note),
+        patch.object(overlap, "capability", lambda device: divmod(sm, 10)),  # not that of the meta device
+    ):
         yield noted
-    finally:
-        JITFunction.run = run
 
 
 def open_model(folder: str, dtype: torch.dtype) -> tuple[VisionLanguageModel, MediaRule]:
@@ -209,6 +214,10 @@ def build(launch: Launch, sm: int) -> Built:
     integers = [name for name, kind in source.signature.items() if kind in ("i32", "i64")]
     marks = [f"{name}{'%16' if name in divisible else ''}" for name in integers]
     usage = resource_usage(kernel.asm["cubin"])
+    early, waited, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
+    assert bool(waited) == launch.options["launch_pdl"], (
+        f"{source.name} is launched early and does not wait, or vice versa"
+    )
     return Built(
         sm=sm,
         kernel=source.name,
@@ -219,6 +228,9 @@ def build(launch: Launch, sm: int) -> Built:
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=kernel.metadata.shared,
+        waits=bool(waited),
+        early_loads=early.count("ld.global") if waited else 0,
+        early_stores=early.count("st.global") if waited else 0,
     )
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.factories.released import RELEASED, write_dummy
 
+READ_WEIGHTS = {"_row_kernel", "_rms_norm_kernel"}
+DECODE_CHAIN = {*READ_WEIGHTS, "_gate_kernel", "_rope_and_write_kernel", "_attention_kernel", "_join_kernel"}
 SHARED_KIB = {80: 163, 90: 227}  # that a program may have
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -62,6 +64,10 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path, name: str, capabilities: 
         for row in rows:
             assert row["shared"] <= SHARED_KIB[sm] * 1024, row
             assert sm != 90 or not row["spilled"], row  # for an H100 the kernels are tuned
+            # The rules of opsin.kernels.triton.overlap, as the compiler left them.
+            assert row["waits"] == (sm >= 90 and row["kernel"] in DECODE_CHAIN), row
+            assert row["early_stores"] == 0, row
+            assert not row["waits"] or bool(row["early_loads"]) == (row["kernel"] in READ_WEIGHTS), row
 
 
 @pytest.mark.slow

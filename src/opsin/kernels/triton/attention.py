@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels.triton.overlap import can_overlap, follow
 
 _LOG2_E = 1.4426950408889634
 _KEYS_PER_SPLIT = 256
@@ -32,8 +33,9 @@ def _attention_kernel(
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_BEGIN: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -122,7 +124,9 @@ def _attention_kernel(
 @triton.jit(do_not_specialize=["num_splits"])
 def _join_kernel(
     partial_ptr, lse_ptr, out_ptr, num_splits, SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     place = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     h = tl.arange(0, BLOCK_H)
@@ -173,6 +177,7 @@ def paged_attention(
         partial = torch.empty((*shape, size), dtype=torch.float32, device=q_TNH.device)
         lse = torch.empty(shape, dtype=torch.float32, device=q_TNH.device)
     block_h = max(16, triton.next_power_of_2(size))
+    overlaps = can_overlap(q_TNH.device)
     visible, begin = inputs.visible_end_T, inputs.visible_begin_T
     _attention_kernel[(num_programs, num_kv, num_splits)](
         q_TNH, cache.key, cache.value, out_TNH, partial, lse,
@@ -185,10 +190,11 @@ def paged_attention(
         HAS_WINDOW=window is not None, HAS_VISIBLE=visible is not None, HAS_BEGIN=begin is not None,
         HAS_CAP=softcap is not None, HAS_SPLITS=num_splits > 1,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
-        num_warps=4 if block_m <= 64 else 8, num_stages=2,
+        PDL=overlaps, launch_pdl=overlaps, num_warps=4 if block_m <= 64 else 8, num_stages=2,
     )  # fmt: skip
     if num_splits > 1:
         _join_kernel[(num_tokens * num_heads,)](
-            partial, lse, out_TNH, num_splits, SIZE=size, BLOCK_H=block_h, BLOCK_S=max(8, num_splits), num_warps=2,
+            partial, lse, out_TNH, num_splits, SIZE=size, BLOCK_H=block_h, BLOCK_S=max(8, num_splits),
+            PDL=overlaps, launch_pdl=overlaps, num_warps=2,
         )  # fmt: skip
     return out_TNH

@@ -6,9 +6,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from opsin.kernels import reference
 from opsin.kernels.inputs import LayerCache
+from opsin.kernels.triton.overlap import can_overlap, follow
 
 _ACTIVATIONS = {
     "silu": 0,
@@ -36,18 +38,22 @@ def _activate(x, KIND: tl.constexpr):
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, weight_ptr, residual_ptr, out_ptr, sum_ptr, x_stride, num_columns, eps,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < num_columns
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + row * num_columns + column, mask=inside, other=0.0)
         tl.store(sum_ptr + row * num_columns + column, x, mask=inside)
     x32 = x.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(x32 * x32) / num_columns + eps)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * num_columns + column, (x32 * inverse * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -63,9 +69,11 @@ def rms_norm(
     if num_rows:
         block = triton.next_power_of_2(width)
         added = x_TD if residual_TD is None else residual_TD
+        overlaps = can_overlap(x_TD.device)
         _rms_norm_kernel[(num_rows,)](
             x_TD, weight_D, added, out_TD, sum_TD, x_TD.stride(0), width, eps,
-            HAS_RESIDUAL=residual_TD is not None, BLOCK=block, num_warps=4 if block <= 4096 else 8,
+            HAS_RESIDUAL=residual_TD is not None, BLOCK=block, PDL=overlaps, launch_pdl=overlaps,
+            num_warps=4 if block <= 4096 else 8,
         )  # fmt: skip
     return out_TD, sum_TD
 
@@ -135,7 +143,8 @@ def activation(x_TF: torch.Tensor, name: str) -> torch.Tensor:
 
 
 @triton.jit
-def _gate_kernel(x_ptr, out_ptr, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_kernel(x_ptr, out_ptr, width, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -154,9 +163,11 @@ def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
     out_TF = torch.empty((num_rows, width), dtype=gate_up_T2F.dtype, device=gate_up_T2F.device)
     if num_rows:
         block = min(1024, triton.next_power_of_2(width))
+        overlaps = can_overlap(gate_up_T2F.device)
         _gate_kernel[(num_rows, triton.cdiv(width, block))](
-            gate_up_T2F, out_TF, width, KIND=_ACTIVATIONS[name], BLOCK=block, num_warps=4
-        )
+            gate_up_T2F, out_TF, width,
+            KIND=_ACTIVATIONS[name], BLOCK=block, PDL=overlaps, launch_pdl=overlaps, num_warps=4,
+        )  # fmt: skip
     return out_TF
 
 
@@ -225,8 +236,9 @@ def _rope_and_write_kernel(
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     NUM_Q: tl.constexpr, NUM_K: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token)
     pair = tl.arange(0, BLOCK_PAIRS)[None, :]
@@ -288,6 +300,7 @@ def rope_and_write(
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TNH, k_TKH))
     if num_tokens:
         assert q_TNH.stride(2) == k_TKH.stride(2) == v_TKH.stride(2) == 1
+        overlaps = can_overlap(q_TNH.device)
         _rope_and_write_kernel[(num_tokens,)](
             q_TNH, k_TKH, v_TKH, q_out, k_out, cache.key, cache.value,
             cos_TR.contiguous(), sin_TR.contiguous(), slot_mapping_T,
@@ -295,7 +308,7 @@ def rope_and_write(
             NUM_Q=num_q, NUM_K=num_k, SIZE=size, PAIRS=pairs, BLOCK_Q=triton.next_power_of_2(num_q),
             BLOCK_K=triton.next_power_of_2(num_k), BLOCK_PAIRS=triton.next_power_of_2(pairs),
             BLOCK_REST=triton.next_power_of_2(max(1, size - 2 * pairs)), BLOCK_SIZE=triton.next_power_of_2(size),
-            num_warps=4,
+            PDL=overlaps, launch_pdl=overlaps, num_warps=4,
         )  # fmt: skip
     return q_out, k_out
 
