@@ -37,14 +37,29 @@ def test_pick_with_json_prints_one_object(opsin_command: Command, circle: Path) 
     assert sum(choice["probability"] for choice in report["choices"].values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("arguments", [["What?"], ["--choices", "yes,no", "picture.png"]])
-def test_pick_needs_a_question_and_choices(opsin_command: Command, arguments: list[str], circle: Path) -> None:
-    code, _, err = opsin_command("pick", *[str(circle) if word == "picture.png" else word for word in arguments])
-    assert code == 2
-    assert "--choices" in err
+@pytest.mark.parametrize("answers", [["red", "blue, very"], ["red,blue"], ["--choices", "red,blue"]])
+def test_pick_takes_answers_behind_the_question(opsin_command: Command, circle: Path, answers: list[str]) -> None:
+    code, out, _ = opsin_command("pick", "-q", "--json", circle, "What color is the circle?", *answers)
+    report = json.loads(out)
+    assert (code, report["question"], report["best"]) == (0, "What color is the circle?", "red")
+    assert len(report["choices"]) == 2
 
 
-def test_pick_tells_what_is_wrong_with_choices_in_one_line(opsin_command: Command, circle: Path) -> None:
-    code, _, err = opsin_command("pick", "-q", circle, "What?", "--choices", "yes")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["What?"], 'its answers behind it: "Is there a cat?" yes no (see opsin pick --help)'),
+        (["--choices", "yes,no"], "give a question"),
+        (["", "yes", "no"], "give a question"),
+        (["Is it?", "--choices", "yes", "no"], "write all of them as --choices yes,no"),
+        (["Is it?", "yes"], "choices has 1 entries"),
+        (["Is it?", "yes", "yes"], "choices holds 'yes' more than once"),
+    ],
+)
+def test_pick_without_question_or_answers_says_how_they_are_given(
+    opsin_command: Command, arguments: list[str], message: str, circle: Path
+) -> None:
+    code, _, err = opsin_command("pick", circle, *arguments)
     assert code == 2
-    assert err.splitlines()[-1].startswith("opsin: error: choices has 1 entries")
+    assert message in err
+    assert err.count("\n") == 1  # before a model is loaded

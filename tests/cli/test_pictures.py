@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 
 import pytest
@@ -12,31 +13,43 @@ from opsin.errors import MediaError
 
 
 def test_inputs_with_question_last_are_split(picture: Path) -> None:
-    assert pictures.split_inputs([str(picture), "What is it?"], "?") == ([str(picture)], "What is it?")
+    assert pictures.split_inputs([str(picture), "What is it?"]) == ([str(picture)], ["What is it?"])
 
 
-def test_inputs_without_question_get_the_default(picture: Path) -> None:
-    assert pictures.split_inputs([str(picture), str(picture)], "default?") == ([str(picture)] * 2, "default?")
+def test_inputs_without_question_have_no_text(picture: Path) -> None:
+    assert pictures.split_inputs([str(picture), str(picture)]) == ([str(picture)] * 2, [])
 
 
 def test_inputs_of_a_question_alone_have_no_pictures() -> None:
-    assert pictures.split_inputs(["Hello?"], "?") == ([], "Hello?")
+    assert pictures.split_inputs(["Hello?"]) == ([], ["Hello?"])
+
+
+def test_inputs_with_answers_behind_the_question_keep_them(picture: Path) -> None:
+    assert pictures.split_inputs([str(picture), "Is it?", "yes", "no"]) == ([str(picture)], ["Is it?", "yes", "no"])
 
 
 def test_inputs_accept_urls() -> None:
     url = "https://example.org/a"
-    assert pictures.split_inputs([url, "Who?"], "?") == ([url], "Who?")
-    assert pictures.split_inputs([url], "default?") == ([url], "default?")
+    assert pictures.split_inputs([url, "Who?"]) == ([url], ["Who?"])
+    assert pictures.split_inputs([url]) == ([url], [])
 
 
-@pytest.mark.parametrize("inputs", [["nowhere.png", "What?"], ["nowhere.png"], ["What?", "and what?"]])
+@pytest.mark.parametrize(
+    "inputs", [["nowhere.png", "What?"], ["nowhere.png"], ["What?", "and what?"], ["What?", "nowhere.png"]]
+)
 def test_inputs_naming_no_picture_raise_media_error(inputs: list[str]) -> None:
-    with pytest.raises(MediaError, match="There is no picture"):
-        pictures.split_inputs(inputs, "?")
+    with pytest.raises(MediaError, match=f"There is no picture '{re.escape(inputs[0])}'"):
+        pictures.split_inputs(inputs, most_texts=1)
+
+
+@pytest.mark.parametrize("model", ["demo", "org/name", "."])
+def test_inputs_that_begin_with_a_model_raise_media_error_that_says_its_flag(model: str, picture: Path) -> None:
+    with pytest.raises(MediaError, match=f"A model is given as --model {re.escape(model)}"):
+        pictures.split_inputs([model, str(picture), "What?"])
 
 
 def test_question_that_ends_like_a_file_name_is_a_question(picture: Path) -> None:
-    assert pictures.split_inputs([str(picture), "Is this photo.png"], "?")[1] == "Is this photo.png"
+    assert pictures.split_inputs([str(picture), "Is this photo.png"])[1] == ["Is this photo.png"]
 
 
 def test_line_with_quoted_path_gives_picture_and_text(picture: Path) -> None:

@@ -144,7 +144,8 @@ def test_flag_of_vllms_is_answered_as_its_row_says(row: vllm_settings.Foreign) -
         ("serve --enforce-eager m", {"enforce_eager": True}),
         ('serve m --api-key \'["a", "b"]\' c', {"api_key": ("a", "b", "c")}),
         ("serve m --allowed-media-domains a.org b.org,c.org", {"allowed_media_domains": ("a.org", "b.org", "c.org")}),
-        ("chat --allowed-media-domains a.org b.org", {"allowed_media_domains": ("a.org", "b.org"), "model": None}),
+        ("chat m --allowed-media-domains a.org b.org", {"allowed_media_domains": ("a.org", "b.org"), "model": "m"}),
+        ("bench latency --num-iters 3 m", {"num_iters": 3, "model": "m"}),
         ("run --allowed-media-domains a.org b.png", {"allowed_media_domains": ("a.org",), "model": None}),
     ],
 )
@@ -196,6 +197,12 @@ def test_key_of_a_json_setting_stands_in_its_flag(line: str, name: str, expected
     [
         ("serve m --max-model 3", "unrecognized arguments: --max-model; did you mean --max-model-len?"),
         ("serve m --swap-spce 3", "did you mean --swap-space?"),
+        ("run a.png What? --temp 0", "did you mean --temperature?"),
+        ("run --image a.png", "--image; usage: opsin run [options] PICTURE... QUESTION (see"),
+        ("chat m extra", "opsin chat: error: unrecognized arguments: extra; usage: opsin chat [options] [MODEL] (see"),
+        ("bench latency --num-iter 3", "opsin bench latency: error: unrecognized arguments: --num-iter; did you mean"),
+        ("bench latency --image-size 640", "(see opsin bench latency --help)"),
+        ("models show", "(see opsin models show --help)"),
         ("chat --limit-mm-per-prompts.image 2", "did you mean --limit-mm-per-prompt?"),
         ("serve m --limit-mm-per-prompt. 3", "write --limit-mm-per-prompt.KEY VALUE"),
         ("serve m --hf-overrides.a", "write --hf-overrides.KEY VALUE"),
@@ -203,7 +210,10 @@ def test_key_of_a_json_setting_stands_in_its_flag(line: str, name: str, expected
         ("serve m --swap-space", "argument --swap-space: expected one argument"),
         ("serve m --port", "argument --port: expected one argument"),
         ("serve m --enforce-eager=yes", "ignored explicit argument 'yes'"),
-        ("serve m --zzz", "unrecognized arguments: --zzz (see"),
+        (
+            "serve m --zzz",
+            "unrecognized arguments: --zzz; usage: opsin serve [options] [MODEL] (see",
+        ),
     ],
 )
 def test_flag_that_is_wrong_costs_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ def test_unknown_setting_is_refused_by_name(folder: Path):
         ({"tensor_parallel_size": 2}, "only 1 is implemented"),
         ({"max_model_len": 10**6}, "positions end at 512"),
         ({"kv_cache_memory_bytes": 1000}, "Lower max_model_len"),
-        ({"device": "nonsense"}, "cannot be used here"),
+        ({"device": "gpu"}, "cannot be used here; write 'auto', 'cpu' or 'cuda'"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES=1"),
         ({"limit_mm_per_prompt": {"sound": 1}}, "keyed by 'image' or 'video'"),
         ({"block_size": 0}, "at least 1"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opsin.cli import environment
-from opsin.cli.flags import Parser, add_engine_flags, engine_settings
+from opsin.cli.flags import Parser, add_engine_flags, add_model_place, engine_settings
 from opsin.errors import ConfigError
 from opsin.params import SamplingParams
 
@@ -43,27 +43,30 @@ class Timeline(NamedTuple):
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "bench",
-        usage="opsin bench throughput|latency [options]",
+        usage="opsin bench throughput|latency [options] [MODEL]",
         help="measure throughput or latency",
         description="Measure an engine on synthetic, photo-like pictures made from --seed.",
         allow_abbrev=False,
     )
-    kinds = parser.add_subparsers(title="measurements", metavar="KIND", required=True, parser_class=Parser)
+    kinds = parser.add_subparsers(
+        prog="opsin bench", title="measurements", metavar="KIND", required=True, parser_class=Parser
+    )
     throughput = kinds.add_parser(
         "throughput",
-        usage="opsin bench throughput [options]",
+        usage="opsin bench throughput [options] [MODEL]",
         help="many requests at once",
         description="Send all requests at once and measure what comes out per second.",
         allow_abbrev=False,
     )
     latency = kinds.add_parser(
         "latency",
-        usage="opsin bench latency [options]",
+        usage="opsin bench latency [options] [MODEL]",
         help="one batch at a time",
         description="Send one batch after another and measure how long each answer takes.",
         allow_abbrev=False,
     )
     for kind, function in ((throughput, execute_throughput), (latency, execute_latency)):
+        add_model_place(kind)
         section = kind.add_argument_group("load")
         if kind is throughput:
             section.add_argument(

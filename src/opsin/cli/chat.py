@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from opsin.cli import pictures
-from opsin.cli.flags import add_engine_flags, engine_settings
+from opsin.cli.flags import add_engine_flags, add_model_place, engine_settings
 from opsin.cli.session import Session, add_sampling_flags, print_piece, sampling_params
 from opsin.errors import MediaError, RequestError, RequestFailedError
 from opsin.params import SamplingParams
@@ -26,13 +26,14 @@ HELP = """\
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "chat",
-        usage="opsin chat [options]",
+        usage="opsin chat [options] [MODEL]",
         help="talk with a model in the terminal",
         description="Talk with a model in the terminal.",
         epilog=f"in the conversation:\n{HELP}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_model_place(parser)
     parser.add_argument("--system", metavar="TEXT", default=argparse.SUPPRESS, help="A system message to begin with.")
     parser.add_argument("-q", "--quiet", action="store_true", help="No memory plan and no speed after each answer.")
     add_sampling_flags(parser)

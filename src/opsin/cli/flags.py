@@ -95,6 +95,17 @@ def add_option(
     )
 
 
+def add_model_place(parser: argparse.ArgumentParser) -> None:
+    """Let the model stand free on the command line, as ``--model`` does."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="Hugging Face id, local folder, or 'demo' for the model inside the package",
+    )
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag per engine setting, grouped as ``EngineConfig`` is, and ``--config``."""
     for group in config_groups():
@@ -200,17 +211,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     """
     command, depth = _command(parser, argv)
     first, words = list(argv[:depth]), spelt(argv[depth:])
-    if "--config" not in command._option_string_actions:  # it has no engine
-        args = parser.parse_args([*first, *words])
-        args.notices = []
-        return args
-    path = _config_of(words)
-    filed = Rewritten([], [])
-    if path is not None:
-        filed = rewrite(yaml_arguments(path, command), command, _KINDS, has_model=True)
-    has_model = any(word.startswith("--model=") for word in filed.words)
-    typed = rewrite(words, command, _KINDS, has_model=has_model)
-    args = parser.parse_args([*first, *filed.words, *typed.words])
+    filed, typed = Rewritten([], []), Rewritten(words, [])
+    if "--config" in command._option_string_actions:  # it has an engine
+        path = _config_of(words)
+        if path is not None:
+            filed = rewrite(yaml_arguments(path, command), command, _KINDS, has_model=True)
+        has_model = any(word.startswith("--model=") for word in filed.words)
+        typed = rewrite(words, command, _KINDS, has_model=has_model)
+    args, unknown = parser.parse_known_args([*first, *filed.words, *typed.words])
+    if unknown:  # said by the command, which knows its usage; ``parse_args`` would say it in the name of all
+        command.error(f"unrecognized arguments: {' '.join(unknown)}; usage: {command.usage}")
     args.notices = [*filed.notices, *typed.notices]
     return args
 

@@ -29,7 +29,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     parser.set_defaults(function=execute_list, parser=parser)
-    kinds = parser.add_subparsers(metavar="show", parser_class=Parser)
+    kinds = parser.add_subparsers(prog="opsin models", metavar="show", parser_class=Parser)
     show = kinds.add_parser(
         "show",
         usage="opsin models show [options] MODEL",

@@ -7,10 +7,12 @@ import mimetypes
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from opsin.cli.words import is_model
 from opsin.errors import MediaError
 
 _SUFFIXES = frozenset(".avif .bmp .gif .heic .heif .ico .jfif .jpeg .jpg .png .ppm .pgm .tif .tiff .webp".split())
@@ -97,22 +99,26 @@ def named(sources: Sequence[str], turn: int) -> Iterator[None]:
         raise MediaError(f"{which}: {error}", code=error.code, param=error.param) from error
 
 
-def split_inputs(inputs: Sequence[str], default_question: str) -> tuple[list[str], str]:
-    """Tell pictures from the question among the arguments of ``opsin run``.
+def split_inputs(inputs: Sequence[str], most_texts: int | None = None) -> tuple[list[str], list[str]]:
+    """Tell the pictures that a command's arguments begin with from the texts behind them.
 
-    The last argument is the question unless it is a picture; all others must be pictures.
+    Args:
+        most_texts: as many as the command takes.
 
     Raises:
-        MediaError: an argument that must be a picture is not there.
+        MediaError: what must be a picture is not there: there are more texts, or one can only have been meant as a
+            picture or as the model.
     """
-    *pictures, last = inputs
-    question = last
-    if is_url(last) or is_file(last) or (looks_like_picture(last) and " " not in last):
-        pictures, question = list(inputs), default_question
-    for picture in pictures:
-        if not is_url(picture) and not is_file(picture):
-            raise MediaError(f"There is no picture {picture!r}. Give paths or URLs first, then one quoted question.")
-    return pictures, question
+    pictures = list(takewhile(lambda word: is_url(word) or is_file(word), inputs))
+    texts = list(inputs[len(pictures) :])
+    names_picture = [looks_like_picture(text) and " " not in text for text in texts]
+    model = texts and is_model(texts[0])
+    if model or any(names_picture) or (most_texts is not None and len(texts) > most_texts):
+        advice = f" A model is given as --model {texts[0]}." if model else ""
+        raise MediaError(
+            f"There is no picture {texts[0]!r}. Give paths or URLs first, then one quoted question.{advice}"
+        )
+    return pictures, texts
 
 
 def split_line(line: str) -> tuple[list[str], str]:

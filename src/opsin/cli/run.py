@@ -41,7 +41,8 @@ def add_parser(commands: Commands) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    sources, question = pictures.split_inputs(args.inputs, DEFAULT_QUESTION)
+    sources, texts = pictures.split_inputs(args.inputs, most_texts=1)
+    question = texts[0] if texts else DEFAULT_QUESTION
     params = sampling_params(args)
     messages = [{"role": "system", "content": args.system}] if "system" in args else []
     messages.append(pictures.user_message(sources, question))

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from opsin.cli.flags import add_engine_flags, add_option, engine_settings
+from opsin.cli.flags import add_engine_flags, add_model_place, add_option, engine_settings
 from opsin.config import MediaConfig
 from opsin.errors import ConfigError, RequestError
 from opsin.server.config import ServerConfig
@@ -49,13 +49,7 @@ def add_parser(commands: Commands) -> None:
         epilog="example: opsin serve Qwen/Qwen2-VL-2B-Instruct --port 8000",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        default=argparse.SUPPRESS,
-        help="Hugging Face id, local folder, or 'demo' for the model inside the package",
-    )
+    add_model_place(parser)
     section = parser.add_argument_group("server: who may ask, how much, and where")
     hints = typing.get_type_hints(ServerConfig)
     for field in dataclasses.fields(ServerConfig):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from opsin.cli import environment
-from opsin.cli.flags import add_engine_flags, engine_settings
+from opsin.cli.flags import add_engine_flags, add_model_place, engine_settings
 from opsin.errors import ConfigError
 from opsin.params import SamplingParams
 
@@ -75,7 +75,7 @@ def add_parser(commands: Commands) -> None:
         epilog="example: opsin verify Qwen/Qwen2-VL-2B-Instruct --dtype float32",
         allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="as for 'opsin run'")
+    add_model_place(parser)
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     add_engine_flags(parser)
     parser.set_defaults(function=execute, parser=parser)

@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from opsin import vllm_settings
@@ -106,7 +106,7 @@ class _Rewriting:
         self._command = command
         self._kinds = kinds
         self._known = command._option_string_actions
-        self._places = [action for action in command._actions if not action.option_strings]
+        self._takes_model = [action.nargs for action in command._actions if not action.option_strings] == ["?"]
         self._notices: list[str] = []
 
     def run(self, words: Sequence[str], has_model: bool) -> Rewritten:
@@ -168,7 +168,7 @@ class _Rewriting:
 
     def _num_values(self, flag: str) -> int:
         """The most words that a flag takes."""
-        many = 2**31 if self._takes_model or not self._places else 1
+        many = 2**31 if self._takes_model else 1
         action = self._action(flag)
         if action is not None:
             return 0 if action.nargs == 0 else many if self._is_list(action) else 1
@@ -192,10 +192,6 @@ class _Rewriting:
     def _is_list(self, action: argparse.Action) -> bool:
         return action.type in self._kinds.lists
 
-    @property
-    def _takes_model(self) -> bool:
-        return [place.nargs for place in self._places] == ["?"]
-
     def _free_model(self, parts: list[_Part]) -> None:
         """Take the MODEL from behind a list, where no other word is free and none of ``--model`` is there.
 
@@ -204,7 +200,7 @@ class _Rewriting:
         if any(not part.flag or self._known.get(part.flag) is self._known.get("--model") for part in parts):
             return
         long = [i for i, part in enumerate(parts) if len(part.words) > 1 and self._num_values(part.flag) > 1]
-        named = [i for i in long if _is_model(parts[i].words[-1])]
+        named = [i for i in long if is_model(parts[i].words[-1])]
         if len(named) == 1:
             parts.append(_Part("", [parts[named[0]].words.pop()]))
         elif long:  # the values stay unsaid: they may be keys
@@ -264,7 +260,7 @@ class _Rewriting:
     def _refuse_unknown(self, flag: str) -> NoReturn:
         names = [name for row in vllm_settings.TABLE for name in row.names]
         near = _nearest(flag.partition(".")[0], [*self._known, *names])
-        hint = f"; did you mean {near}?" if near else ""
+        hint = f"; did you mean {near}?" if near else f"; usage: {self._command.usage}"
         self._command.error(f"unrecognized arguments: {flag}{hint}")  # exits
         raise AssertionError
 
@@ -273,9 +269,14 @@ def _long(action: argparse.Action) -> str:
     return next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
 
 
-def _is_model(word: str) -> bool:
+def is_model(word: str) -> bool:
+    """Whether the word can name a model: a folder, a Hugging Face id, the one inside the package."""
     return word == "demo" or os.path.isdir(word) or _HUB_ID.fullmatch(word) is not None
 
 
-def _nearest(flag: str, names: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(flag, list(names), n=1)), None)
+def _nearest(flag: str, names: Sequence[str]) -> str | None:
+    """The only flag that begins so; or one so much alike that it must have been meant."""
+    longer = [name for name in names if name.startswith(flag)]
+    if len(longer) == 1:
+        return longer[0]
+    return next(iter(difflib.get_close_matches(flag, names, n=1, cutoff=0.75)), None)

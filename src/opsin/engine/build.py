@@ -241,7 +241,10 @@ def resolve_device(config: DeviceConfig) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device is {config.device!r}, which cannot be used here: {reason}") from error
+        raise ConfigError(
+            f"device is {config.device!r}, which cannot be used here; write 'auto', 'cpu' or 'cuda'. "
+            f"Torch says: {reason}"
+        ) from error
     return device
 
 
