@@ -34,6 +34,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import opsin
+
 _CANARY_TOKENS = 64
 _PROBE_S = 0.1
 _POOLS = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "pictures_decoding")
@@ -273,7 +275,7 @@ def _circumstances(flags: Sequence[str], load_before: tuple[float, ...]) -> dict
         "command": " ".join(["python", *sys.argv]),
         "server_flags": " ".join(flags),
         "commit": commit.stdout.strip(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "opsin")},
+        "versions": {"python": platform.python_version()} | {"torch": version("torch"), "opsin": opsin.__version__},
         "cores": len(os.sched_getaffinity(0)),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load_average": [[round(one, 2) for one in load] for load in (load_before, os.getloadavg())],

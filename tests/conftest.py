@@ -1,6 +1,16 @@
 """What holds for every test: one thread, no network, and GPU tests only where there is a GPU."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# Tests leave nothing in the user's own cache.
+os.environ.setdefault(
+    "PLAYWRIGHT_BROWSERS_PATH",
+    os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ms-playwright"),
+)
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="opsin-tests-")
 
 # Read when torch, tokenizers, huggingface_hub and triton are first imported, so before any test module is.
 os.environ["OMP_NUM_THREADS"] = "1"  # spinning OpenMP threads turn milliseconds into seconds on a busy machine
@@ -18,6 +28,9 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.factory import LlavaShape
+
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,7 +39,8 @@ class Checkpoint:
         if config.model.generation_config not in ("auto", "vllm"):
             generation = read_generation_config(Path(config.model.generation_config).expanduser())
             files = replace(files, generation_config=generation)
-        tokenizer = Tokenizer.from_folder(_tokenizer_folder(config.model, files), files.generation_config)
+        folder = _tokenizer_folder(config.model, files)
+        tokenizer = Tokenizer.from_folder(folder, files.generation_config, cache=_cache_folder())
         rule = family.load_rule().from_hf(files.config, files.processor, tokenizer)
         return cls(files, family, tokenizer, rule)
 
@@ -91,6 +92,13 @@ def find(config: ModelConfig) -> tuple[ModelFiles, Family]:
         weights=config.load_format != "dummy",
     )
     return files, resolve(files.config)
+
+
+def _cache_folder() -> Path | None:
+    """Where this user's tokenizers are kept, by the XDG base directory specification; None without a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
+    return Path(base) / "opsin" / "tokenizers" if os.path.isabs(base) else None
 
 
 def _tokenizer_folder(config: ModelConfig, files: ModelFiles) -> Path:

@@ -1,7 +1,6 @@
 """The tokenizer: text to ids and back, special tokens recognised or deliberately not.
 
 Wraps the fast tokenizer that transformers' ``AutoTokenizer`` builds for a folder, and talks to its Rust half directly.
-transformers (and with it torch) is imported only when a folder is opened.
 """
 
 # transformers does not type what it loads.
@@ -10,12 +9,12 @@ transformers (and with it torch) is imported only when a folder is opened.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opsin.errors import UnsupportedModelError
+from opsin.processing.kept_tokenizer import KeptTokenizer, open_tokenizer
 from opsin.processing.neutral import ControlStrings, Rendered, Span
 
 _LONG = 1024  # ids whose text takes longer to make than to ask for in a batch
@@ -36,7 +35,7 @@ class Tokenizer:
     """One model's tokenizer.
 
     Args:
-        hf: a fast transformers tokenizer.
+        hf: a fast transformers tokenizer, or what was kept of one.
         generation_config: the checkpoint's generation_config.json, for its end tokens.
 
     Attributes:
@@ -55,7 +54,7 @@ class Tokenizer:
             )
         backend.no_padding()
         backend.no_truncation()
-        self.hf = hf
+        self._hf = hf
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
         self._added_ids = {token.content: i for i, token in self._added.items()}
@@ -84,12 +83,22 @@ class Tokenizer:
         self.letter_id: int = self.encode("a", add_special_tokens=False)[-1]
 
     @classmethod
-    def from_folder(cls, folder: str | Path, generation_config: Mapping[str, Any] | None = None) -> Tokenizer:
-        """Open the tokenizer of a checkpoint folder; nothing is downloaded and no code of the checkpoint is run."""
-        from transformers import AutoTokenizer
+    def from_folder(
+        cls, folder: str | Path, generation_config: Mapping[str, Any] | None = None, *, cache: Path | None = None
+    ) -> Tokenizer:
+        """Open the tokenizer of a checkpoint folder; nothing is downloaded and no code of the checkpoint is run.
 
-        settings = {"local_files_only": True, "trust_remote_code": False, "config": _config_of(Path(folder))}
-        return cls(AutoTokenizer.from_pretrained(str(folder), **settings), generation_config)
+        Args:
+            cache: a folder where tokenizers are kept, so that the next start need not import transformers.
+        """
+        return cls(open_tokenizer(Path(folder), cache), generation_config)
+
+    @property
+    def hf(self) -> Any:
+        """The transformers tokenizer."""
+        if isinstance(self._hf, KeptTokenizer):
+            self._hf = self._hf.reopen()
+        return self._hf
 
     def to_json(self) -> str:
         """The tokenizer as a tokenizer.json."""
@@ -223,27 +232,6 @@ class Tokenizer:
         if right is not None and self._added[right].lstrip:
             piece = piece.rstrip()
         return piece
-
-
-def _config_of(folder: Path) -> Any:
-    """What AutoTokenizer need know of a checkpoint's config; None where it must read it itself.
-
-    Where tokenizer_config.json names a class, that is the kind of model alone. The real config's class would import
-    transformers' modelling code, half of the time that a start takes. A checkpoint that transformers has no code for
-    it would read alike, but with warnings that its users need not heed.
-    """
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
-
-    values, tokenizer_values = (_read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
-    is_foreign = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
-    if not is_foreign and "tokenizer_class" not in tokenizer_values:
-        return None
-    told = {name: values[name] for name in ("model_type", "tokenizer_class") if name in values}
-    return PreTrainedConfig.from_dict({**told, "_name_or_path": str(folder)})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _end_ids(eos_token_id: int | None, generation_config: Mapping[str, Any] | None) -> frozenset[int]:

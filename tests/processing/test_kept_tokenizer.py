@@ -1,0 +1,104 @@
+"""A start from the kept copy of a tokenizer is a start from transformers' own, and stale or broken copies are nobody's
+trouble."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opsin.processing.kept_tokenizer import KeptTokenizer, open_tokenizer
+from opsin.processing.tokenizer import Tokenizer
+from tests.processing import vocabularies
+
+TEXT = "Hello, wörld!  Two  spaces,\n<|im_end|> and </s> tokens. 你好"
+
+
+@pytest.fixture(params=vocabularies.KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    vocabularies.huggingface(request.param).save_pretrained(folder)
+    return folder
+
+
+def facts(tokenizer: Tokenizer) -> list[object]:
+    names = ("special_ids", "special_tokens_map", "chat_template", "bos_token", "eos_token_id", "eos_token_ids")
+    more = ("vocab_size", "is_byte_level", "byte_ids", "longest_piece", "letter_id", "special_strings")
+    ids = tokenizer.encode(TEXT)
+    return [getattr(tokenizer, name) for name in (*names, *more)] + [
+        ids, tokenizer.encode_plain(TEXT), tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=False)
+    ]  # fmt: skip
+
+
+def test_kept_copy_is_the_tokenizer(folder: Path, tmp_path: Path):
+    cache = tmp_path / "cache"
+    first, again = (Tokenizer.from_folder(folder, cache=cache) for _ in range(2))
+    assert not isinstance(first._hf, KeptTokenizer)
+    assert isinstance(again._hf, KeptTokenizer)
+    assert facts(again) == facts(first) == facts(Tokenizer.from_folder(folder))
+    assert type(again.hf) is type(first.hf)
+    assert again.hf.encode(TEXT) == first.hf.encode(TEXT)
+    assert [path.suffix for path in cache.iterdir()] == [".json"]
+
+
+def test_changed_file_or_other_versions_make_a_new_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    vocabularies.huggingface(vocabularies.KINDS[0]).save_pretrained(folder)
+    open_tokenizer(folder, cache)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert not isinstance(open_tokenizer(folder, cache), KeptTokenizer)
+    assert open_tokenizer(folder, cache).chat_template == "{{ messages }}"
+    monkeypatch.setattr("opsin.processing.kept_tokenizer.version", lambda name: f"{name} of tomorrow")
+    assert not isinstance(open_tokenizer(folder, cache), KeptTokenizer)
+    assert len(list(cache.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"bos_token": 1}\n{', "\x00" * 100])
+def test_damaged_copy_is_made_anew(damage: str, tmp_path: Path):
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    vocabularies.huggingface(vocabularies.KINDS[0]).save_pretrained(folder)
+    open_tokenizer(folder, cache)
+    (copy,) = cache.iterdir()
+    copy.write_text(damage)
+    assert not isinstance(open_tokenizer(folder, cache), KeptTokenizer)
+    assert isinstance(open_tokenizer(folder, cache), KeptTokenizer)
+
+
+def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path):
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    vocabularies.huggingface(vocabularies.KINDS[0]).save_pretrained(folder)
+    cache.write_text("a file")
+    for _ in range(2):
+        assert open_tokenizer(folder, cache).encode("x")
+    assert cache.read_text() == "a file"
+
+
+def test_few_copies_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("opsin.processing.kept_tokenizer._MAX_KEPT", 2)
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    vocabularies.huggingface(vocabularies.KINDS[0]).save_pretrained(folder)
+    for number in range(4):
+        (folder / "chat_template.jinja").write_text(f"{number}")
+        open_tokenizer(folder, cache)
+    assert len(list(cache.iterdir())) == 2
+    assert isinstance(open_tokenizer(folder, cache), KeptTokenizer)
+
+
+def test_kept_copy_is_opened_without_torch_and_transformers(tmp_path: Path):
+    folder = tmp_path / "model"
+    vocabularies.huggingface(vocabularies.KINDS[0]).save_pretrained(folder)
+    code = (
+        "import sys; from pathlib import Path; from opsin.processing.tokenizer import Tokenizer;"
+        f"Tokenizer.from_folder(Path({str(folder)!r}), cache=Path({str(tmp_path / 'cache')!r}));"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env={"PYTHONPATH": ":".join(sys.path)},
+        ).stdout.strip()
+        for _ in range(2)
+    ]  # fmt: skip
+    assert told == ["['torch', 'transformers']", "[]"]
