@@ -212,6 +212,8 @@ def test_packed_linear_equals_reference(dtype, num_tokens):
     out = kernels.linear(x, kernels.pack_linear(weight), bias)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
     torch.testing.assert_close(out, reference.linear(x, weight, bias), atol=tolerance, rtol=tolerance)
+    gated = kernels.gated_linear(x, kernels.pack_linear(weight), bias, "silu")
+    assert torch.equal(gated, reference.gated_activation(out, "silu"))
 
 
 def test_select_unknown_name_is_refused():

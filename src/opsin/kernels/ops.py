@@ -86,6 +86,14 @@ class GatedActivation(Protocol):
         ...
 
 
+class GatedLinear(Protocol):
+    def __call__(
+        self, x_TI: torch.Tensor, weight_2FI: torch.Tensor, bias_2F: torch.Tensor | None, name: str
+    ) -> torch.Tensor:
+        """``gated_activation`` of ``linear``: (T, F)."""
+        ...
+
+
 class ApplyRope(Protocol):
     def __call__(
         self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
@@ -205,6 +213,7 @@ class Kernels:
     layer_norm: LayerNorm
     activation: Activation
     gated_activation: GatedActivation
+    gated_linear: GatedLinear
     apply_rope: ApplyRope
     write_kv: WriteKV
     rope_and_write: RopeAndWrite

@@ -82,6 +82,10 @@ def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
     return ACTIVATIONS[name](gate_TF).mul_(up_TF)
 
 
+def gated_linear(x_TI: torch.Tensor, weight_2FI: torch.Tensor, bias_2F: torch.Tensor | None, name: str) -> torch.Tensor:
+    return gated_activation(linear(x_TI, weight_2FI, bias_2F), name)
+
+
 def apply_rope(
     q_TNH: torch.Tensor, k_TKH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,6 +338,7 @@ KERNELS = Kernels(
     layer_norm=layer_norm,
     activation=activation,
     gated_activation=gated_activation,
+    gated_linear=gated_linear,
     apply_rope=apply_rope,
     write_kv=write_kv,
     rope_and_write=rope_and_write,
