@@ -156,10 +156,14 @@ class VarlenAttention(Protocol):
         k_PNH: torch.Tensor,
         v_PNH: torch.Tensor,
         cu_seqlens_B1: torch.Tensor,
-        seq_lens: tuple[int, ...],
+        seq_lens: tuple[int, ...] | None,
         scale: float,
     ) -> torch.Tensor:
-        """Every token sees all of its own sequence and nothing else. ``seq_lens`` is the host's copy of the lengths."""
+        """Every token sees all of its own sequence and nothing else; a sequence may be empty.
+
+        Args:
+            seq_lens: the host's copy of the lengths; None where only the device knows them.
+        """
         ...
 
 

@@ -287,10 +287,14 @@ def varlen_attention(
     k_PNH: torch.Tensor,
     v_PNH: torch.Tensor,
     cu_seqlens_B1: torch.Tensor,
-    seq_lens: tuple[int, ...],
+    seq_lens: tuple[int, ...] | None,
     scale: float,
 ) -> torch.Tensor:
-    """Neighbours of equal length run as one dense batch."""
+    """Neighbours of equal length run as one dense batch. Lengths that the device alone knows cost a mask of pairs."""
+    if seq_lens is None:
+        at_P = torch.arange(len(q_PNH), dtype=torch.int32, device=q_PNH.device)
+        sequence_P = torch.bucketize(at_P, cu_seqlens_B1, right=True)
+        return row_attention(q_PNH, k_PNH, v_PNH, sequence_P.unsqueeze(1) == sequence_P, scale, None)
     parts: list[torch.Tensor] = []
     begin = 0
     for length, run in itertools.groupby(seq_lens):
