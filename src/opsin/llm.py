@@ -384,9 +384,12 @@ class LLM:
         progress = Progress(len(readers), num_decoded()) if use_tqdm else None
 
         def settle(request_id: str, result: Output | OpsinError) -> None:
-            if isinstance(result, OpsinError) and not return_exceptions:
-                raise result
-            results[index_of.pop(request_id)] = result
+            index = index_of.pop(request_id)
+            if isinstance(result, OpsinError):
+                _note_place(result, index, len(readers))
+                if not return_exceptions:
+                    raise result
+            results[index] = result
             if progress is not None:
                 progress.advance(result, num_decoded())
 
@@ -425,6 +428,15 @@ class LLM:
             if progress is not None:
                 progress.close()
         return [result for result in results if result is not None]
+
+
+def _note_place(error: OpsinError, index: int, count: int) -> None:
+    """Have tracebacks say which prompt of a call an error is about, and where in it."""
+    places = [f"prompt {index} of {count} (counted from 0)"] if count > 1 else []
+    if isinstance(error, RequestError) and error.param is not None:
+        places.append(error.param)
+    if places:
+        error.add_note(f"This is about {', '.join(places)}.")
 
 
 def _conversations(messages: Any) -> list[Sequence[Message]]:

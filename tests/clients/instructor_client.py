@@ -3,7 +3,7 @@ from typing import Literal
 
 import instructor
 import openai
-from instructor.exceptions import InstructorRetryException
+from instructor.core import InstructorRetryException
 from pydantic import BaseModel
 
 picture = sys.stdin.read()

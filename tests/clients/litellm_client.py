@@ -1,5 +1,8 @@
 import asyncio
+import os
 import sys
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # read when it is imported, which would fetch prices otherwise
 
 import litellm
 

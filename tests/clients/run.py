@@ -2,14 +2,15 @@
 
     python tests/clients/run.py [NAME...]
 
-Environments are made once, under ``.clients`` (needs the package indexes). A client is a script that gets the server's
-address and a picture's data URL, and fails if an answer is not as it should be.
+Environments are made once, under ``.clients``, and again when their ranges change (needs the package indexes). A client
+is a script that gets the server's address and a picture's data URL, and fails if an answer is not as it should be.
 """
 
 from __future__ import annotations
 
 import base64
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,10 +34,10 @@ class Client(NamedTuple):
 
 
 CLIENTS = {
-    "openai-node": Client("openai_node.mjs", ("openai@^6",)),
-    "ai-sdk": Client("ai_sdk.mjs", ("ai@^6", "@ai-sdk/openai-compatible@^2", "zod@^4")),
+    "openai-node": Client("openai_node.mjs", ("openai@^7",)),
+    "ai-sdk": Client("ai_sdk.mjs", ("ai@^7", "@ai-sdk/openai-compatible@^3", "zod@^4")),
     "langchain": Client("langchain_client.py", ("langchain-openai>=1,<2",)),
-    "instructor": Client("instructor_client.py", ("instructor>=1.10,<2",)),
+    "instructor": Client("instructor_client.py", ("instructor>=1.11,<2",)),
     "litellm": Client("litellm_client.py", ("litellm>=1.80,<2",)),
     "schemathesis": Client("schemathesis_client.py", ("schemathesis>=4,<5",)),
 }
@@ -74,24 +75,27 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def prepare(name: str, client: Client) -> list[str]:
-    """Make the client's environment if there is none yet; the command that runs its script."""
+    """Make the client's environment if there is none of these packages yet; the command that runs its script."""
     folder = ENVIRONMENTS / name
-    ready = folder / ".ready"
+    ready, packages = folder / ".ready", "\n".join(client.packages)
+    is_made = ready.exists() and ready.read_text() == packages
+    if not is_made:
+        shutil.rmtree(folder, ignore_errors=True)
     if client.script.endswith(".mjs"):
-        if not ready.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+        if not is_made:
+            folder.mkdir(parents=True)
             subprocess.run(
                 ["npm", "install", "--silent", "--no-audit", "--no-fund", *client.packages], cwd=folder, check=True
             )
-            ready.touch()
+            ready.write_text(packages)
         script = folder / client.script  # Node looks for packages beside the script
         script.write_text((HERE / client.script).read_text())
         return ["node", str(script)]
     python = folder / "bin" / "python"
-    if not ready.exists():
+    if not is_made:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *client.packages], check=True)
-        ready.touch()
+        ready.write_text(packages)
     return [str(python), str(HERE / client.script)]
 
 

@@ -48,6 +48,23 @@ def test_generate_processor_options_of_another_kind_are_refused(llm: LLM, option
         llm.generate(asked(1), GREEDY, use_tqdm=False, mm_processor_kwargs=options)
 
 
+@pytest.mark.parametrize("return_exceptions", [False, True])
+def test_error_notes_which_prompt_and_which_picture_it_is_about(llm: LLM, return_exceptions: bool):
+    pictures = asked(1)["multi_modal_data"]["image"]
+    bad: Any = {"prompt": "<image><image>", "multi_modal_data": {"image": [*pictures, b"no picture"]}}
+    for prompts, note in (
+        ([asked(2), bad], "This is about prompt 1 of 2 (counted from 0), multi_modal_data.image.1."),
+        ([bad], "This is about multi_modal_data.image.1."),
+    ):
+        try:
+            *_, error = llm.generate(prompts, GREEDY, use_tqdm=False, return_exceptions=return_exceptions)
+        except RequestError as raised:
+            error = raised
+        assert isinstance(error, RequestError)
+        assert error.__notes__ == [note]
+    assert_idle(llm)
+
+
 def test_beam_search_ends_at_the_end_of_the_context(llm: LLM):
     prompt: Any = {"prompt_token_ids": [1] + [20] * 507}  # the context holds 512
     (found,) = llm.beam_search(prompt, BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True))

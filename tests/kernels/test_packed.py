@@ -131,9 +131,10 @@ def test_varlen_attention_equals_reference(seq_lens, dtype):
     qkv = torch.randn(sum(seq_lens), 3 * 2 * HEAD_DIM).to(dtype)
     q_PNH, k_PNH, v_PNH = (part.unflatten(-1, (2, HEAD_DIM)) for part in qkv.chunk(3, dim=-1))
     ends = torch.tensor([0, *seq_lens]).cumsum(0).int()
-    actual = packed.KERNELS.varlen_attention(q_PNH, k_PNH, v_PNH, ends, seq_lens, 0.25)
     expected = reference.varlen_attention(q_PNH, k_PNH, v_PNH, ends, seq_lens, 0.25)
-    torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=0)
+    for known in (seq_lens, None):
+        actual = packed.KERNELS.varlen_attention(q_PNH, k_PNH, v_PNH, ends, known, 0.25)
+        torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=0)
 
 
 def test_decode_with_much_to_gather_equals_reference(monkeypatch):

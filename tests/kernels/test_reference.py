@@ -139,12 +139,13 @@ def test_write_kv_stores_at_slots_and_nowhere_else():
     assert cache.key.abs().sum() == k.abs().sum()
 
 
-@pytest.mark.parametrize("seq_lens", [(4, 4, 4), (3, 3, 5, 1, 3), (6,)], ids=str)
-def test_varlen_attention_keeps_sequences_apart(seq_lens):
+@pytest.mark.parametrize("on_host", [True, False], ids=["known", "on-device"])
+@pytest.mark.parametrize("seq_lens", [(4, 4, 4), (3, 3, 5, 1, 3), (6,), (2, 0, 5, 0, 0)], ids=str)
+def test_varlen_attention_keeps_sequences_apart(seq_lens, on_host):
     total = sum(seq_lens)
     q, k, v = (torch.randn(total, HEADS, HEAD_DIM) for _ in range(3))
     cu = torch.tensor([0, *seq_lens]).cumsum(0).int()
-    out = reference.varlen_attention(q, k, v, cu, seq_lens, 0.25)
+    out = reference.varlen_attention(q, k, v, cu, seq_lens if on_host else None, 0.25)
     for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         scores = torch.einsum("qnh,knh->nqk", q[begin:end], k[begin:end]) * 0.25
         expected = torch.einsum("nqk,knh->qnh", scores.softmax(-1), v[begin:end])
@@ -212,6 +213,8 @@ def test_packed_linear_equals_reference(dtype, num_tokens):
     out = kernels.linear(x, kernels.pack_linear(weight), bias)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
     torch.testing.assert_close(out, reference.linear(x, weight, bias), atol=tolerance, rtol=tolerance)
+    gated = kernels.gated_linear(x, kernels.pack_linear(weight), bias, "silu")
+    assert torch.equal(gated, reference.gated_activation(out, "silu"))
 
 
 def test_select_unknown_name_is_refused():

@@ -269,6 +269,8 @@ def test_varlen_attention_equals_reference(kernels: Any, size: int, lens: tuple[
         q, k, v = rand(num_patches, 3 * heads, size, dtype=dtype).split(heads, dim=1)
         expected = reference.varlen_attention(q.float(), k.float(), v.float(), ends, lens, size**-0.5)
         assert_close(kernels.varlen_attention(q, k, v, ends, lens, size**-0.5), expected.to(dtype))
+        more = torch.cat([ends, ends[-1:].expand(5)])  # empty ones, as where a graph has room for them
+        assert_close(kernels.varlen_attention(q, k, v, more, None, size**-0.5), expected.to(dtype))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the neighbours' own results
@@ -291,6 +293,19 @@ def test_linear_equals_reference(kernels: Any, dtype: torch.dtype, rows: int, nu
     for bias in (None, rand(num_out, dtype=dtype, seed=2)):
         expected = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
         assert_close(kernels.linear(x, weight, bias), expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", COMPUTED_DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("num_in", "width"), [(64, 25), sized((1536, 8960), (1536, 21)), sized((3584, 18944), (3584, 5))]
+)
+def test_gated_linear_equals_reference(kernels: Any, dtype: torch.dtype, name: str, rows: int, num_in: int, width: int):
+    x, weight = rand(rows, num_in, dtype=dtype), rand(2 * width, num_in, seed=1).mul_(num_in**-0.5).to(dtype)
+    for bias in (None, rand(2 * width, dtype=dtype, seed=2)):
+        both = reference.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(dtype)
+        assert_close(kernels.gated_linear(x, weight, bias, name), reference.gated_activation(both, name))
 
 
 @pytest.mark.parametrize("window", [None, 24])

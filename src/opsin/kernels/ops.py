@@ -86,6 +86,14 @@ class GatedActivation(Protocol):
         ...
 
 
+class GatedLinear(Protocol):
+    def __call__(
+        self, x_TI: torch.Tensor, weight_2FI: torch.Tensor, bias_2F: torch.Tensor | None, name: str
+    ) -> torch.Tensor:
+        """``gated_activation`` of ``linear``: (T, F)."""
+        ...
+
+
 class ApplyRope(Protocol):
     def __call__(
         self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
@@ -148,10 +156,14 @@ class VarlenAttention(Protocol):
         k_PNH: torch.Tensor,
         v_PNH: torch.Tensor,
         cu_seqlens_B1: torch.Tensor,
-        seq_lens: tuple[int, ...],
+        seq_lens: tuple[int, ...] | None,
         scale: float,
     ) -> torch.Tensor:
-        """Every token sees all of its own sequence and nothing else. ``seq_lens`` is the host's copy of the lengths."""
+        """Every token sees all of its own sequence and nothing else; a sequence may be empty.
+
+        Args:
+            seq_lens: the host's copy of the lengths; None where only the device knows them.
+        """
         ...
 
 
@@ -205,6 +217,7 @@ class Kernels:
     layer_norm: LayerNorm
     activation: Activation
     gated_activation: GatedActivation
+    gated_linear: GatedLinear
     apply_rope: ApplyRope
     write_kv: WriteKV
     rope_and_write: RopeAndWrite

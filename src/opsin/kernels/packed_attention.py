@@ -51,10 +51,10 @@ def varlen_attention(
     k_PNH: torch.Tensor,
     v_PNH: torch.Tensor,
     cu_seqlens_B1: torch.Tensor,
-    seq_lens: tuple[int, ...],
+    seq_lens: tuple[int, ...] | None,
     scale: float,
 ) -> torch.Tensor:
-    if min(seq_lens, default=0) < _FEW_TOKENS:
+    if seq_lens is None or min(seq_lens, default=0) < _FEW_TOKENS:
         return reference.varlen_attention(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, seq_lens, scale)
     sequences = zip(*(x_PNH.split(seq_lens) for x_PNH in (q_PNH, k_PNH, v_PNH)), strict=True)
     parts = [_by_blocks(q, k, v, None, scale, None, is_causal=False) for q, k, v in sequences]

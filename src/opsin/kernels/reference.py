@@ -82,6 +82,10 @@ def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
     return ACTIVATIONS[name](gate_TF).mul_(up_TF)
 
 
+def gated_linear(x_TI: torch.Tensor, weight_2FI: torch.Tensor, bias_2F: torch.Tensor | None, name: str) -> torch.Tensor:
+    return gated_activation(linear(x_TI, weight_2FI, bias_2F), name)
+
+
 def apply_rope(
     q_TNH: torch.Tensor, k_TKH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -283,10 +287,14 @@ def varlen_attention(
     k_PNH: torch.Tensor,
     v_PNH: torch.Tensor,
     cu_seqlens_B1: torch.Tensor,
-    seq_lens: tuple[int, ...],
+    seq_lens: tuple[int, ...] | None,
     scale: float,
 ) -> torch.Tensor:
-    """Neighbours of equal length run as one dense batch."""
+    """Neighbours of equal length run as one dense batch. Lengths that the device alone knows cost a mask of pairs."""
+    if seq_lens is None:
+        at_P = torch.arange(len(q_PNH), dtype=torch.int32, device=q_PNH.device)
+        sequence_P = torch.bucketize(at_P, cu_seqlens_B1, right=True)
+        return row_attention(q_PNH, k_PNH, v_PNH, sequence_P.unsqueeze(1) == sequence_P, scale, None)
     parts: list[torch.Tensor] = []
     begin = 0
     for length, run in itertools.groupby(seq_lens):
@@ -334,6 +342,7 @@ KERNELS = Kernels(
     layer_norm=layer_norm,
     activation=activation,
     gated_activation=gated_activation,
+    gated_linear=gated_linear,
     apply_rope=apply_rope,
     write_kv=write_kv,
     rope_and_write=rope_and_write,

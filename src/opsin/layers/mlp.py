@@ -21,7 +21,12 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(place, intermediate_size, hidden_size, bias=bias, shard="in")
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.kernels.gated_activation(self.gate_up_proj(x_TD), self.act))
+        merged = self.gate_up_proj
+        if merged.weight_scale is None:
+            gated_TF = self.kernels.gated_linear(x_TD, merged.weight, merged.bias, self.act)
+        else:
+            gated_TF = self.kernels.gated_activation(merged(x_TD), self.act)
+        return self.down_proj(gated_TF)
 
 
 class MLP(nn.Module):

@@ -12,7 +12,7 @@ from opsin.kernels import reference
 from opsin.kernels.inputs import LayerCache
 from opsin.kernels.triton.overlap import can_overlap, follow
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": 0,
     "swish": 0,
     "gelu_pytorch_tanh": 1,
@@ -24,7 +24,7 @@ _ACTIVATIONS = {
 
 
 @triton.jit
-def _activate(x, KIND: tl.constexpr):
+def activate(x, KIND: tl.constexpr):
     if KIND == 0:
         return x * tl.sigmoid(x)
     elif KIND == 1:  # 0.5 * (1 + tanh(u)) is sigmoid(2 u)
@@ -127,17 +127,17 @@ def _activation_kernel(x_ptr, out_ptr, num_values, KIND: tl.constexpr, BLOCK: tl
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_values
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, _activate(x, KIND).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, activate(x, KIND).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def activation(x_TF: torch.Tensor, name: str) -> torch.Tensor:
     """As ``reference.activation``, which also takes the names that have no kernel here."""
-    if name not in _ACTIVATIONS or not x_TF.is_contiguous() or not x_TF.numel():
+    if name not in ACTIVATIONS or not x_TF.is_contiguous() or not x_TF.numel():
         return reference.activation(x_TF, name)
     out_TF = torch.empty_like(x_TF)
     block = 4096
     _activation_kernel[(triton.cdiv(x_TF.numel(), block),)](
-        x_TF, out_TF, x_TF.numel(), KIND=_ACTIVATIONS[name], BLOCK=block, num_warps=8
+        x_TF, out_TF, x_TF.numel(), KIND=ACTIVATIONS[name], BLOCK=block, num_warps=8
     )
     return out_TF
 
@@ -151,13 +151,13 @@ def _gate_kernel(x_ptr, out_ptr, width, KIND: tl.constexpr, BLOCK: tl.constexpr,
     gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0)
     # Rounded before the product, as the reference rounds.
-    gate = _activate(gate, KIND).to(out_ptr.dtype.element_ty)
+    gate = activate(gate, KIND).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * width + column, gate * up, mask=inside)
 
 
 def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
     """As ``reference.gated_activation``, which also takes the names that have no kernel here."""
-    if name not in _ACTIVATIONS or not gate_up_T2F.is_contiguous():
+    if name not in ACTIVATIONS or not gate_up_T2F.is_contiguous():
         return reference.gated_activation(gate_up_T2F, name)
     num_rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     out_TF = torch.empty((num_rows, width), dtype=gate_up_T2F.dtype, device=gate_up_T2F.device)
@@ -166,7 +166,7 @@ def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
         overlaps = can_overlap(gate_up_T2F.device)
         _gate_kernel[(num_rows, triton.cdiv(width, block))](
             gate_up_T2F, out_TF, width,
-            KIND=_ACTIVATIONS[name], BLOCK=block, PDL=overlaps, launch_pdl=overlaps, num_warps=4,
+            KIND=ACTIVATIONS[name], BLOCK=block, PDL=overlaps, launch_pdl=overlaps, num_warps=4,
         )  # fmt: skip
     return out_TF
 

@@ -3,8 +3,8 @@ and later.
 
 A decode step is a chain of a few hundred kernels of some microseconds each, and between two of them a GPU idles for one
 or more. Launched with ``launch_pdl``, a kernel gets its processors as soon as every program of the one ahead has called
-``gdc_launch_dependents`` or has ended; ``gdc_wait`` then holds it until the one ahead has ended and what was written can
-be seen. What lies before ``gdc_wait``, above all reading weights, overlaps with the kernels ahead.
+``gdc_launch_dependents`` or has ended; ``gdc_wait`` then holds it until the one ahead has ended and its writes can be
+seen. What lies before ``gdc_wait``, above all reading weights, overlaps with the kernels ahead.
 
 Why nothing is read too early or overwritten too late. Kernels launched so obey two rules:
 
@@ -14,11 +14,11 @@ Why nothing is read too early or overwritten too late. Kernels launched so obey 
 
 By rule 1 such a kernel ends later than the one ahead of it, and so, by induction, than everything ahead in the stream.
 Whoever has waited for its neighbour has therefore waited for all: also for the writer of a tensor that went past
-several kernels, and for the readers of memory that the allocator gives to another tensor, even where all kernels of a chain
-have called ``gdc_launch_dependents`` and lie on the processors at once. So reads and writes are in the very order that
-they have without this. Kernels launched otherwise (torch's, cuBLAS's, others of this package), copies and events come
-when the kernel ahead has ended, thus everything ahead; a kernel of ours behind one of these waits for its end, too.
-Captured, the order becomes a graph's edges of the same meaning.
+several kernels, and for the readers of memory that the allocator gives to another tensor, even where all kernels of a
+chain have called ``gdc_launch_dependents`` and lie on the processors at once. So reads and writes are in the very order
+that they have without this. Kernels launched otherwise (torch's, cuBLAS's, others of this package), copies and events
+come when the kernel ahead has ended, thus everything ahead; a kernel of ours behind one of these waits for its end,
+too. Captured, the order becomes a graph's edges of the same meaning.
 
 Nothing starves: a kernel starts when all programs of the one ahead have their processors, so those that wait keep
 nobody from running that they wait for.

@@ -103,7 +103,7 @@ def varlen_attention(
     k_PNH: torch.Tensor,
     v_PNH: torch.Tensor,
     cu_seqlens_B1: torch.Tensor,
-    seq_lens: tuple[int, ...],
+    seq_lens: tuple[int, ...] | None,
     scale: float,
 ) -> torch.Tensor:
     """As ``reference.varlen_attention``; reads queries, keys and values in place, from the fused projection.
@@ -116,9 +116,10 @@ def varlen_attention(
     assert q_PNH.stride(2) == 1
     out_PNH = torch.empty((num_patches, num_heads, size), dtype=q_PNH.dtype, device=q_PNH.device)
     main, rest = head_parts(size)
+    num_rows = len(cu_seqlens_B1) - 1
     triton.set_allocator(_allocate)  # of this thread
-    _varlen_kernel[(num_patches // _BLOCK_M + len(seq_lens), num_heads)](
-        q_PNH, k_PNH, v_PNH, out_PNH, cu_seqlens_B1, len(seq_lens), scale * _LOG2_E,
+    _varlen_kernel[(num_patches // _BLOCK_M + num_rows, num_heads)](
+        q_PNH, k_PNH, v_PNH, out_PNH, cu_seqlens_B1, num_rows, scale * _LOG2_E,
         q_PNH.stride(0), q_PNH.stride(1), k_PNH.stride(0), k_PNH.stride(1), v_PNH.stride(0), v_PNH.stride(1),
         num_heads * size, SIZE=size, MAIN=main, REST=rest, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N,
         num_warps=8, num_stages=3,
