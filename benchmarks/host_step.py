@@ -89,6 +89,9 @@ class NoModel:
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(hidden_BD), _VOCAB, device=self._device)
 
+    def ranking(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        return self.logits(hidden_BD)
+
 
 class _Nothing:
     def replay(self) -> None: ...

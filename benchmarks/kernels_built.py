@@ -146,7 +146,7 @@ def run_decoder(model: VisionLanguageModel, kv_dtype: torch.dtype) -> dict[str, 
         positions = torch.empty(model.spec.num_position_axes, num_tokens, dtype=torch.int64, device=META)
         hidden = model.embed(torch.empty(num_tokens, dtype=torch.int64, device=META))
         hidden = model.forward(hidden, positions, inputs, caches)
-        our_kernels.KERNELS.greedy(model.logits(hidden[: len(query_lens)]))
+        our_kernels.KERNELS.greedy(model.ranking(hidden[: len(query_lens)]))
 
     def decodes() -> None:
         for size in decode_sizes(MAX_ROWS):

@@ -247,16 +247,18 @@ def test_rope_and_write_equals_reference(kernels: Any, dtype: torch.dtype, heads
         assert_close(got, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_greedy_equals_reference_and_takes_the_first_of_equals(kernels: Any, dtype: torch.dtype):
     logits = rand(6, 151936, dtype=dtype)
-    logits[1, 7] = logits[1, 900] = logits[1, 150000] = 9.0
+    logits[0, 151935] = 9.0
+    logits[1, 2047] = logits[1, 2048] = logits[1, 2050] = logits[1, 150000] = 9.0
     logits[2, 5], logits[3, 8], logits[4] = float("nan"), float("inf"), float("-inf")
     ids, finite = kernels.greedy(logits)
     expected_ids, expected_finite = reference.greedy(logits)
     assert torch.equal(finite, expected_finite)
     assert torch.equal(ids[finite], expected_ids[finite])
-    assert ids[1] == 7
+    assert ids[0] == 151935
+    assert ids[1] == 2047
     assert ((ids >= 0) & (ids < 151936)).all()
 
 

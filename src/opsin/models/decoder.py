@@ -224,3 +224,7 @@ class Decoder(nn.Module):
         logits_BV = self.lm_head(hidden_BD).float()
         cap = self.config.logit_softcap
         return logits_BV if cap is None else torch.tanh(logits_BV / cap) * cap
+
+    def ranking(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """As ``logits``, but as the head rounds them where nothing is computed from that."""
+        return self.lm_head(hidden_BD) if self.config.logit_softcap is None else self.logits(hidden_BD)

@@ -12,7 +12,7 @@ from opsin.types import MediaLayout, ModelSpec
 
 
 class VisionLanguageModel(Protocol):
-    """Tower, projector and decoder behind four calls. All tensors are on the model's device.
+    """Tower, projector and decoder behind five calls. All tensors are on the model's device.
 
     ``spec`` says what planning needs.
     """
@@ -61,4 +61,8 @@ class VisionLanguageModel(Protocol):
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """(B, V) in float32."""
+        ...
+
+    def ranking(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """(B, V) in any dtype: of the same order as ``logits``, and finite where these are."""
         ...

@@ -99,3 +99,7 @@ class PictureModel(nn.Module, ABC):
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """(B, V) in float32."""
         return self.decoder.logits(hidden_BD)
+
+    def ranking(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """(B, V) in any dtype."""
+        return self.decoder.ranking(hidden_BD)

@@ -13,12 +13,12 @@ from opsin.kernels.triton.elementwise import (
     activation,
     apply_rope,
     gated_activation,
-    greedy,
     layer_norm,
     rms_norm,
     rope_and_write,
     write_kv,
 )
+from opsin.kernels.triton.greedy import greedy
 from opsin.kernels.triton.quantized import quantize_rows, quantized_linear
 from opsin.kernels.triton.resample import resample
 from opsin.kernels.triton.row_linear import gated_linear, linear

@@ -1,5 +1,5 @@
-"""Norms, activations, rotation and cache write, the choice of a token: memory-bound, so each reads its input once and
-writes its output once."""
+"""Norms, activations, rotation and cache write: memory-bound, so each reads its input once and writes its output
+once."""
 
 from __future__ import annotations
 
@@ -340,37 +340,3 @@ def write_kv(k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: LayerCache, slot_m
             k_TKH.stride(0), k_TKH.stride(1), v_TKH.stride(0), v_TKH.stride(1),
             NUM_HEADS=num_heads, SIZE=size, BLOCK=triton.next_power_of_2(num_heads * size), num_warps=4,
         )  # fmt: skip
-
-
-@triton.jit
-def _greedy_kernel(logits_ptr, id_ptr, finite_ptr, stride, vocab_size, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    where = tl.zeros([BLOCK], tl.int32)
-    has_nan = tl.zeros([BLOCK], tl.int32)
-    for begin in range(0, vocab_size, BLOCK):
-        at = begin + lane
-        value = tl.load(logits_ptr + row * stride + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
-        has_nan |= (value != value).to(tl.int32)
-        is_better = value > best
-        where = tl.where(is_better, at, where)
-        best = tl.where(is_better, value, best)
-    largest = tl.max(best, axis=0)
-    first = tl.min(tl.where(best == largest, where, vocab_size), axis=0)
-    is_finite = (largest < float("inf")) & (largest > float("-inf")) & (tl.max(has_nan, axis=0) == 0)
-    tl.store(id_ptr + row, tl.minimum(first, vocab_size - 1).to(tl.int64))
-    tl.store(finite_ptr + row, is_finite)
-
-
-def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``reference.greedy``; reads the logits once."""
-    num_rows, vocab_size = logits_BV.shape
-    ids_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
-    finite_B = torch.empty(num_rows, dtype=torch.bool, device=logits_BV.device)
-    if num_rows:
-        assert logits_BV.stride(1) == 1
-        _greedy_kernel[(num_rows,)](
-            logits_BV, ids_B, finite_B, logits_BV.stride(0), vocab_size, BLOCK=8192, num_warps=16
-        )
-    return ids_B, finite_B
