@@ -85,13 +85,18 @@ class Graph:
 
 @dataclass(slots=True)
 class Recorder:
-    """``opsin.runner.graphs.Recorder``, for a CPU."""
+    """``opsin.runner.graphs.Recorder``, for a CPU.
 
+    Args:
+        is_strict: nothing recorded may read on the host. Towers' whole passes do, what they made of torch there.
+    """
+
+    is_strict: bool = False
     graphs: list[Graph] = field(default_factory=list)
 
     def record(self, work: Callable[[], torch.Tensor], *, warm_up: bool) -> tuple[Graph, torch.Tensor]:
-        # The decoder's passes are those that are warmed up. Towers also use torch on the host, where they may read.
-        with noting() as uploads, _Operations(_REFUSED if warm_up else ()) as operations:
+        refused = _REFUSED if warm_up or self.is_strict else ()  # the decoder's passes are those that are warmed up
+        with noting() as uploads, _Operations(refused) as operations:
             result = work()
         assert not uploads, "a graph must not copy from the host"
         self.graphs.append(Graph(self, operations.noted, result))

@@ -1,43 +1,41 @@
 """Pixels to features: a pass through the vision tower, launched from Python or replayed.
 
-A pass over one picture is some hundred launches, for which Python needs longer than the device. What it does depends on
-the sizes of its tiles alone, so the whole of it, from bytes to features, is captured once its sizes have come again.
+A pass is some hundred launches, for which Python needs as long as the device does, or longer. What the tower's blocks
+do depends on the number of patches alone, so they are replayed from graphs of few sizes (``runner.trunk``). Before the
+answer to a single small picture even the launches around them count. What these do depends on the sizes of its tiles,
+so the whole pass, from bytes to features, is captured once such a picture has come again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from opsin.kernels import Kernels, select
 from opsin.layers.staging import Uploads, handing_out, noting
 from opsin.models.interface import VisionLanguageModel
+from opsin.models.towers.patches import MAX_PASS
+from opsin.models.towers.trunk import run_by
 from opsin.runner.executor import Pixels
+from opsin.runner.kept import Graph, KeptGraphs, Record
 from opsin.runner.pixels import PixelLoader
+from opsin.runner.trunk import TrunkGraphs
 from opsin.types import MediaLayout
 
 logger = logging.getLogger(__name__)
 
-_MAX_PATCHES = 4096  # a larger pass keeps the device busier than Python
+_MAX_PATCHES = (
+    4096  # of a picture whose whole pass is captured; beside a larger one's the launches around count for little
+)
 _MAX_GRAPHS = 32
-_MAX_REMEMBERED = 256  # sets of sizes
-_IDLE_PASSES = 256  # after which a graph may make way for another
+_MAX_REMEMBERED = 256  # pictures' sizes
 
 Tower = Callable[[Sequence[Pixels], Sequence[MediaLayout]], torch.Tensor]
 """Pixels of some items, and their layouts, to packed features (M, W)."""
-
-
-class Graph(Protocol):
-    def replay(self) -> None: ...
-
-
-class Record(Protocol):
-    """``Recorder.record``."""
-
-    def __call__(self, work: Callable[[], torch.Tensor], *, warm_up: bool) -> tuple[Graph, torch.Tensor]: ...
 
 
 class EagerTower:
@@ -68,83 +66,74 @@ class _Captured(NamedTuple):
     """A graph, and the memory outside its pool that it reads; nothing else keeps that alive."""
 
     graph: Graph
-    flats: list[torch.Tensor]
+    flat: torch.Tensor
     uploads: Uploads
     features_MW: torch.Tensor
 
 
 class ReplayedTower:
-    """Small passes from graphs, once their sizes have been met; others from Python.
+    """Passes whose blocks come from graphs; of a small picture alone, once its sizes have been met, all that it is.
 
     Args:
         tower: what to capture.
         record: see ``Recorder.record``.
+        max_patches: the most of a pass that is planned for.
     """
 
-    def __init__(self, tower: EagerTower, record: Record) -> None:
+    def __init__(self, tower: EagerTower, record: Record, max_patches: int = MAX_PASS) -> None:
         self._tower = tower
         self._record = record
-        self._met: dict[Any, int] = {}  # what a pass depends on: the number of the last pass like it, oldest first
-        self._graphs: dict[Any, _Captured] = {}
-        self._num_passes = 0
+        self._trunk = TrunkGraphs(record, tower.device, max_patches)
+        self._graphs: KeptGraphs[_Captured] = KeptGraphs(_MAX_GRAPHS, tower.device)
+        self._met: OrderedDict[Hashable, None] = OrderedDict()  # what has come once, oldest first
         self._is_capturable = True
 
     def __call__(self, items: Sequence[Pixels], layouts: Sequence[MediaLayout]) -> torch.Tensor:
-        if not self._is_capturable or sum(layout.num_patches for layout in layouts) > _MAX_PATCHES:
-            return self._tower(items, layouts)
-        # What a model may read of a layout: see VisionLanguageModel.encode.
-        sizes = tuple((tuple(x.plan.tile_sizes), len(x.plan.frames), x.numbers, x.num_features) for x in layouts)
-        self._num_passes += 1
-        captured = self._graphs.get(sizes)
-        if captured is not None:
+        if len(items) == 1 and self._is_capturable and layouts[0].num_patches <= _MAX_PATCHES:
+            (pixels,), (layout,) = items, layouts
+            # What a model may read of a layout: see VisionLanguageModel.encode.
+            sizes = (tuple(layout.plan.tile_sizes), len(layout.plan.frames), layout.numbers, layout.num_features)
+            captured = self._graphs.find(sizes)
+            if captured is not None:
+                self._tower.load(pixels, layout, captured.flat)
+                captured.graph.replay()
+                return captured.features_MW.clone()
+            if sizes in self._met and self._graphs.make_room():
+                return self._capture(sizes, pixels, layout)
             self._remember(sizes)
-            for item in zip(items, layouts, captured.flats, strict=True):
-                self._tower.load(*item)
-            captured.graph.replay()
-            return captured.features_MW.clone()
-        has_come_again = sizes in self._met
-        self._remember(sizes)
-        if not (has_come_again and self._make_room()):
+        with run_by(self._trunk):
             return self._tower(items, layouts)
-        return self._capture(sizes, items, layouts)
 
     @property
     def num_graphs(self) -> int:
+        """Of whole passes."""
         return len(self._graphs)
 
-    def _remember(self, sizes: Any) -> None:
+    @property
+    def num_trunk_graphs(self) -> int:
+        return len(self._trunk)
+
+    def _remember(self, sizes: Hashable) -> None:
         self._met.pop(sizes, None)
-        self._met[sizes] = self._num_passes
+        self._met[sizes] = None
         if len(self._met) > _MAX_REMEMBERED:
-            del self._met[next(known for known in self._met if known not in self._graphs)]
+            self._met.popitem(last=False)
 
-    def _make_room(self) -> bool:
-        """Give up the graph that has been idle longest, if there are many and it has been for long."""
-        if len(self._graphs) < _MAX_GRAPHS:
-            return True
-        oldest = next(known for known in self._met if known in self._graphs)
-        if self._num_passes - self._met[oldest] < _IDLE_PASSES:
-            return False
-        if self._tower.device.type == "cuda":
-            torch.cuda.synchronize(self._tower.device)  # it may still be running
-        del self._graphs[oldest]
-        return True
-
-    def _capture(self, sizes: Any, items: Sequence[Pixels], layouts: Sequence[MediaLayout]) -> torch.Tensor:
+    def _capture(self, sizes: Hashable, pixels: Pixels, layout: MediaLayout) -> torch.Tensor:
         """Run a pass from Python, and while the device is at it, record one for the next time."""
-        flats = [torch.empty(x.plan.num_bytes, dtype=torch.uint8, device=self._tower.device) for x in layouts]
-        for item in zip(items, layouts, flats, strict=True):
-            self._tower.load(*item)
+        del self._met[sizes]
+        flat = torch.empty(layout.plan.num_bytes, dtype=torch.uint8, device=self._tower.device)
+        self._tower.load(pixels, layout, flat)
         with noting() as uploads:
-            features_MW = self._tower.encode(flats, layouts)
+            features_MW = self._tower.encode([flat], [layout])
         try:
             with handing_out(uploads):
-                graph, replayed_MW = self._record(lambda: self._tower.encode(flats, layouts), warm_up=False)
+                graph, replayed_MW = self._record(lambda: self._tower.encode([flat], [layout]), warm_up=False)
         except RuntimeError as error:
-            logger.warning("The vision tower cannot be captured as a CUDA graph, so it runs without: %s", error)
+            logger.warning("Passes of the vision tower cannot be captured as CUDA graphs: %s", error)
             self._is_capturable = False
             return features_MW
-        self._graphs[sizes] = _Captured(graph, flats, uploads, replayed_MW)
+        self._graphs.keep(sizes, _Captured(graph, flat, uploads, replayed_MW))
         return features_MW
 
 

@@ -45,10 +45,11 @@ class VisionStore:
         if not items_pixels:
             return
         packed_MW = self.tower([pixels for _, pixels in items_pixels], [item.layout for item, _ in items_pixels])
-        parts = packed_MW.split([item.layout.num_features for item, _ in items_pixels])
-        for (item, _), part_MW in zip(items_pixels, parts, strict=True):
-            # A slice would keep the whole pack alive after the other items are dropped.
-            self._features[item.feature_id] = part_MW.clone() if len(items_pixels) > 1 else part_MW
+        parts: list[torch.Tensor] = [packed_MW]
+        if len(items_pixels) > 1:  # a slice would keep the whole pack alive after the other items are dropped
+            sizes = [item.layout.num_features for item, _ in items_pixels]
+            parts = torch.split_with_sizes_copy(packed_MW, sizes)  # pyright: ignore[reportAssignmentType]  it copies
+        self._features.update(zip([item.feature_id for item, _ in items_pixels], parts, strict=True))
 
     def scatter(
         self, hidden_TD: torch.Tensor, rows: Sequence[RowPlan], row_starts: Sequence[int]

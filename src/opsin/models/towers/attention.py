@@ -19,11 +19,11 @@ class Segments(NamedTuple):
 
     Attributes:
         cu_seqlens_B1: int32, on the device, where each begins, and the end of all.
-        seq_lens: patches in each.
+        seq_lens: patches in each; None where only the device knows.
     """
 
     cu_seqlens_B1: torch.Tensor
-    seq_lens: tuple[int, ...]
+    seq_lens: tuple[int, ...] | None
 
 
 class PatchAttention(nn.Module):

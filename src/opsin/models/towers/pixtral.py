@@ -16,7 +16,6 @@ from opsin.layers.linear import Linear
 from opsin.layers.mlp import GatedMLP
 from opsin.layers.norm import RMSNorm, normed
 from opsin.layers.rope import Rotary
-from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.attention import PatchAttention, Segments
@@ -85,7 +84,7 @@ class PixtralTower(nn.Module):
         self.patches = Patches(place, size, norm)
         self.patch_conv = Linear(place, 3 * size**2, width, bias=False, checkpoint_shape=(width, 3, size, size))
         self.ln_pre = RMSNorm(place, width, _NORM_EPS)
-        self.transformer = ViTEncoder(place, vit, lambda: PixtralBlock(place, vit))
+        self.transformer = ViTEncoder(place, vit, lambda: PixtralBlock(place, vit), self._rotary)
         head_dim = width // vit.num_heads
         inverse_R = 1.0 / config.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         # The first half of each head's pairs turns with the row, the second with the column.
@@ -98,9 +97,11 @@ class PixtralTower(nn.Module):
         packing = pack(grids, self.merge, None)
         blocks_MYX3 = torch.cat([cut_blocks(picture, patch * self.merge) for picture in pictures])
         x_PD = normed(self.ln_pre, self.patch_conv(self.patches(blocks_MYX3).flatten(0, 1)))
-        (positions_P2,) = upload([packing.positions_P2], x_PD.device)
+        return self.transformer.packed(x_PD, packing.full_lens, packing.positions_P2)
+
+    def _rotary(self, positions_P2: torch.Tensor) -> Rotary:
         angles_PR = (positions_P2.unsqueeze(-1) * self.inverse_2R).flatten(1)
-        return self.transformer.packed(x_PD, packing.full_lens, Rotary(angles_PR.cos(), angles_PR.sin()))
+        return Rotary(angles_PR.cos(), angles_PR.sin())
 
 
 class PixtralBlock(nn.Module):

@@ -8,8 +8,6 @@ blocks of pixels that become features, and each block into its patches.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,11 +24,11 @@ from opsin.layers.linear import Linear
 from opsin.layers.mlp import MLP, GatedMLP
 from opsin.layers.norm import LayerNorm, RMSNorm, added, normed
 from opsin.layers.rope import Rotary
-from opsin.layers.staging import upload
 from opsin.models.rule import PixelNorm
 from opsin.models.strict import StrictConfig
+from opsin.models.towers import trunk
 from opsin.models.towers.attention import PatchAttention, Segments
-from opsin.models.towers.packing import Packing, pack
+from opsin.models.towers.packing import pack
 from opsin.models.towers.patches import Patches, cut_blocks, in_passes
 
 _NORM_EPS = 1e-6
@@ -198,11 +196,6 @@ class QwenViTConfig:
             )
 
 
-def _ends(lens: Sequence[int]) -> np.ndarray:
-    """int32 (B + 1,): where sequences of these lengths begin and end."""
-    return np.cumsum((0, *lens), dtype=np.int32)
-
-
 class QwenTower(nn.Module):
     """Pictures to features, merger included."""
 
@@ -233,29 +226,34 @@ class QwenTower(nn.Module):
         patch = config.patch_size
         grids = [(picture[0].shape[0] // patch, picture[0].shape[1] // patch) for picture in pictures]
         packing = pack(grids, config.merge_size, config.window)
-        device = pictures[0][0].device
-        arrays = [packing.positions_P2, _ends(packing.full_lens), _ends(packing.window_lens)]
-        positions_P2, whole_ends, window_ends, *order = upload(
-            arrays if packing.order_M is None else [*arrays, packing.order_M], device
-        )
-        order_M = order[0] if order else None
-        x_MAD = self._embed(pictures)
-        x_PD = (x_MAD if order_M is None else x_MAD[order_M]).flatten(0, 1)
+        lens, numbers = [packing.full_lens], [packing.positions_P2]
+        if packing.order_M is not None and packing.places_M is not None:
+            lens.append(packing.window_lens)
+            numbers += [packing.order_M, packing.places_M]
         if self.positions is not None:
-            x_PD = x_PD + self.positions(packing).to(x_PD.dtype)
+            numbers.append(np.repeat(np.array(grids, dtype=np.int32), packing.full_lens, axis=0))
+        return trunk.run(self._trunk, self._embed(pictures), lens, numbers)
+
+    def _trunk(self, x_PD: torch.Tensor, segments: Sequence[Segments], numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Patches in the pictures' own order to features in that order, whatever the order of the packing between."""
+        config = self.config
+        positions_P2, *others = numbers
+        places_M = None
+        if config.window is not None:
+            order_M, places_M, *others = others
+            x_PD = x_PD.unflatten(0, (-1, config.merge_size**2)).index_select(0, order_M).flatten(0, 1)
+        if self.positions is not None:
+            x_PD = x_PD + self.positions(positions_P2, *others).to(x_PD.dtype)
         rotary = self._rotary(positions_P2)
-        whole = Segments(whole_ends, packing.full_lens)
-        windows = whole if config.window is None else Segments(window_ends, packing.window_lens)
         residual_PD = None
         deep: list[torch.Tensor] = []
         for number, block in enumerate(self.blocks):
-            x_PD, residual_PD = block(x_PD, residual_PD, rotary, whole if number in config.full_layers else windows)
+            sees = segments[0 if number in config.full_layers else -1]
+            x_PD, residual_PD = block(x_PD, residual_PD, rotary, sees)
             if number in config.deep_layers:
                 deep.append(self.deep_mergers[len(deep)](x_PD, residual_PD))
         features_MD = torch.cat([self.merger(x_PD, residual_PD), *deep], dim=1)
-        if order_M is None:
-            return features_MD
-        return torch.empty_like(features_MD).index_copy_(0, order_M, features_MD)
+        return features_MD if places_M is None else features_MD.index_select(0, places_M)
 
     def in_passes(self, items: Sequence[Sequence[torch.Tensor]], steps: Sequence[int]) -> torch.Tensor:
         """The features of all items, in as few passes as can be.
@@ -271,9 +269,9 @@ class QwenTower(nn.Module):
         return in_passes(self, pictures, [frames[0].shape[0] * frames[0].shape[1] // area for frames in pictures])
 
     def _embed(self, pictures: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """Patches by feature, (M, merge_size**2, D), in the pictures' order; stills and frames each in one product."""
-        config = self.config
-        edge, area = config.patch_size * config.merge_size, config.merge_size**2
+        """Patches, (P, D), in the pictures' order; stills and frames each in one product."""
+        patch = self.config.patch_size
+        edge = patch * self.config.merge_size
         parts: dict[int, torch.Tensor] = {}
         for moves in (False, True):
             chosen = [i for i, picture in enumerate(pictures) if (len(picture) > 1) == moves]
@@ -285,9 +283,9 @@ class QwenTower(nn.Module):
             ]
             x_PD = self.patch_embed([self.patches(frame_MYX3).flatten(0, 1) for frame_MYX3 in frames])
             if len(chosen) == len(pictures):
-                return x_PD.unflatten(0, (-1, area))
-            sizes = [pictures[i][0].shape[0] * pictures[i][0].shape[1] // edge**2 for i in chosen]
-            parts |= dict(zip(chosen, x_PD.unflatten(0, (-1, area)).split(sizes), strict=True))
+                return x_PD
+            sizes = [pictures[i][0].shape[0] * pictures[i][0].shape[1] // patch**2 for i in chosen]
+            parts |= dict(zip(chosen, x_PD.split(sizes), strict=True))
         return torch.cat([parts[i] for i in range(len(pictures))])
 
     def _rotary(self, positions_P2: torch.Tensor) -> Rotary:
@@ -305,17 +303,22 @@ class PositionGrid(nn.Module):
         self.edge = edge
         self.weight = place.parameter(edge**2, hidden_size)
 
-    def forward(self, packing: Packing) -> torch.Tensor:
-        """(P, D) of the packing's patches, in float32."""
-        longest_P2 = np.maximum(packing.sizes_P2 - 1, 1).astype(np.float32)
-        at_P2 = packing.positions_P2.astype(np.float32) * np.float32(self.edge - 1) / longest_P2
-        low_P2 = np.floor(at_P2).astype(np.int64)
-        far_P2 = at_P2 - low_P2.astype(np.float32)  # of the way to the next point
-        corners_412 = np.array(list(itertools.product((0, 1), repeat=2)))[:, None]  # below, right
-        index_4P = np.minimum(low_P2 + corners_412, self.edge - 1) @ np.array((self.edge, 1))
-        share_4P = np.abs(1 - corners_412.astype(np.float32) - far_P2).prod(-1)
-        corners = zip(*upload([index_4P, share_4P], self.weight.device), strict=True)
-        return functools.reduce(torch.add, (F.embedding(i, self.weight) * s.unsqueeze(1) for i, s in corners))
+    def forward(self, positions_P2: torch.Tensor, sizes_P2: torch.Tensor) -> torch.Tensor:
+        """(P, D) in float32.
+
+        Args:
+            positions_P2: row and column of each patch in its picture.
+            sizes_P2: rows and columns of that.
+        """
+        at_P2 = positions_P2.float() * (self.edge - 1) / (sizes_P2 - 1).clamp(min=1).float()
+        low_P2 = at_P2.floor()
+        far_P2 = at_P2 - low_P2  # of the way to the next point
+        points_22P = torch.stack([low_P2, (low_P2 + 1).clamp(max=self.edge - 1)]).long().transpose(1, 2)
+        shares_22P = torch.stack([1 - far_P2, far_P2]).transpose(1, 2)
+        index_4P = (points_22P[:, None, 0] * self.edge + points_22P[:, 1]).flatten(0, 1)
+        share_4P1 = (shares_22P[:, None, 0] * shares_22P[:, 1]).flatten(0, 1).unsqueeze(-1)
+        first_PD, *others = (F.embedding(i, self.weight) * share for i, share in zip(index_4P, share_4P1, strict=True))
+        return sum(others, first_PD)
 
 
 class PatchEmbedding(Linear):

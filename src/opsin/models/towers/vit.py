@@ -19,8 +19,8 @@ from opsin.layers import Placement
 from opsin.layers.mlp import MLP
 from opsin.layers.norm import LayerNorm
 from opsin.layers.rope import Rotary
-from opsin.layers.staging import upload
 from opsin.models.strict import StrictConfig
+from opsin.models.towers import trunk
 from opsin.models.towers.attention import PatchAttention, Segments
 
 
@@ -115,34 +115,40 @@ class ViTEncoder(nn.Module):
 
     Args:
         block: makes one, called as a ``ViTBlock`` is, where the tower has its own.
+        rotate: of towers whose positions are rotary: places (P, 2) to what turns their patches.
     """
 
-    def __init__(self, place: Placement, config: ViTConfig, block: Callable[[], nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        place: Placement,
+        config: ViTConfig,
+        block: Callable[[], nn.Module] | None = None,
+        rotate: Callable[[torch.Tensor], Rotary] | None = None,
+    ) -> None:
         super().__init__()
         self.select = config.select
+        self.rotate = rotate
         make = block or (lambda: ViTBlock(place, config))
         self.layers = nn.ModuleList(make() for _ in range(max(config.select)))
 
     def forward(self, x_BPD: torch.Tensor) -> torch.Tensor:
         """The selected hidden states side by side, in the order selected: (B, P, selected * D)."""
         num_tiles, length, _ = x_BPD.shape
-        steps = torch.arange(num_tiles + 1, dtype=torch.int32, device=x_BPD.device)
-        packed_PE = self._run(x_BPD.flatten(0, 1), Segments(steps * length, (length,) * num_tiles))
-        return packed_PE.unflatten(0, (num_tiles, length))
+        return self.packed(x_BPD.flatten(0, 1), (length,) * num_tiles).unflatten(0, (num_tiles, length))
 
-    def packed(self, x_PD: torch.Tensor, seq_lens: Sequence[int], rotary: Rotary | None = None) -> torch.Tensor:
+    def packed(self, x_PD: torch.Tensor, seq_lens: Sequence[int], places_P2: np.ndarray | None = None) -> torch.Tensor:
         """The same for pictures of unlike lengths, one after the other: (P, selected * D).
 
         Args:
-            rotary: of towers whose positions are rotary.
+            places_P2: what ``rotate`` takes.
         """
-        (cu_seqlens_B1,) = upload([np.cumsum((0, *seq_lens), dtype=np.int32)], x_PD.device)
-        return self._run(x_PD, Segments(cu_seqlens_B1, tuple(seq_lens)), rotary)
+        return trunk.run(self._trunk, x_PD, [seq_lens], [] if places_P2 is None else [places_P2])
 
-    def _run(self, x_PD: torch.Tensor, segments: Segments, rotary: Rotary | None = None) -> torch.Tensor:
+    def _trunk(self, x_PD: torch.Tensor, segments: Sequence[Segments], numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+        rotary = None if self.rotate is None else self.rotate(*numbers)
         states = {0: x_PD}
         for number, layer in enumerate(self.layers, start=1):
-            x_PD = layer(x_PD, segments, rotary)
+            x_PD = layer(x_PD, segments[0], rotary)
             if number in self.select:
                 states[number] = x_PD
         wanted = [states[number] for number in self.select]
