@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForCausalLM
 
-from opsin.models.pictures import CLIP_PIXELS
+from opsin.models.picture_settings import CLIP_PIXELS
 
 IMAGE = "<|image_1|>"
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opsin.errors import MediaError
-from opsin.models.pictures import request_settings
+from opsin.models.picture_settings import request_settings
 
 _MAX_ASPECT_RATIO = 200
 

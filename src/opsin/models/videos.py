@@ -11,7 +11,14 @@ import msgspec
 import numpy as np
 
 from opsin.errors import RequestError, UnsupportedModelError
-from opsin.models.pictures import CLIP_PIXELS, check_pixels, read_known, read_norm, read_resample, request_settings
+from opsin.models.picture_settings import (
+    CLIP_PIXELS,
+    check_pixels,
+    read_known,
+    read_norm,
+    read_resample,
+    request_settings,
+)
 from opsin.types import Clip
 
 T = TypeVar("T")

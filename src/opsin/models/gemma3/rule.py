@@ -12,23 +12,20 @@ from typing import Any, Self
 
 from opsin.errors import MediaError, RequestError
 from opsin.models.picture_rule import PictureRule, given_features, images_only
-from opsin.models.pictures import (
+from opsin.models.picture_settings import (
     CLIP_PIXELS,
     SIGLIP_NORM,
-    SquareTower,
-    agreed_id,
     checkpoint_settings,
-    plain_mark,
     read_count,
     read_norm,
     read_settings,
-    read_square_tower,
     request_settings,
     square_view,
-    token_ids,
     with_options,
 )
+from opsin.models.placeholders import agreed_id, plain_mark, token_ids
 from opsin.models.rule import TokenIds, TokenRun
+from opsin.models.square_tower import SquareTower, read_square_tower
 from opsin.types import Crop, MediaLayout, Modality, PixelPlan, View
 
 _TOKENS = {  # by the name of their ids in config.json

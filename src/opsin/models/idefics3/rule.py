@@ -18,21 +18,19 @@ from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
 from opsin.models.numerals import in_words
 from opsin.models.picture_rule import given_features, given_size, images_only
-from opsin.models.pictures import (
+from opsin.models.picture_settings import (
     CLIP_PIXELS,
     SIGLIP_NORM,
     check_built,
     check_pixels,
     checkpoint_settings,
-    plain_mark,
-    read_image_token,
     read_longest_size,
     read_resample,
     read_settings,
     request_settings,
-    token_ids,
     with_options,
 )
+from opsin.models.placeholders import plain_mark, read_image_token, token_ids
 from opsin.models.rule import TokenIds, TokenRun
 from opsin.models.tiles import Tile, TileRule, covering_grid, with_long_side
 from opsin.models.videos import VIDEO_PIXELS, check_video_pixels, read_video_settings, sample, without_ends

@@ -13,19 +13,17 @@ from typing import Any, Self
 
 from opsin.errors import UnsupportedModelError
 from opsin.models.picture_rule import images_only
-from opsin.models.pictures import (
+from opsin.models.picture_settings import (
     CLIP_PIXELS,
-    agreed_id,
     check_built,
     check_pixels,
     checkpoint_settings,
-    plain_mark,
     read_resample,
     read_settings,
     request_settings,
-    token_ids,
     with_options,
 )
+from opsin.models.placeholders import agreed_id, plain_mark, token_ids
 from opsin.models.rule import TokenIds, TokenRun
 from opsin.models.tiles import Tile, TileRule, grids
 from opsin.models.videos import VIDEO_PIXELS, check_enough, check_video_pixels, read_video_settings, sample, spaced

@@ -9,9 +9,9 @@ from opsin.errors import UnsupportedModelError
 from opsin.kernels.reference import ACTIVATIONS
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.pictures import CLIP_LARGE_336
 from opsin.models.projector import Projector
 from opsin.models.rule import PixelNorm
+from opsin.models.square_tower import CLIP_LARGE_336
 from opsin.models.strict import StrictConfig
 from opsin.models.tile_model import TileModel
 from opsin.models.towers.clip import ClipTower

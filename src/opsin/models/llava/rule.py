@@ -12,21 +12,21 @@ from typing import Any, Self
 from opsin.errors import RequestError
 from opsin.media.ops import output_size
 from opsin.models.picture_rule import PictureRule, images_only
-from opsin.models.pictures import (
+from opsin.models.picture_settings import (
     CLIP_PIXELS,
     SIGLIP_NORM,
     checkpoint_settings,
     per_channel,
-    read_image_token,
     read_norm,
     read_resample,
     read_settings,
     read_size,
-    read_square_tower,
     request_settings,
     with_options,
 )
+from opsin.models.placeholders import read_image_token
 from opsin.models.rule import TokenIds
+from opsin.models.square_tower import read_square_tower
 from opsin.types import Crop, MediaLayout, Modality, Pad, PixelOp, PixelPlan, Resize, View
 
 _CLIP_DEFAULTS: dict[str, Any] = {

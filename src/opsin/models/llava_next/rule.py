@@ -13,19 +13,19 @@ from typing import Any, ClassVar, Self, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.models.picture_rule import PictureRule, given_features, given_size, images_only
-from opsin.models.pictures import (
+from opsin.models.picture_settings import (
     CLIP_PIXELS,
     check_pixels,
     checkpoint_settings,
-    read_image_token,
     read_resample,
     read_settings,
     read_size,
-    read_square_tower,
     request_settings,
     with_options,
 )
+from opsin.models.placeholders import read_image_token
 from opsin.models.rule import TokenIds
+from opsin.models.square_tower import read_square_tower
 from opsin.types import MediaLayout, Modality, Pad, PixelPlan, Resize, View
 
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

@@ -16,15 +16,8 @@ from typing import Any, ClassVar, Self
 from opsin.errors import MediaError, RequestError, UnsupportedModelError
 from opsin.models.llava_next.rule import LlavaNextRule
 from opsin.models.picture_rule import given_features
-from opsin.models.pictures import (
-    CLIP_PIXELS,
-    agreed_id,
-    check_built,
-    checkpoint_settings,
-    plain_mark,
-    square_view,
-    with_options,
-)
+from opsin.models.picture_settings import CLIP_PIXELS, check_built, checkpoint_settings, square_view, with_options
+from opsin.models.placeholders import agreed_id, plain_mark
 from opsin.models.rule import TokenIds
 from opsin.models.videos import VIDEO_PIXELS, check_video_pixels, read_video_settings, sample, spread
 from opsin.types import Clip, MediaLayout, Modality, PixelPlan

@@ -11,17 +11,16 @@ from typing import Any, Self
 
 from opsin.errors import RequestError
 from opsin.models.picture_rule import PictureRule, given_features
-from opsin.models.pictures import (
+from opsin.models.picture_settings import (
     check_built,
     checkpoint_settings,
     per_channel,
-    plain_mark,
     read_count,
     read_settings,
     request_settings,
-    token_ids,
     with_options,
 )
+from opsin.models.placeholders import plain_mark, token_ids
 from opsin.models.rule import PixelNorm, TokenIds, TokenRun
 from opsin.models.slicing import nearest_grid, num_areas, overview, slice_grid, slices
 from opsin.types import Clip, MediaLayout, Modality, PixelPlan, View

@@ -12,20 +12,19 @@ from typing import Any, Self
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.models.picture_rule import PictureRule, given_size, images_only
-from opsin.models.pictures import (
+from opsin.models.picture_settings import (
     CLIP_PIXELS,
     check_built,
     check_pixels,
     checkpoint_settings,
     fitted_view,
-    read_image_token,
     read_longest_size,
     read_resample,
     read_settings,
     request_settings,
-    token_ids,
     with_options,
 )
+from opsin.models.placeholders import read_image_token, token_ids
 from opsin.models.rule import TokenIds, TokenRun
 from opsin.types import MediaLayout, Modality, PixelPlan
 

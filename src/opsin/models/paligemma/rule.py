@@ -10,20 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from opsin.models.picture_rule import PictureRule, images_only
-from opsin.models.pictures import (
+from opsin.models.picture_settings import (
     CLIP_PIXELS,
     SIGLIP_NORM,
-    SquareTower,
     checkpoint_settings,
-    read_image_token,
     read_norm,
     read_settings,
-    read_square_tower,
     square_view,
-    token_ids,
     with_options,
 )
+from opsin.models.placeholders import read_image_token, token_ids
 from opsin.models.rule import TokenIds
+from opsin.models.square_tower import SquareTower, read_square_tower
 from opsin.types import MediaLayout, Modality, PixelPlan
 
 _BOS = "<bos>"

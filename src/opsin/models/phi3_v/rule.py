@@ -13,8 +13,7 @@ from typing import Any, Self
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
 from opsin.models.picture_rule import PictureRule, images_only
-from opsin.models.pictures import (
-    CLIP_LARGE_336,
+from opsin.models.picture_settings import (
     CLIP_PIXELS,
     check_built,
     checkpoint_settings,
@@ -22,10 +21,11 @@ from opsin.models.pictures import (
     read_norm,
     read_settings,
     request_settings,
-    token_ids,
     with_options,
 )
+from opsin.models.placeholders import token_ids
 from opsin.models.rule import Placeholder, TokenIds
+from opsin.models.square_tower import CLIP_LARGE_336
 from opsin.models.tiles import Tile
 from opsin.types import MediaLayout, Modality, Pad, PixelPlan, Resize, View
 

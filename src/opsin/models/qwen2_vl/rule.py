@@ -17,18 +17,17 @@ import numpy as np
 
 from opsin.models.mrope import counted, given_grid, mrope_positions
 from opsin.models.picture_rule import PictureRule, images_only
-from opsin.models.pictures import (
+from opsin.models.picture_settings import (
     CLIP_PIXELS,
-    agreed_id,
     check_built,
     check_pixels,
     checkpoint_settings,
     fitted_view,
     read_resample,
     read_settings,
-    token_ids,
     with_options,
 )
+from opsin.models.placeholders import agreed_id, token_ids
 from opsin.models.rule import Placeholder, Positions, TokenIds
 from opsin.models.smart_resize import own_size, pixel_bounds, requested_bounds, smart_resize
 from opsin.models.videos import (

@@ -16,7 +16,8 @@ import numpy as np
 
 from opsin.errors import RequestError
 from opsin.models.mrope import counted, mrope_positions
-from opsin.models.pictures import SIGLIP_NORM, token_ids, with_options
+from opsin.models.picture_settings import SIGLIP_NORM, with_options
+from opsin.models.placeholders import token_ids
 from opsin.models.qwen2_vl.rule import GEOMETRY, VIDEO_DEFAULTS, Qwen2VLRule
 from opsin.models.rule import Placeholder, Positions, TokenIds, TokenRun
 from opsin.models.smart_resize import own_size, requested_bounds, smart_resize

@@ -1,18 +1,17 @@
-"""What the rules of picture-taking families share: reading Hugging Face picture-processor settings, strictly. No torch.
+"""The settings of Hugging Face picture processors, read strictly, and the views that they ask for. No torch.
 
 A family brings its processors' defaults, whose keys are the settings it implements; any other key is refused.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from opsin.errors import RequestError, UnsupportedModelError
 from opsin.media.ops import output_size
-from opsin.models.rule import PixelNorm, Placeholder, TokenIds
+from opsin.models.rule import PixelNorm
 from opsin.types import Resize, View
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -30,15 +29,6 @@ CLIP_PIXELS: Mapping[str, Any] = {  # what most Hugging Face picture processors 
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
 SIGLIP_NORM: Mapping[str, Any] = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
-CLIP_LARGE_336: Mapping[str, Any] = {  # the vision_config of the tower that many checkpoints do not spell out
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
 _NORM_KEYS = frozenset({"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"})
 _INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's own config says
     {
@@ -64,29 +54,6 @@ _INERT_KEYS = frozenset(  # say nothing about pixels, or say what the model's ow
         "vision_feature_select_strategy",
     }
 )
-
-_SQUARE_TOWERS = {  # model_type: default image_size, default patch_size, extra rows before the patches (CLS)
-    "clip_vision_model": (224, 32, 1),
-    "siglip_vision_model": (224, 16, 0),
-}
-
-
-class SquareTower(NamedTuple):
-    """What a tower for square pictures of one size returns.
-
-    Attributes:
-        image_size: edge of the square, in pixels.
-        num_features: rows per square after the select strategy: 'default' drops the tower's first row, which is
-            CLIP's class token (and, as in Hugging Face, SigLIP's first patch), 'full' keeps all.
-    """
-
-    image_size: int
-    patch_size: int
-    num_features: int
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
 
 
 @contextmanager
@@ -318,89 +285,3 @@ def fitted_view(
         )
     made_width, made_height = output_size(ops, width, height)
     return View(ops, height=made_height, width=made_width)
-
-
-def read_square_tower(config: Mapping[str, Any], *, family: str) -> SquareTower:
-    """What config.json says of a CLIP-like tower.
-
-    Raises:
-        UnsupportedModelError: another tower, one that is not square, or another select strategy.
-    """
-    vision = config.get("vision_config") or {}
-    tower = vision.get("model_type", "clip_vision_model")
-    if tower not in _SQUARE_TOWERS:
-        raise UnsupportedModelError(
-            f"{family}'s vision tower is {tower!r}; implemented are {', '.join(sorted(_SQUARE_TOWERS))}."
-        )
-    default_size, default_patch, extra_rows = _SQUARE_TOWERS[tower]
-    if not vision:  # LlavaConfig's own default
-        default_size, default_patch = CLIP_LARGE_336["image_size"], CLIP_LARGE_336["patch_size"]
-    image_size, patch_size = vision.get("image_size", default_size), vision.get("patch_size", default_patch)
-    if not (isinstance(image_size, int) and isinstance(patch_size, int) and 1 <= patch_size <= image_size):
-        raise UnsupportedModelError(
-            f"The vision tower's image_size is {image_size!r} and its patch_size {patch_size!r}; "
-            "only square pictures and patches are implemented."
-        )
-    strategy = config.get("vision_feature_select_strategy", "default")
-    if strategy not in ("default", "full"):
-        raise UnsupportedModelError(
-            f"vision_feature_select_strategy is {strategy!r}; 'default' and 'full' are implemented."
-        )
-    num_rows = (image_size // patch_size) ** 2 + extra_rows
-    return SquareTower(image_size, patch_size, num_rows - (strategy == "default"))
-
-
-def read_image_token(
-    config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds
-) -> tuple[Placeholder, int]:
-    """A picture's mark and its token, as the processor config and config.json name them, ``<image>`` by default.
-
-    Raises:
-        UnsupportedModelError: nobody knows its id.
-    """
-    text = processor.get("image_token") or "<image>"
-    if not isinstance(text, str):
-        text = text["content"]  # a tokenizers.AddedToken, as JSON
-    tokenizer_id = tokenizer.convert_tokens_to_ids(text)
-    token_id = config.get("image_token_index", config.get("image_token_id", tokenizer_id))
-    if token_id is None:
-        raise UnsupportedModelError(f"config.json has no image_token_index, and the tokenizer does not know {text!r}.")
-    return plain_mark(text, token_id if tokenizer_id == token_id else None), token_id
-
-
-def plain_mark(text: str, token_id: int | None) -> Placeholder:
-    """``text`` as it stands, replaced as a whole."""
-    return Placeholder(text, token_id, re.escape(text))
-
-
-def token_ids(tokenizer: TokenIds, *tokens: str) -> tuple[int, ...]:
-    """Ids of tokens that the family writes into prompts.
-
-    Raises:
-        UnsupportedModelError: the tokenizer lacks one.
-    """
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
-    absent = [token for token, i in zip(tokens, ids, strict=True) if i is None]
-    if absent:
-        raise UnsupportedModelError(f"The tokenizer lacks {', '.join(absent)}, which this model's prompts need.")
-    return tuple(i for i in ids if i is not None)
-
-
-def agreed_id(
-    tokenizer: TokenIds, token: str, config: Mapping[str, Any], key: str, default: int | None = None
-) -> int | None:
-    """The id of a token that config.json names under ``key``; None where the tokenizer does not know the token.
-
-    Args:
-        default: what an absent key says; by default nothing.
-
-    Raises:
-        UnsupportedModelError: the two differ.
-    """
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    built = config.get(key, token_id if default is None else default)
-    if token_id not in (None, built):
-        raise UnsupportedModelError(
-            f"The tokenizer's id of {token!r} is {token_id}; config.json's {key} is {built}. They must be the same."
-        )
-    return token_id
