@@ -187,7 +187,7 @@ def test_sample_min_tokens_masks_stop_ids_until_reached():
 def test_sample_nan_row_is_flagged_and_others_are_not():
     x = logits(3)
     x[1, 3] = math.nan
-    assert sample(x, [row(temperature=0)] * 3, table((1, 2, 3))).finite_B.tolist() == [True, False, True]
+    assert sample(x, [row(temperature=0)] * 3, table((1, 2, 3))).drawn_2B[1].tolist() == [1, 0, 1]
 
 
 def test_sample_logprobs_are_of_the_raw_logits():

@@ -195,8 +195,11 @@ class Resample(Protocol):
 
 
 class Greedy(Protocol):
-    def __call__(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(int64 (B,) the likeliest token, the first of equals; bool (B,) whether the row's largest is a number)."""
+    def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """int64 (2, B): the likeliest token, the first of equals; 1 where the row's largest is a finite number, else 0.
+
+        Any token of the vocabulary stands where it is not.
+        """
         ...
 
 

@@ -328,9 +328,9 @@ def resample(picture_YX3: torch.Tensor, taps: torch.Tensor, axis: int, out_YX3: 
     out_YX3.copy_((total >> 22).clamp_(0, 255))
 
 
-def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
     logits_BV = logits_BV.float()  # a CPU takes ten times as long over half precision
-    return logits_BV.argmax(dim=-1), logits_BV.amax(dim=-1).isfinite()
+    return torch.stack((logits_BV.argmax(dim=-1), logits_BV.amax(dim=-1).isfinite()))
 
 
 KERNELS = Kernels(

@@ -44,7 +44,7 @@ class LaunchedStep:
         self._values = [(row, _copy(row.values_PK)) for row in values]
         self._copied: torch.cuda.Event | None = None
         tensors = [vector_D for _, vector_D in pooled] + [row.values_PK for row in values]
-        on_gpu = (sampled is not None and sampled.ids_B.is_cuda) or any(tensor.is_cuda for tensor in tensors)
+        on_gpu = (sampled is not None and sampled.drawn_2B.is_cuda) or any(tensor.is_cuda for tensor in tensors)
         if on_gpu:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -67,7 +67,7 @@ class LaunchedStep:
 
     def _settle(self, sampled: SampledTokens) -> None:
         """Put what was drawn, now on the host, into its rows' results."""
-        ids, finite = sampled.ids_B.tolist(), sampled.finite_B.tolist()
+        ids, finite = sampled.drawn_2B.tolist()
         drawn = [self._results[b] for b in self._drawn]
         for result, token_id, is_finite in zip(drawn, ids, finite, strict=True):
             if is_finite:
@@ -85,7 +85,7 @@ def _to_host(sampled: SampledTokens) -> SampledTokens:
     if top is not None:
         ids_BK, logprobs_BK, chosen_B, rank_B = top
         top = _copy(ids_BK), _copy(logprobs_BK), _copy(chosen_B), _copy(rank_B)
-    return SampledTokens(_copy(sampled.ids_B), _copy(sampled.finite_B), top)
+    return SampledTokens(_copy(sampled.drawn_2B), top)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

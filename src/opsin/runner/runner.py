@@ -159,7 +159,7 @@ class ModelRunner:
         if self._slots.is_plain_S[slot_B].all():
             if not len(token_at_E):
                 return LaunchedStep(plan.step, results)
-            sampled = SampledTokens(*self._kernels.greedy(self.model.ranking(last_ED)), None)
+            sampled = SampledTokens(self._kernels.greedy(self.model.ranking(last_ED)), None)
             self._slots.tokens_SL.view(-1).index_copy_(0, token_at_E, sampled.ids_B)
             return LaunchedStep(plan.step, results, sampled, np.flatnonzero(emits_B).tolist())
 

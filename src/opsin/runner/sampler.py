@@ -94,14 +94,16 @@ class SampledTokens:
     """Device tensors of one step's draw; nothing has waited for them.
 
     Attributes:
-        ids_B: int64 tokens.
-        finite_B: whether the row's logits were usable.
+        drawn_2B: int64, as ``kernels.ops.Greedy`` returns it: tokens, and whether the row's logits were usable.
         top: (ids_BK, logprobs_BK, chosen_B, rank_B) where any row wants log-probabilities.
     """
 
-    ids_B: torch.Tensor
-    finite_B: torch.Tensor
+    drawn_2B: torch.Tensor
     top: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+    @property
+    def ids_B(self) -> torch.Tensor:
+        return self.drawn_2B[0]
 
 
 def takes_likeliest(params: SamplingParams) -> bool:
@@ -156,7 +158,7 @@ def sample(logits_BV: torch.Tensor, rows: SampleRows, tokens_SL: torch.Tensor) -
 
     if raw_BV is not None:
         top = top_logprobs(raw_BV, ids_B, max(counts))
-    return SampledTokens(ids_B, finite_B, top)
+    return SampledTokens(torch.stack((ids_B, finite_B)), top)
 
 
 def top_logprobs(

@@ -28,9 +28,9 @@ def _greedy_part_kernel(
     tl.store(where_ptr + row * num_parts + part, tl.min(tl.where(value == best, at, vocab_size), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _greedy_kernel(
-    best_ptr, where_ptr, id_ptr, finite_ptr, vocab_size, num_parts, BLOCK: tl.constexpr, PDL: tl.constexpr
+    best_ptr, where_ptr, out_ptr, num_rows, vocab_size, num_parts, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -41,15 +41,14 @@ def _greedy_kernel(
     first = tl.min(tl.where(best == largest, where, vocab_size), axis=0)
     has_nan = tl.max((best != best).to(tl.int32), axis=0)
     is_finite = (largest < float("inf")) & (largest > float("-inf")) & (has_nan == 0)
-    tl.store(id_ptr + row, tl.minimum(first, vocab_size - 1).to(tl.int64))
-    tl.store(finite_ptr + row, is_finite)
+    tl.store(out_ptr + row, tl.minimum(first, vocab_size - 1).to(tl.int64))
+    tl.store(out_ptr + num_rows + row, is_finite.to(tl.int64))
 
 
-def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
     """As ``reference.greedy``; reads the logits once."""
     num_rows, vocab_size = logits_BV.shape
-    ids_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
-    finite_B = torch.empty(num_rows, dtype=torch.bool, device=logits_BV.device)
+    out_2B = torch.empty((2, num_rows), dtype=torch.int64, device=logits_BV.device)
     if num_rows:
         assert logits_BV.stride(1) == 1
         num_parts = triton.cdiv(vocab_size, _PART)
@@ -61,7 +60,7 @@ def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             BLOCK=_PART, PDL=overlaps, launch_pdl=overlaps, num_warps=4,
         )  # fmt: skip
         _greedy_kernel[(num_rows,)](
-            best_BP, where_BP, ids_B, finite_B, vocab_size, num_parts,
+            best_BP, where_BP, out_2B, num_rows, vocab_size, num_parts,
             BLOCK=triton.next_power_of_2(num_parts), PDL=overlaps, launch_pdl=overlaps, num_warps=1,
         )  # fmt: skip
-    return ids_B, finite_B
+    return out_2B
