@@ -29,6 +29,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import opsin.kernels.triton as our_kernels
@@ -97,7 +98,8 @@ def noting_launches(sm: int) -> Iterator[dict[str, Launch]]:
         binder = create_function_from_signature(self.signature, self.params, backend)
         bound, specialization, options = binder(*args, **kwargs)
         options, signature, constants, attributes = self._pack_args(backend, kwargs, bound, specialization, options)
-        launch = Launch(ASTSource(self, signature, constants, attributes), dict(options.__dict__))
+        kind = GluonASTSource if self.is_gluon() else ASTSource
+        launch = Launch(kind(self, signature, constants, attributes), dict(options.__dict__))
         noted[launch.key] = launch
 
     with (

@@ -9,14 +9,22 @@ that reaches 400 TFLOP/s for pictures of 4,000 patches with heads of 80, against
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
 
 from opsin.kernels import reference
+from opsin.kernels.triton.overlap import capability
 
 _LOG2_E = 1.4426950408889634
 _BLOCK_M, _BLOCK_N = 128, 64
+_PREFERS_HOPPER = False  # whether ``hopper_kernel`` goes before the kernel here, where there is one
+_HOPPER_SIZES = range(64, 129)  # of heads, that ``hopper_kernel`` was written for
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # it bounds a search
@@ -114,10 +122,13 @@ def varlen_attention(
     if not num_patches or q_PNH.dtype == torch.float32 or not (_is_addressable(k_PNH) and _is_addressable(v_PNH)):
         return reference.varlen_attention(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, seq_lens, scale)
     assert q_PNH.stride(2) == 1
-    out_PNH = torch.empty((num_patches, num_heads, size), dtype=q_PNH.dtype, device=q_PNH.device)
     main, rest = head_parts(size)
+    triton.set_allocator(allocate)  # of this thread
+    hopper = hopper_kernel(q_PNH.device) if _PREFERS_HOPPER and size in _HOPPER_SIZES else None
+    if hopper is not None:
+        return hopper.launch(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, scale, (main, rest))
+    out_PNH = torch.empty((num_patches, num_heads, size), dtype=q_PNH.dtype, device=q_PNH.device)
     num_rows = len(cu_seqlens_B1) - 1
-    triton.set_allocator(_allocate)  # of this thread
     _varlen_kernel[(num_patches // _BLOCK_M + num_rows, num_heads)](
         q_PNH, k_PNH, v_PNH, out_PNH, cu_seqlens_B1, num_rows, scale * _LOG2_E,
         q_PNH.stride(0), q_PNH.stride(1), k_PNH.stride(0), k_PNH.stride(1), v_PNH.stride(0), v_PNH.stride(1),
@@ -125,6 +136,15 @@ def varlen_attention(
         num_warps=8, num_stages=3,
     )  # fmt: skip
     return out_PNH
+
+
+@functools.cache
+def hopper_kernel(device: torch.device) -> ModuleType | None:
+    """``varlen_hopper``, on the GPUs that it is for, where Triton is of a version that it was tried with."""
+    was_tried = triton.__version__.startswith(("3.6.", "3.7."))  # Gluon is experimental: its names change
+    if capability(device) != (9, 0) or not was_tried or not importlib.util.find_spec("triton.experimental.gluon"):
+        return None
+    return importlib.import_module("opsin.kernels.triton.varlen_hopper")
 
 
 def _is_addressable(x_PNH: torch.Tensor) -> bool:
@@ -135,6 +155,6 @@ def _is_addressable(x_PNH: torch.Tensor) -> bool:
     )
 
 
-def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     """Device memory for the kernels' descriptors."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
