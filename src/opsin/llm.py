@@ -5,19 +5,16 @@ Names, defaults and results are vLLM's.
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self, TypeVar, Unpack, cast
 
 import msgspec
 
 from opsin.config import EngineConfig, EngineSettings
-from opsin.engine.beam import beam_search
 from opsin.engine.build import build_front
 from opsin.engine.front import template_text
-from opsin.engine.offline import Progress, ReadAhead, between_steps
-from opsin.errors import OpsinError, RequestError
+from opsin.engine.offline import OfflineCalls, ReadAhead
+from opsin.errors import RequestError
 from opsin.inputs import PoolingInput, PromptType
 from opsin.outputs import (
     BeamSearchOutput,
@@ -38,13 +35,8 @@ from opsin.processing.scoring import pairs
 from opsin.runner.executor import MemoryPlan
 from opsin.types import ModelSpec
 
-Output = RequestOutput | PoolingRequestOutput
 P = TypeVar("P", SamplingParams, PoolingParams)
 Message = Mapping[str, Any]
-
-_MAX_SHOWN = 32  # outputs of larger calls keep no pictures for notebooks: a data set's would fill the memory
-_READ_PER_STEP = 16
-_QUEUE_FACTOR = 2  # requests handed to the engine ahead of those that can run, so that decoding pictures keeps ahead
 
 
 class LLM:
@@ -61,8 +53,7 @@ class LLM:
     def __init__(self, model: str = "demo", **settings: Unpack[EngineSettings]) -> None:
         self.config = EngineConfig.from_flat({"model": model, **settings})
         self._front = build_front(self.config, streams=False)
-        self._ids = itertools.count()
-        self._turn = threading.Lock()  # threads that share an engine take turns; ``AsyncLLM`` batches them
+        self._calls = OfflineCalls(self._front)
 
     def __enter__(self) -> Self:
         return self
@@ -102,8 +93,9 @@ class LLM:
         items = _as_list(prompts)
         readers = [lambda item=item: self._front.read_prompt(item, mm_processor_kwargs) for item in items]
         params = _paired(sampling_params, len(items), SamplingParams, self.get_default_sampling_params)
-        outputs = self._run(readers, params, priority, use_tqdm, return_exceptions)
-        return cast("list[RequestOutput]", outputs)
+        return self._calls.run(
+            readers, params, use_tqdm=use_tqdm, priority=priority, return_exceptions=return_exceptions
+        )
 
     def chat(
         self,
@@ -148,8 +140,7 @@ class LLM:
         readers = [lambda c=c: self._front.read_chat(c, mm_processor_kwargs, **options) for c in conversations]
         params = _paired(sampling_params, len(conversations), SamplingParams, self.get_default_sampling_params)
         with ReadAhead(readers) as ahead:
-            outputs = self._run(ahead, params, None, use_tqdm, return_exceptions)
-        return cast("list[RequestOutput]", outputs)
+            return self._calls.run(ahead, params, use_tqdm=use_tqdm, return_exceptions=return_exceptions)
 
     def beam_search(
         self, prompts: PromptType | Sequence[PromptType], params: BeamSearchParams
@@ -159,9 +150,8 @@ class LLM:
         Raises:
             RequestError, MediaError: a prompt or a picture that cannot be used.
         """
-        with self._turn, between_steps() as interrupted:
-            read = [self._front.read_prompt(item) for item in _as_list(prompts)]
-            return beam_search(self._front, [(self._next_id(), prompt) for prompt in read], params, interrupted)
+        readers = [lambda item=item: self._front.read_prompt(item) for item in _as_list(prompts)]
+        return self._calls.search(readers, params)
 
     # ------------------------------------------------------------------------------------ vectors
 
@@ -189,8 +179,7 @@ class LLM:
         other = next((each.task for each in params if each.task != "embed"), None)
         if other is not None:
             raise RequestError(f"embed makes one vector per prompt; for the task {other!r} use encode.", param="task")
-        outputs = self._read_off(items, params, use_tqdm, mm_processor_kwargs, return_exceptions)
-        return cast("list[EmbeddingRequestOutput]", outputs)
+        return self._read_off(items, params, use_tqdm, mm_processor_kwargs, return_exceptions)
 
     def encode(
         self,
@@ -213,8 +202,7 @@ class LLM:
         params = _paired(pooling_params, len(items), PoolingParams, PoolingParams)
         if pooling_task is not None:
             params = [msgspec.structs.replace(each, task=pooling_task) for each in params]
-        outputs = self._read_off(items, params, use_tqdm, mm_processor_kwargs, return_exceptions=False)
-        return cast("list[PoolingRequestOutput]", outputs)
+        return self._read_off(items, params, use_tqdm, mm_processor_kwargs, return_exceptions=False)
 
     def classify(self, prompts: PoolingInput | Sequence[PoolingInput], *, use_tqdm: bool = True) -> NoReturn:
         """vLLM's call for models with a classification head, which no served architecture has; see ``pick``.
@@ -294,8 +282,7 @@ class LLM:
         options = ChatOptions(chat_template=template_text(chat_template), chat_template_kwargs=chat_template_kwargs)
         readers = [lambda c=c: self._front.read_chat(c, mm_processor_kwargs, **options) for c in conversations]
         with ReadAhead(readers) as ahead:
-            outputs = self._run(ahead, params, None, use_tqdm, return_exceptions=False)
-        return [cast("PickOutput", cast("PoolingRequestOutput", output).outputs) for output in outputs]
+            return [output.outputs for output in self._calls.run(ahead, params, use_tqdm=use_tqdm)]
 
     # -------------------------------------------------------------------------------------- facts
 
@@ -344,10 +331,10 @@ class LLM:
         use_tqdm: bool,
         mm_processor_kwargs: Mapping[str, Any] | None,
         return_exceptions: bool,
-    ) -> list[Output | OpsinError]:
+    ) -> list[Any]:
         readers = [lambda item=item: self._read_item(item, mm_processor_kwargs) for item in items]
         with ReadAhead(readers) as ahead:
-            return self._run(ahead, params, None, use_tqdm, return_exceptions)
+            return self._calls.run(ahead, params, use_tqdm=use_tqdm, return_exceptions=return_exceptions)
 
     def _read_item(self, item: Any, mm_processor_kwargs: Mapping[str, Any] | None) -> Prompt:
         """What a vector is wanted of: a prompt, a message or a picture."""
@@ -355,88 +342,6 @@ class LLM:
         if conversation is None:
             return self._front.read_prompt(item, mm_processor_kwargs)
         return self._front.read_chat(conversation, mm_processor_kwargs, add_generation_prompt=False)
-
-    def _next_id(self) -> str:
-        return str(next(self._ids))
-
-    def _run(
-        self,
-        readers: Sequence[Callable[[], Prompt]],
-        params: Sequence[SamplingParams | PoolingParams],
-        priority: Sequence[int] | None,
-        use_tqdm: bool,
-        return_exceptions: bool,
-    ) -> list[Output | OpsinError]:
-        """Run prompts to their end; each is read only when its turn is near, beside the steps of those before it."""
-        if priority is not None and len(priority) != len(readers):
-            raise RequestError(f"priority has {len(priority)} entries for {len(readers)} prompts; give one per prompt.")
-        front = self._front
-        results: list[Output | OpsinError | None] = [None] * len(readers)
-        index_of: dict[str, int] = {}
-        most_waiting = _QUEUE_FACTOR * front.engine.facts.max_num_seqs
-        # The first pictures are decoded, and run, while later prompts are read; priorities must all be known first.
-        most_read = _READ_PER_STEP if priority is None else most_waiting
-        position = 0
-
-        def num_decoded() -> int:
-            return int(front.engine.stats()["num_pictures_decoded_total"])
-
-        progress = Progress(len(readers), num_decoded()) if use_tqdm else None
-
-        def settle(request_id: str, result: Output | OpsinError) -> None:
-            index = index_of.pop(request_id)
-            if isinstance(result, OpsinError):
-                _note_place(result, index, len(readers))
-                if not return_exceptions:
-                    raise result
-            results[index] = result
-            if progress is not None:
-                progress.advance(result, num_decoded())
-
-        self._turn.acquire()
-        try:
-            with between_steps() as interrupted:
-                while position < len(readers) or index_of:
-                    last = min(len(readers), position + most_read)
-                    while position < last and front.num_unfinished < most_waiting and not interrupted():
-                        request_id = self._next_id()
-                        index_of[request_id] = position
-                        level = 0 if priority is None else priority[position]
-                        try:
-                            front.submit(
-                                request_id,
-                                readers[position](),
-                                params[position],
-                                priority=level,
-                                thumbnails=len(readers) <= _MAX_SHOWN,
-                            )
-                        except RequestError as error:
-                            settle(request_id, error)
-                        position += 1
-                    batch = front.step()
-                    for request_id, error in batch.failures.items():
-                        settle(request_id, error)
-                    for output in batch.outputs:
-                        settle(output.request_id, output)
-                    if interrupted():
-                        raise KeyboardInterrupt
-        finally:
-            for request_id in index_of:
-                front.abort(request_id)
-            front.come_to_rest()
-            self._turn.release()
-            if progress is not None:
-                progress.close()
-        return [result for result in results if result is not None]
-
-
-def _note_place(error: OpsinError, index: int, count: int) -> None:
-    """Have tracebacks say which prompt of a call an error is about, and where in it."""
-    places = [f"prompt {index} of {count} (counted from 0)"] if count > 1 else []
-    if isinstance(error, RequestError) and error.param is not None:
-        places.append(error.param)
-    if places:
-        error.add_note(f"This is about {', '.join(places)}.")
 
 
 def _conversations(messages: Any) -> list[Sequence[Message]]:
