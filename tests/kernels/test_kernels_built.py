@@ -75,3 +75,44 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path, name: str, capabilities: 
 def test_kernels_of_a_cache_of_8_bits_compile_ahead_of_time(tmp_path: Path):
     _, built = run(checkpoint(tmp_path, "/Qwen2-VL-2B-Instruct"), "--sm", "90", "--fp8-cache")
     assert {"_attention_kernel", "_rope_and_write_kernel"} <= {row["kernel"] for row in built}
+
+
+HOPPER = """
+import re, subprocess, sys, torch, triton
+from pathlib import Path
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from kernels_built import noting_launches, resource_usage
+from opsin.kernels.triton import varlen, varlen_hopper
+
+size = int(sys.argv[1])
+with noting_launches(90) as noted:
+    q, k, v = torch.empty(500, 48, size, dtype=torch.bfloat16, device="meta").split(16, dim=1)
+    ends = torch.empty(5, dtype=torch.int32, device="meta")
+    varlen_hopper.launch(q, k, v, ends, 0.1, varlen.head_parts(size))
+(launch,) = noted.values()
+kernel = triton.compile(launch.source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+usage = resource_usage(kernel.asm["cubin"])
+assert usage["STACK"] == usage["LOCAL"] == 0, usage
+assert kernel.metadata.shared <= 227 * 1024, kernel.metadata
+assert re.search(r"wgmma\\.wait_group\\.sync\\.aligned [12];", kernel.asm["ptx"]), "it waits for all products"
+Path("kernel.ptx").write_text(kernel.asm["ptx"])
+command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+done = subprocess.run(command, check=True, capture_output=True, text=True)
+assert "Compiling entry function" in done.stderr
+assert "serialized" not in done.stderr, done.stderr
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 80, 128])
+def test_attention_of_towers_on_hopper_overlaps_its_products(tmp_path: Path, size: int):
+    """ptxas says so where it makes products wait that were asked for at once."""
+    script = tmp_path / "hopper.py"
+    script.write_text(HOPPER)
+    paths = os.pathsep.join(map(str, (ROOT / "src", ROOT / "benchmarks")))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": paths}
+    command = [sys.executable, str(script), str(size)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -263,27 +263,49 @@ def test_greedy_equals_reference_and_takes_the_first_of_equals(kernels: Any, dty
     assert ((ids >= 0) & (ids < 151936)).all()
 
 
+@pytest.fixture(params=["any-gpu", "hopper"])
+def varlen_attention(request: pytest.FixtureRequest, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """By the kernel for all GPUs, and by the one for Hopper alone, whichever of them an engine takes."""
+    varlen = importlib.import_module("opsin.kernels.triton.varlen")
+    is_hopper = request.param == "hopper"
+    if is_hopper and varlen.hopper_kernel(DEVICE) is None:
+        pytest.skip("needs a GPU of compute capability 9.0, and a Triton that varlen_hopper was tried with")
+    monkeypatch.setattr(varlen, "_PREFERS_HOPPER", is_hopper)
+    return kernels.varlen_attention
+
+
 @pytest.mark.parametrize("size", [64, 72, 80, 88, 96, 128])
 @pytest.mark.parametrize("lens", [(1,), (150, 64, 3, 129), sized((577, 577), (193, 193))], ids=str)
-def test_varlen_attention_equals_reference(kernels: Any, size: int, lens: tuple[int, ...]):
+def test_varlen_attention_equals_reference(varlen_attention: Any, size: int, lens: tuple[int, ...]):
     heads, num_patches = 3, sum(lens)
     ends = torch.tensor((0, *lens)).cumsum(0, dtype=torch.int32).to(DEVICE)
     for dtype in {HALF, torch.float16}:
         q, k, v = rand(num_patches, 3 * heads, size, dtype=dtype).split(heads, dim=1)
         expected = reference.varlen_attention(q.float(), k.float(), v.float(), ends, lens, size**-0.5)
-        assert_close(kernels.varlen_attention(q, k, v, ends, lens, size**-0.5), expected.to(dtype))
+        assert_close(varlen_attention(q, k, v, ends, lens, size**-0.5), expected.to(dtype))
         more = torch.cat([ends, ends[-1:].expand(5)])  # empty ones, as where a graph has room for them
-        assert_close(kernels.varlen_attention(q, k, v, more, None, size**-0.5), expected.to(dtype))
+        assert_close(varlen_attention(q, k, v, more, None, size**-0.5), expected.to(dtype))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the neighbours' own results
-def test_varlen_attention_reads_nothing_of_the_neighbours(kernels: Any):
+def test_varlen_attention_reads_nothing_of_the_neighbours(varlen_attention: Any):
     q, k, v = rand(300, 6, 80, dtype=HALF).split(2, dim=1)
     lens, ends = (100, 90, 110), torch.tensor((0, 100, 190, 300), dtype=torch.int32, device=DEVICE)
-    alone = kernels.varlen_attention(q, k, v, ends, lens, 0.1)
+    alone = varlen_attention(q, k, v, ends, lens, 0.1)
     for x in (q, k, v):
         x[:100], x[190:] = float("nan"), float("inf")
-    assert torch.equal(kernels.varlen_attention(q, k, v, ends, lens, 0.1)[100:190], alone[100:190])
+    assert torch.equal(varlen_attention(q, k, v, ends, lens, 0.1)[100:190], alone[100:190])
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_varlen_attention_of_lengths_about_a_block_equals_reference(varlen_attention: Any, block: int):
+    """One block of keys and none, whole ones and parts, several turns of the buffers, and tiles that are not full."""
+    lens = (block - 1, block, block + 1, 2 * block, sized(9 * block + 1, 2 * block + 1), 1)
+    ends = torch.tensor((0, *lens)).cumsum(0, dtype=torch.int32).to(DEVICE)
+    with_empty = ends.repeat_interleave(2)
+    q, k, v = rand(sum(lens), 6, 80, dtype=HALF).split(2, dim=1)
+    expected = reference.varlen_attention(q.float(), k.float(), v.float(), ends, lens, 0.1)
+    assert_close(varlen_attention(q, k, v, with_empty, None, 0.1), expected.to(HALF))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
