@@ -213,8 +213,15 @@ def test_packed_linear_equals_reference(dtype, num_tokens):
     out = kernels.linear(x, kernels.pack_linear(weight), bias)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
     torch.testing.assert_close(out, reference.linear(x, weight, bias), atol=tolerance, rtol=tolerance)
-    gated = kernels.gated_linear(x, kernels.pack_linear(weight), bias, "silu")
-    assert torch.equal(gated, reference.gated_activation(out, "silu"))
+
+
+def test_packed_normed_linear_equals_reference():
+    kernels = select(CPU, "packed")
+    x, residual, norm, weight, bias = (torch.randn(*shape) for shape in ((5, 16), (5, 16), (16,), (24, 16), (24,)))
+    got = kernels.normed_linear(x, residual, norm, 1e-6, kernels.pack_linear(weight), bias, "silu")
+    expected = reference.KERNELS.normed_linear(x, residual, norm, 1e-6, weight, bias, "silu")
+    assert got[0].shape == (5, 12)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_select_unknown_name_is_refused():

@@ -321,16 +321,23 @@ def test_linear_equals_reference(kernels: Any, dtype: torch.dtype, rows: int, nu
 
 
 @pytest.mark.parametrize("dtype", COMPUTED_DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("gate", [None, "silu", "gelu_pytorch_tanh", "relu"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
-    ("num_in", "width"), [(64, 25), sized((1536, 8960), (1536, 21)), sized((3584, 18944), (3584, 5))]
+    ("num_in", "num_out"), [(64, 50), sized((1536, 17920), (1536, 42)), sized((3584, 4608), (3584, 10))]
 )
-def test_gated_linear_equals_reference(kernels: Any, dtype: torch.dtype, name: str, rows: int, num_in: int, width: int):
-    x, weight = rand(rows, num_in, dtype=dtype), rand(2 * width, num_in, seed=1).mul_(num_in**-0.5).to(dtype)
-    for bias in (None, rand(2 * width, dtype=dtype, seed=2)):
-        both = reference.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(dtype)
-        assert_close(kernels.gated_linear(x, weight, bias, name), reference.gated_activation(both, name))
+def test_normed_linear_equals_reference(
+    kernels: Any, dtype: torch.dtype, gate: str | None, rows: int, num_in: int, num_out: int
+):
+    x, residual = rand(rows, num_in, dtype=dtype), rand(rows, num_in, dtype=dtype, seed=3)
+    weight, offset = rand(num_out, num_in, seed=1).mul_(num_in**-0.5).to(dtype), rand(num_out, dtype=dtype, seed=2)
+    norm = rand(num_in, seed=4)
+    for added, factor, bias in ((None, norm.to(dtype), None), (residual, norm, offset)):
+        normed, expected_sum = reference.rms_norm(x, factor, 1e-6, added)
+        expected = reference.linear(normed.double(), weight.double(), None if bias is None else bias.double()).to(dtype)
+        got, sum_ = kernels.normed_linear(x, added, factor, 1e-6, weight, bias, gate)
+        assert torch.equal(sum_, expected_sum)
+        assert_close(got, expected if gate is None else reference.gated_activation(expected, gate))
 
 
 @pytest.mark.parametrize("window", [None, 24])

@@ -86,11 +86,18 @@ class GatedActivation(Protocol):
         ...
 
 
-class GatedLinear(Protocol):
+class NormedLinear(Protocol):
     def __call__(
-        self, x_TI: torch.Tensor, weight_2FI: torch.Tensor, bias_2F: torch.Tensor | None, name: str
-    ) -> torch.Tensor:
-        """``gated_activation`` of ``linear``: (T, F)."""
+        self,
+        x_TI: torch.Tensor,
+        residual_TI: torch.Tensor | None,
+        norm_I: torch.Tensor,
+        eps: float,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        gate: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``rms_norm``, then ``linear``, then ``gated_activation`` where ``gate`` names one; and the norm's sum."""
         ...
 
 
@@ -220,7 +227,7 @@ class Kernels:
     layer_norm: LayerNorm
     activation: Activation
     gated_activation: GatedActivation
-    gated_linear: GatedLinear
+    normed_linear: NormedLinear
     apply_rope: ApplyRope
     write_kv: WriteKV
     rope_and_write: RopeAndWrite

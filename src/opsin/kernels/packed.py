@@ -34,10 +34,6 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
     return product(x_TI, weight_OI, bias_O)
 
 
-def gated_linear(x_TI: torch.Tensor, weight_2FI: torch.Tensor, bias_2F: torch.Tensor | None, name: str) -> torch.Tensor:
-    return reference.gated_activation(linear(x_TI, weight_2FI, bias_2F), name)
-
-
 def int8_linear(
     x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor, bias_O: torch.Tensor | None
 ) -> torch.Tensor:
@@ -87,7 +83,7 @@ KERNELS = dataclasses.replace(
     reference.KERNELS,
     pack_linear=pack_linear,
     linear=linear,
-    gated_linear=gated_linear,
+    normed_linear=reference.one_by_one(reference.rms_norm, linear, reference.gated_activation),
     int8_linear=int8_linear,
     apply_rope=apply_rope,
     rope_and_write=rope_and_write,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
-from opsin.kernels.ops import Kernels
+from opsin.kernels.ops import GatedActivation, Kernels, Linear, NormedLinear, RmsNorm
 from opsin.kernels.quantized import FP8, int8_linear, narrowed, quantize_rows, quantized_linear
 
 
@@ -82,8 +82,23 @@ def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
     return ACTIVATIONS[name](gate_TF).mul_(up_TF)
 
 
-def gated_linear(x_TI: torch.Tensor, weight_2FI: torch.Tensor, bias_2F: torch.Tensor | None, name: str) -> torch.Tensor:
-    return gated_activation(linear(x_TI, weight_2FI, bias_2F), name)
+def one_by_one(rms_norm: RmsNorm, linear: Linear, gated_activation: GatedActivation) -> NormedLinear:
+    """A ``normed_linear`` of these."""
+
+    def normed_linear(
+        x_TI: torch.Tensor,
+        residual_TI: torch.Tensor | None,
+        norm_I: torch.Tensor,
+        eps: float,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        gate: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed_TI, sum_TI = rms_norm(x_TI, norm_I, eps, residual_TI)
+        y_TO = linear(normed_TI, weight_OI, bias_O)
+        return y_TO if gate is None else gated_activation(y_TO, gate), sum_TI
+
+    return normed_linear
 
 
 def apply_rope(
@@ -343,7 +358,7 @@ KERNELS = Kernels(
     layer_norm=layer_norm,
     activation=activation,
     gated_activation=gated_activation,
-    gated_linear=gated_linear,
+    normed_linear=one_by_one(rms_norm, linear, gated_activation),
     apply_rope=apply_rope,
     write_kv=write_kv,
     rope_and_write=rope_and_write,

@@ -51,17 +51,25 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (None, None) if head_norm is None else (head_norm(), head_norm())
 
     def forward(
-        self, x_TD: torch.Tensor, rotary: Rotary, attention: AttentionInputs, cache: LayerCache
-    ) -> torch.Tensor:
+        self,
+        norm: RMSNorm,
+        x_TD: torch.Tensor,
+        residual_TD: torch.Tensor | None,
+        rotary: Rotary,
+        attention: AttentionInputs,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what norm(x + residual) attends to, x + residual)."""
         heads = (-1, self.head_dim)
-        q_TNH, k_TKH, v_TKH = (y.unflatten(-1, heads) for y in self.qkv_proj.split(self.qkv_proj(x_TD)))
+        qkv_TO, sum_TD = self.qkv_proj.normed(norm, x_TD, residual_TD)
+        q_TNH, k_TKH, v_TKH = (y.unflatten(-1, heads) for y in self.qkv_proj.split(qkv_TO))
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = _each_head(self.q_norm, q_TNH), _each_head(self.k_norm, k_TKH)
         q_TNH, k_TKH = self.kernels.rope_and_write(q_TNH, k_TKH, v_TKH, *rotary, cache, attention.slot_mapping_T)
         out_TNH = self.kernels.paged_attention(
             q_TNH, k_TKH, v_TKH, cache, attention, self.scale, self.window, self.softcap
         )
-        return self.o_proj(out_TNH.flatten(1))
+        return self.o_proj(out_TNH.flatten(1)), sum_TD
 
 
 def _each_head(norm: RMSNorm, x_TNH: torch.Tensor) -> torch.Tensor:

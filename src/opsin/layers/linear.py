@@ -10,6 +10,7 @@ from torch import nn
 
 from opsin.kernels.quantized import FP8, UNIT
 from opsin.layers import Placement
+from opsin.layers.norm import RMSNorm
 
 ShardAxis = Literal["out", "in"]
 
@@ -75,6 +76,16 @@ class Linear(nn.Module):
             return self.kernels.int8_linear(x_TI, self.weight, self.weight_scale, self.bias)
         rows = self.kernels.quantize_rows(x_TI)
         return self.kernels.quantized_linear(rows, self.weight, self.weight_scale, self.bias, x_TI.dtype)
+
+    def normed(
+        self, norm: RMSNorm, x_TI: torch.Tensor, residual_TI: torch.Tensor | None, gate: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(self(norm(x + residual)), x + residual); the former gated where ``gate`` names an activation."""
+        if self.weight_scale is None:
+            return self.kernels.normed_linear(x_TI, residual_TI, norm.weight, norm.eps, self.weight, self.bias, gate)
+        normed_TI, sum_TI = norm(x_TI, residual_TI)
+        y_TO = self(normed_TI)
+        return y_TO if gate is None else self.kernels.gated_activation(y_TO, gate), sum_TI
 
 
 class MergedLinear(Linear):

@@ -7,6 +7,7 @@ from torch import nn
 
 from opsin.layers import Placement
 from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.norm import RMSNorm
 
 
 class GatedMLP(nn.Module):
@@ -21,12 +22,12 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(place, intermediate_size, hidden_size, bias=bias, shard="in")
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        merged = self.gate_up_proj
-        if merged.weight_scale is None:
-            gated_TF = self.kernels.gated_linear(x_TD, merged.weight, merged.bias, self.act)
-        else:
-            gated_TF = self.kernels.gated_activation(merged(x_TD), self.act)
-        return self.down_proj(gated_TF)
+        return self.down_proj(self.kernels.gated_activation(self.gate_up_proj(x_TD), self.act))
+
+    def normed(self, norm: RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(self(norm(x + residual)), x + residual)."""
+        gated_TF, sum_TD = self.gate_up_proj.normed(norm, x_TD, residual_TD, gate=self.act)
+        return self.down_proj(gated_TF), sum_TD
 
 
 class MLP(nn.Module):

@@ -159,15 +159,13 @@ class DecoderLayer(nn.Module):
         attention: AttentionInputs,
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes and returns (what this layer adds, what it is added to), so that add and norm are one kernel."""
-        x_TD, sum_TD = self.input_layernorm(x_TD, residual_TD)
-        x_TD = self.self_attn(x_TD, rotary, attention, cache)
+        """Takes and returns (what this layer adds, what it is added to): the sum is done where it is normed."""
+        x_TD, sum_TD = self.self_attn(self.input_layernorm, x_TD, residual_TD, rotary, attention, cache)
         if self.norms_outputs:
             x_TD, _ = self.post_attention_layernorm(x_TD)
-            x_TD, sum_TD = self.pre_feedforward_layernorm(x_TD, sum_TD)
-            return self.post_feedforward_layernorm(self.mlp(x_TD))[0], sum_TD
-        x_TD, sum_TD = self.post_attention_layernorm(x_TD, sum_TD)
-        return self.mlp(x_TD), sum_TD
+            x_TD, sum_TD = self.mlp.normed(self.pre_feedforward_layernorm, x_TD, sum_TD)
+            return self.post_feedforward_layernorm(x_TD)[0], sum_TD
+        return self.mlp.normed(self.post_attention_layernorm, x_TD, sum_TD)
 
 
 class Decoder(nn.Module):
