@@ -2,8 +2,8 @@
 
 A program takes one key head and a block of query rows of one request; the query heads that share the key head are rows
 of the same block (grouped-query attention), so each key is loaded once for all of them. Online softmax as in
-FlashAttention-2, arXiv:2307.08691. Which request a program belongs to is found on the device by bisection, so that
-nothing is copied there.
+FlashAttention-2, arXiv:2307.08691. Where requests have more than a token each, which of them a program belongs to is
+found on the device by bisection, so that nothing is copied there.
 
 Long contexts of few requests leave most of the chip idle: decode rows are then split along their keys, and a second
 launch joins the parts (Flash-Decoding).
@@ -33,27 +33,34 @@ def _attention_kernel(
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_BEGIN: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SPLITS: tl.constexpr, ONE_EACH: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    # Row r owns programs from start[r] // BLOCK_Q + r on: at least one each, and enough for its queries.
-    low = 0
-    high = num_rows
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(start_ptr + middle) // BLOCK_Q + middle <= program:
-            low = middle + 1
-        else:
-            high = middle
-    row = low - 1
-    first = tl.load(start_ptr + row)
-    query_len = tl.load(start_ptr + row + 1) - first
-    begin = (program - (first // BLOCK_Q + row)) * BLOCK_Q
-    if begin >= query_len:
-        return
+    if ONE_EACH:
+        row = program
+        first = program
+        query_len = 1
+        begin = 0
+    else:
+        # Row r owns programs from start[r] // BLOCK_Q + r on: at least one each, and enough for its queries.
+        low = 0
+        high = num_rows
+        while low < high:
+            middle = (low + high) // 2
+            if tl.load(start_ptr + middle) // BLOCK_Q + middle <= program:
+                low = middle + 1
+            else:
+                high = middle
+        row = low - 1
+        first = tl.load(start_ptr + row)
+        query_len = tl.load(start_ptr + row + 1) - first
+        begin = (program - (first // BLOCK_Q + row)) * BLOCK_Q
+        if begin >= query_len:
+            return
     context = tl.load(context_ptr + row)
 
     m = tl.arange(0, BLOCK_M)
@@ -163,7 +170,8 @@ def paged_attention(
     block_m = max(block_m, triton.next_power_of_2(group))
     block_q = block_m // group
     block_n = 32 if size > 128 or q_TNH.dtype == torch.float32 else 64
-    num_programs = num_tokens // block_q + num_rows
+    one_each = longest_query == 1 and num_tokens == num_rows
+    num_programs = num_rows if one_each else num_tokens // block_q + num_rows
     num_splits = 1
     if longest_query == 1:
         wanted = triton.cdiv(_PROGRAMS_WANTED, num_rows * num_kv)
@@ -188,7 +196,7 @@ def paged_attention(
         NUM_KV=num_kv, GROUP=group, SIZE=size, PAGE=cache.key.shape[1], BLOCK_Q=block_q,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_H=block_h,
         HAS_WINDOW=window is not None, HAS_VISIBLE=visible is not None, HAS_BEGIN=begin is not None,
-        HAS_CAP=softcap is not None, HAS_SPLITS=num_splits > 1,
+        HAS_CAP=softcap is not None, HAS_SPLITS=num_splits > 1, ONE_EACH=one_each,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         PDL=overlaps, launch_pdl=overlaps, num_warps=4 if block_m <= 64 else 8, num_stages=2,
     )  # fmt: skip
