@@ -7,7 +7,7 @@ device, from tables with room for more of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -66,8 +66,7 @@ class TrunkGraphs:
         if size > most or not self._is_capturable:
             return launch(trunk, x_PD, lens, numbers)
         arrays = padded(size, num_patches, lens, numbers)
-        key = (trunk, size, *(len(array) for array in arrays))
-        captured = self._graphs.find(key)
+        captured = self._graphs.find(_key(trunk, size, arrays))
         if captured is not None:
             captured.x_PD[:num_patches] = x_PD
             refill(captured.packed, arrays)
@@ -76,10 +75,10 @@ class TrunkGraphs:
         elif self._graphs.make_room():
             try:
                 if trunk not in self._inputs:  # the largest pass first: the others fit into its memory
-                    self._inputs[trunk] = x_PD.new_zeros(most, x_PD.shape[1])
                     largest = padded(most, num_patches, [(_STEP,) * (most // _STEP)] * len(lens), numbers)
-                    self._capture((trunk, most, *(len(array) for array in largest)), x_PD[:0], largest, len(lens))
-                result_MW = self._capture(key, x_PD, arrays, len(lens))
+                    self._inputs[trunk] = x_PD.new_zeros(most, x_PD.shape[1])
+                    self._capture(trunk, most, x_PD[:0], largest, len(lens))
+                result_MW = self._capture(trunk, size, x_PD, arrays, len(lens))
             except RuntimeError as error:
                 logger.warning("The vision tower cannot be captured as CUDA graphs, so it runs without: %s", error)
                 self._is_capturable = False
@@ -93,14 +92,9 @@ class TrunkGraphs:
         return min(padded_size(self._max_patches), _MAX_FLOAT32 if dtype == torch.float32 else MAX_PASS)
 
     def _capture(
-        self,
-        key: tuple[Trunk, int, *tuple[int, ...]],
-        x_PD: torch.Tensor,
-        arrays: Sequence[np.ndarray],
-        num_tables: int,
+        self, trunk: Trunk, size: int, x_PD: torch.Tensor, arrays: Sequence[np.ndarray], num_tables: int
     ) -> torch.Tensor:
         """Run a pass from Python, and while the device is at it, record one for the next time."""
-        trunk, size, *_ = key
         if num_bytes(arrays) > len(self._packed):
             self._packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=self._device)
         held_PD, packed = self._inputs[trunk][:size], self._packed
@@ -113,8 +107,13 @@ class TrunkGraphs:
             self._results[trunk] = torch.empty_like(result_MW)
         kept_MW = self._results[trunk][: len(result_MW)]
         graph, _ = self._record(lambda: kept_MW.copy_(trunk(held_PD, segments, held[num_tables:])), warm_up=False)
-        self._graphs.keep(key, _Captured(graph, held_PD, packed, kept_MW))
+        self._graphs.keep(_key(trunk, size, arrays), _Captured(graph, held_PD, packed, kept_MW))
         return result_MW
+
+
+def _key(trunk: Trunk, size: int, arrays: Sequence[np.ndarray]) -> Hashable:
+    """What a graph depends on."""
+    return (trunk, size, *(len(array) for array in arrays))
 
 
 def padded_size(num_patches: int) -> int:
