@@ -132,16 +132,16 @@ def _launch(
     block_i = min(_CHUNK, triton.next_power_of_2(num_in))
     num_chunks = triton.cdiv(num_in, block_i)
     overlaps = can_overlap(x_TI.device)
-    block_o = rows_per_program(num_out, num_chunks)
+    block_o, num_warps = program_size(num_out, num_chunks)
     _row_kernel[(triton.cdiv(num_out, block_o),)](
         x_TI, x_TI if residual_TI is None else residual_TI, x_TI if norm_I is None else norm_I,
         weight_OI, x_TI if bias_O is None else bias_O, sum_TI, out_TO, num_in, num_out, eps,
         HAS_NORM=norm_I is not None, HAS_RESIDUAL=residual_TI is not None, HAS_BIAS=bias_O is not None,
         GATE=None if gate is None else ACTIVATIONS[gate], NUM_CHUNKS=num_chunks, BLOCK_O=block_o, BLOCK_I=block_i,
-        PDL=overlaps, launch_pdl=overlaps, num_warps=4 if num_chunks <= _FEW_CHUNKS else 8,
+        PDL=overlaps, launch_pdl=overlaps, num_warps=num_warps,
     )  # fmt: skip
 
 
-def rows_per_program(num_out: int, num_chunks: int) -> int:
-    """Of the weight: few, so that all processors have some; more where there are enough, so that x is read less."""
-    return 4 if num_chunks == 1 and num_out >= 2048 else 2
+def program_size(num_out: int, num_chunks: int) -> tuple[int, int]:
+    """Rows of the weight, few, so that all processors have some and registers hold them; and warps."""
+    return 4 if num_chunks == 1 and num_out >= 2048 else 2, 4 if num_chunks <= _FEW_CHUNKS else 8
