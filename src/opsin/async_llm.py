@@ -257,7 +257,7 @@ class AsyncLLM:
             return process(front.open_chat(chat, fetched, mm_processor_kwargs, cache_salt))
 
         def begin() -> ProcessedRequest | ChatPrompt:  # each change of threads waits for the interpreter
-            chat = front.inputs.render_chat(messages, **options)
+            chat = front.inputs.prompts.render_chat(messages, **options)
             return finish(chat, front.fetch(chat.media)) if is_at_hand(chat.media) else chat
 
         begun = await self._beside(begin)
@@ -375,7 +375,7 @@ class AsyncLLM:
 
     def get_chat_template(self, *, tools: bool = False) -> str | None:
         """The model's chat template; ``tools`` asks for the one that shows tools, where there are two."""
-        return self._front.inputs.chat_template(tools=tools)
+        return self._front.inputs.prompts.templates.source(tools=tools)
 
     def shutdown(self) -> None:
         """Abort what runs, stop the thread and the media workers, and free the device's memory."""

@@ -188,7 +188,7 @@ class Driver:
             Tokenizer(self.tokenizer), self.rule, spec, media=MediaConfig(), max_model_len=spec.max_position
         )
         media = {"image": list(images)} if images else {}
-        given = processor.read({"prompt": text, "multi_modal_data": media, "mm_processor_kwargs": options})
+        given = processor.prompts.read({"prompt": text, "multi_modal_data": media, "mm_processor_kwargs": options})
         request = processor.process("", given, SamplingParams(max_tokens=1)).request
         ids = request.prompt_token_ids
         positions = None

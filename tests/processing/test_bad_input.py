@@ -132,11 +132,11 @@ def test_bad_prompt_is_refused_with_its_reason(
     processor: InputProcessor, prompt: Any, kind: type[OpsinError], message: str, param: str | None
 ) -> None:
     with pytest.raises(kind) as caught:
-        processor.process("0", processor.read(prompt), SamplingParams())
+        processor.process("0", processor.prompts.read(prompt), SamplingParams())
     assert str(caught.value) == message
     assert getattr(caught.value, "param", None) == param
     # and the next request is none the worse
-    assert processor.process("1", processor.read(with_image(RED)), SamplingParams()).request.spans
+    assert processor.process("1", processor.prompts.read(with_image(RED)), SamplingParams()).request.spans
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_bad_sampling_params_are_refused_with_their_reason(
     processor: InputProcessor, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        processor.process("0", processor.read("Hello"), SamplingParams(**changes))
+        processor.process("0", processor.prompts.read("Hello"), SamplingParams(**changes))
     assert str(caught.value) == message
     assert caught.value.param == next(iter(changes))
 
@@ -206,7 +206,7 @@ def test_bad_pooling_params_are_refused_with_their_reason(
     processor: InputProcessor, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        processor.process("0", processor.read("Hello"), PoolingParams(**changes))
+        processor.process("0", processor.prompts.read("Hello"), PoolingParams(**changes))
     assert str(caught.value) == message
     assert caught.value.param == next(iter(changes))
 
@@ -230,11 +230,11 @@ def test_cloned_sampling_params_share_nothing() -> None:
 
 
 def test_uuid_of_any_characters_names_an_item(processor: InputProcessor) -> None:
+    prompts = [with_image(RED, multi_modal_uuids={"image": [uuid]}) for uuid in ("\ud83d", "a")]
     keys = [
-        processor.process("0", processor.read(with_image(RED, multi_modal_uuids={"image": [u]})), SamplingParams())
-        .request.media[0].key
-        for u in ("\ud83d", "a")
-    ]  # fmt: skip
+        processor.process("0", processor.prompts.read(prompt), SamplingParams()).request.media[0].key
+        for prompt in prompts
+    ]
     assert keys[0] != keys[1]
 
 
@@ -248,5 +248,5 @@ def test_unknown_sampling_param_is_refused() -> None:
 def test_prompt_of_pictures_that_is_too_long_says_what_they_cost(processor: InputProcessor) -> None:
     prompt = with_image([RED] * 4, "<image>" * 4 + "x" * 200)
     with pytest.raises(ContextLengthError, match=r"has 265 tokens \(64 of them for 4 image") as caught:
-        processor.process("0", processor.read(prompt), SamplingParams())
+        processor.process("0", processor.prompts.read(prompt), SamplingParams())
     assert caught.value.code == "context_length_exceeded"

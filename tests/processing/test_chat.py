@@ -12,6 +12,7 @@ from opsin.errors import RequestError
 from opsin.params import SamplingParams
 from opsin.processing.jinja import find_template
 from opsin.processing.processor import InputProcessor
+from opsin.processing.prompts import Prompt
 
 RED = Image.new("RGB", (40, 30), "red")
 BLUE = Image.new("RGB", (40, 30), "blue")
@@ -30,9 +31,9 @@ def pil(image: Image.Image = RED) -> dict[str, Any]:
 
 
 def token_ids(processor: InputProcessor, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-    chat = processor.render_chat(messages, **options)
-    media = [processor.open_reference(reference) for reference in chat.media]
-    prompt = processor.chat_prompt(chat, media)
+    chat = processor.prompts.render_chat(messages, **options)
+    media = [processor.prompts.open_reference(reference) for reference in chat.media]
+    prompt = Prompt(chat.prompt, media=media, add_special_tokens=chat.add_special_tokens)
     return processor.process("r", prompt, SamplingParams()).request.prompt_token_ids
 
 
@@ -60,7 +61,7 @@ ARRAY = np.zeros((4, 4, 3), np.uint8)
 def test_every_form_of_picture_part_is_read(
     processor: InputProcessor, part: dict[str, Any], value: Any, uuid: str | None
 ) -> None:
-    (reference,) = processor.render_chat(user(TEXT, part)).media
+    (reference,) = processor.prompts.render_chat(user(TEXT, part)).media
     assert reference.value is value or reference.value == value
     assert (reference.modality, reference.uuid) == ("image", uuid)
     assert reference.param.startswith("messages.0.content.1.")  # and then the part's own key
@@ -69,8 +70,8 @@ def test_every_form_of_picture_part_is_read(
 
 @pytest.mark.parametrize("part", ["What?", TEXT, {"type": "input_text", "text": "What?"}, {"text": "What?"}], ids=str)
 def test_every_form_of_text_part_is_read(processor: InputProcessor, part: Any) -> None:
-    expected = processor.render_chat([{"role": "user", "content": "What?"}])
-    assert processor.render_chat(user(part)) == expected
+    expected = processor.prompts.render_chat([{"role": "user", "content": "What?"}])
+    assert processor.prompts.render_chat(user(part)) == expected
     assert "What?" in expected.prompt.text
 
 
@@ -113,19 +114,19 @@ def test_bad_message_is_refused_with_its_path(
     processor: InputProcessor, messages: Any, message: str, param: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        processor.render_chat(messages)
+        processor.prompts.render_chat(messages)
     assert str(caught.value) == message
     assert caught.value.param == param
 
 
 def test_bad_picture_in_a_message_is_refused_with_its_path(processor: InputProcessor) -> None:
-    chat = processor.render_chat(user(TEXT, {"type": "image", "image": b"junk"}))
+    chat = processor.prompts.render_chat(user(TEXT, {"type": "image", "image": b"junk"}))
     with pytest.raises(RequestError, match="not a picture") as caught:
-        processor.open_reference(chat.media[0])
+        processor.prompts.open_reference(chat.media[0])
     assert caught.value.param == "messages.0.content.1.image"
-    nameless = processor.render_chat(user({"type": "image_pil", "uuid": "u"})).media[0]
+    nameless = processor.prompts.render_chat(user({"type": "image_pil", "uuid": "u"})).media[0]
     with pytest.raises(RequestError, match="must be sent with every request"):
-        processor.open_reference(nameless)
+        processor.prompts.open_reference(nameless)
 
 
 def test_token_ids_equal_the_huggingface_processors_chat(processor: InputProcessor, folder: Path) -> None:
@@ -160,7 +161,7 @@ def test_token_ids_equal_the_huggingface_processors_chat(processor: InputProcess
 def test_string_template_gets_placeholders_in_front_unless_interleaved(
     processor: InputProcessor, content: list[Any], prompt: str
 ) -> None:
-    chat = processor.render_chat(user(*content), chat_template=LLAVA)
+    chat = processor.prompts.render_chat(user(*content), chat_template=LLAVA)
     assert chat.prompt.text == prompt
     assert not chat.prompt.plain
     assert len(chat.media) == prompt.count("<image>")
@@ -188,11 +189,11 @@ def test_chat_without_any_template_says_what_to_do(
     monkeypatch.setattr(processor.tokenizer, "chat_template", None)
     bare = make_processor(folder=None)
     with pytest.raises(RequestError, match=r"This model has no chat template\. Give one"):
-        bare.render_chat(user("hi"))
+        bare.prompts.render_chat(user("hi"))
     shipped = make_processor(folder=None, family="llava")
-    assert shipped.render_chat(user("hi")).prompt.text == "USER: hi\nASSISTANT:"
+    assert shipped.prompts.render_chat(user("hi")).prompt.text == "USER: hi\nASSISTANT:"
     given = make_processor(folder=None, chat_template="{{ messages[0].content }}!")
-    assert given.render_chat(user("hi")).prompt.text == "hi!"
+    assert given.prompts.render_chat(user("hi")).prompt.text == "hi!"
 
 
 def test_template_that_drops_a_picture_is_noticed(processor: InputProcessor) -> None:

@@ -19,7 +19,9 @@ class Stream:
 
     def __init__(self, processor: InputProcessor, kind: OutputKind = "delta", **params: Any) -> None:
         self.outputs = OutputProcessor(processor.tokenizer, clock=itertools.count(100.0).__next__)
-        request = processor.process("r", processor.read("Hi"), SamplingParams(max_tokens=100, **params), arrival_s=99.0)
+        request = processor.process(
+            "r", processor.prompts.read("Hi"), SamplingParams(max_tokens=100, **params), arrival_s=99.0
+        )
         self.ids = processor.tokenizer.encode(TEXT, add_special_tokens=False)
         self.children = self.outputs.add(request, kind)
 
@@ -179,7 +181,7 @@ def test_logprobs_are_named_and_summed(processor: InputProcessor) -> None:
 
 def test_embedding_comes_with_its_prompt(processor: InputProcessor) -> None:
     outputs = OutputProcessor(processor.tokenizer)
-    request = processor.process("e", processor.read("Hi"), PoolingParams())
+    request = processor.process("e", processor.prompts.read("Hi"), PoolingParams())
     outputs.add(request)
     (output,) = outputs.update([RequestUpdate(request_id="e", embedding=[0.6, 0.8], finish_reason="stop")]).outputs
     assert isinstance(output, PoolingRequestOutput)
@@ -189,7 +191,7 @@ def test_embedding_comes_with_its_prompt(processor: InputProcessor) -> None:
 
 def test_running_id_is_refused_a_second_time(processor: InputProcessor) -> None:
     outputs = OutputProcessor(processor.tokenizer)
-    request = processor.process("a", processor.read("Hi"), SamplingParams())
+    request = processor.process("a", processor.prompts.read("Hi"), SamplingParams())
     outputs.add(request)
     with pytest.raises(RequestError, match="ids must be unique"):
         outputs.add(request)

@@ -26,7 +26,7 @@ def picture(colour: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
 
 
 def process(processor: InputProcessor, prompt: Any, **params: Any) -> ProcessedRequest:
-    return processor.process("r", processor.read(prompt), SamplingParams(**params))
+    return processor.process("r", processor.prompts.read(prompt), SamplingParams(**params))
 
 
 def with_images(prompt: str | list[int], *images: Any, **more: Any) -> dict[str, Any]:
@@ -187,13 +187,13 @@ def test_sampling_params_are_completed_from_prompt_and_tokenizer(processor: Inpu
 
 
 def test_pooling_prompt_may_fill_the_context(processor: InputProcessor) -> None:
-    request = processor.process("r", processor.read("x" * 199), PoolingParams()).request
+    request = processor.process("r", processor.prompts.read("x" * 199), PoolingParams()).request
     assert len(request.prompt_token_ids) == 200
     assert request.stop_token_ids == frozenset()
 
 
 def test_seeds_depend_on_the_request_and_on_nothing_else(processor: InputProcessor) -> None:
-    prompt = processor.read("Hello")
+    prompt = processor.prompts.read("Hello")
 
     def seed(name: str, **params: Any) -> int:
         return processor.process(name, prompt, SamplingParams(**params)).request.seed

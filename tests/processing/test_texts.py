@@ -11,7 +11,7 @@ from opsin.processing.processor import InputProcessor
 
 
 def process(processor: InputProcessor, prompt: str, **params: Any) -> None:
-    processor.process("r", processor.read(prompt), SamplingParams(**params))
+    processor.process("r", processor.prompts.read(prompt), SamplingParams(**params))
 
 
 @pytest.mark.parametrize("params", [{}, {"truncate_prompt_tokens": 4}], ids=["white", "cut"])
@@ -22,7 +22,7 @@ def test_text_that_costs_too_much_to_read_is_refused_whatever_is_in_it(
     with pytest.raises(ContextLengthError, match="characters"):
         process(processor, " " * 20_000_000, **params)
     with pytest.raises(ContextLengthError, match="characters"):
-        processor.render_chat([{"role": "user", "content": [{"type": "text", "text": "<s>" * 5_000_000}]}])
+        processor.prompts.render_chat([{"role": "user", "content": [{"type": "text", "text": "<s>" * 5_000_000}]}])
     with pytest.raises(ContextLengthError, match="characters"):
         processor.tokenize("a " * 10_000_000)
     assert time.monotonic() - start_s < 2
@@ -49,17 +49,17 @@ def test_arguments_of_a_call_that_are_nested_too_deeply_are_refused(processor: I
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
         with pytest.raises(RequestError):
-            processor.render_chat(messages)
+            processor.prompts.render_chat(messages)
 
 
 def test_template_arguments_that_are_nested_too_deeply_are_refused(processor: InputProcessor) -> None:
     nested = json.loads('{"a":' * 900 + "1" + "}" * 900)
     with pytest.raises(RequestError, match="nested too deeply"):
-        processor.render_chat([{"role": "user", "content": "x"}], chat_template_kwargs=nested)
+        processor.prompts.render_chat([{"role": "user", "content": "x"}], chat_template_kwargs=nested)
 
 
 @pytest.mark.parametrize("priority", [2**63, -(2**63) - 1])
 def test_priority_that_no_engine_process_could_be_told_is_refused(processor: InputProcessor, priority: int) -> None:
     with pytest.raises(RequestError) as caught:
-        processor.process("r", processor.read("x"), SamplingParams(), priority=priority)
+        processor.process("r", processor.prompts.read("x"), SamplingParams(), priority=priority)
     assert caught.value.param == "priority"

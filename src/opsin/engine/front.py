@@ -55,7 +55,7 @@ class Front:
         Raises:
             RequestError, MediaError: what is wrong with it.
         """
-        return self._with_options(self.inputs.read(prompt), mm_processor_kwargs)
+        return self._with_options(self.inputs.prompts.read(prompt), mm_processor_kwargs)
 
     def read_chat(
         self,
@@ -68,7 +68,7 @@ class Front:
         Raises:
             RequestError, MediaError: what is wrong with it.
         """
-        chat = self.inputs.render_chat(messages, **options)
+        chat = self.inputs.prompts.render_chat(messages, **options)
         return self.open_chat(chat, self.fetch(chat.media), mm_processor_kwargs)
 
     def fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
@@ -91,20 +91,21 @@ class Front:
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str = "",
     ) -> Prompt:
-        """The second half of ``read_chat``, behind ``inputs.render_chat``. Any thread may call both.
+        """The second half of ``read_chat``, behind ``inputs.prompts.render_chat``. Any thread may call both.
 
         Args:
             fetched: per item of ``chat.media`` the bytes behind it, where it is a URL.
         """
         self.check_num_bytes(fetched)
         media = [
-            self.inputs.open_reference(ref, data, chat.media_io_kwargs)
+            self.inputs.prompts.open_reference(ref, data, chat.media_io_kwargs)
             for ref, data in zip(chat.media, fetched, strict=True)
         ]
         self._check_num_pixels(media)
         given = [item.source.data.data for item in media if isinstance(item.source, GivenFeatures)]
         self.check_num_bytes([*fetched, *given])
-        return self._with_options(self.inputs.chat_prompt(chat, media, cache_salt=cache_salt), mm_processor_kwargs)
+        prompt = Prompt(chat.prompt, media=media, cache_salt=cache_salt, add_special_tokens=chat.add_special_tokens)
+        return self._with_options(prompt, mm_processor_kwargs)
 
     def check_num_bytes(self, fetched: Iterable[bytes | memoryview | None]) -> None:
         """Hold the files of one conversation to their common limit.

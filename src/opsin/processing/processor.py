@@ -1,42 +1,39 @@
-"""From a prompt to an ``EngineRequest``: tokens, placeholders, cache keys, limits. Sizes only; nothing is decoded."""
+"""From a prompt that was read to an ``EngineRequest``: tokens, features' places, cache keys, limits."""
 
 # Arguments come from callers, so they are checked whatever their types promise.
 # pyright: reportUnnecessaryIsInstance=false
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from opsin.config import GENERATION_DEFAULTS, MediaConfig
 from opsin.errors import ContextLengthError, RequestError
-from opsin.media.clips import EncodedVideo, FrameChoice, FrameSequence, VideoSource
-from opsin.media.fetch import decode_frames_url
+from opsin.media.clips import EncodedVideo, FrameSequence, VideoSource
 from opsin.media.ops import PixelArray
 from opsin.media.prober import VideoProber
 from opsin.media.source import EncodedPicture, PictureSource
 from opsin.models.rule import MediaRule, Placeholder
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing import expand as expansion
-from opsin.processing.chat import ChatPrompt, MediaReference, render_chat
 from opsin.processing.continuations import derive_seed, spelled
 from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.expand import Expanded, Written
 from opsin.processing.grammar import GrammarCheck
-from opsin.processing.jinja import ContentFormat, find_template
+from opsin.processing.jinja import find_template
 from opsin.processing.model_templates import ModelTemplates
 from opsin.processing.neutral import ControlStrings, Rendered
 from opsin.processing.pooling import VectorSizes
-from opsin.processing.prompts import MediaInput, MediaSource, Opener, Prompt, open_reference, read_prompt
+from opsin.processing.prompt_reader import PromptReader
+from opsin.processing.prompts import MediaInput, MediaSource, Prompt
 from opsin.processing.resolve import ParamsResolver
 from opsin.processing.texts import TextLimits, check_unicode
 from opsin.processing.tokenizer import Tokenizer
@@ -65,7 +62,7 @@ class ProcessedRequest:
 
 
 class InputProcessor:
-    """Makes requests for one model.
+    """Makes requests for one model, of prompts that its ``prompts`` reads.
 
     Args:
         max_model_len: longest prompt plus answer, in tokens.
@@ -102,8 +99,6 @@ class InputProcessor:
         self.spec = spec
         self.max_model_len = max_model_len
         self._texts = TextLimits(max_model_len, tokenizer.longest_piece)
-        self._media = media
-        FrameChoice.of(media.media_io_kwargs)  # a mistake in there should be told at once
         self._probe = VideoProber(media)
         self._generation_config = generation_config or {}
         self._resolver = ParamsResolver(
@@ -118,7 +113,6 @@ class InputProcessor:
             chat_template or find_template(folder, tokenizer.chat_template, family, tools=tools)
             for tools in (False, True)
         )
-        self._templates = ModelTemplates(plain, with_tools, tokenizer.special_tokens_map)
         self._placeholders: dict[Modality, Placeholder] = {
             m: rule.placeholder(m) for m in _MODALITIES if rule.max_items(m) != 0
         }
@@ -127,9 +121,16 @@ class InputProcessor:
             [*tokenizer.special_strings, *(p.text for p in signs if "{index}" not in p.text)],
             {p.pattern: p.text for p in signs},
         )
+        self.prompts = PromptReader(
+            rule,
+            ModelTemplates(plain, with_tools, tokenizer.special_tokens_map),
+            self._controls,
+            self._texts,
+            media,
+            feature_width=spec.feature_width,
+            probe=self._probe,
+        )
         self._slot_ids = frozenset(p.token_id for p in signs if p.token_id is not None)
-
-    # ------------------------------------------------------------------------------------------------ prompts
 
     def default_sampling_params(self, max_tokens: int | None = 16) -> SamplingParams:
         """What the checkpoint's generation_config.json asks for, over ``SamplingParams``' own defaults.
@@ -152,83 +153,6 @@ class InputProcessor:
         check_unicode(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def chat_template(self, *, tools: bool = False) -> str | None:
-        """The text of the template that conversations are rendered with, with or without tools."""
-        return self._templates.source(tools=tools)
-
-    def read(self, prompt: Any) -> Prompt:
-        """Read a ``PromptType`` and open its media.
-
-        Raises:
-            RequestError, MediaError: see ``opsin.processing.prompts.read_prompt``.
-        """
-        return read_prompt(prompt, self._opener(None))
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        chat_template: str | None = None,
-        chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        media_io_kwargs: Mapping[str, Any] | None = None,
-        add_special_tokens: bool | None = None,
-        isolate_template: bool = False,
-    ) -> ChatPrompt:
-        """Render one conversation with the model's template, or with ``chat_template`` (jinja text).
-
-        Raises:
-            RequestError: no template, a malformed message, too many items, or what the template refuses.
-        """
-        self._texts.check_messages(messages)
-        try:
-            chat = render_chat(
-                messages,
-                self._templates.choose(chat_template, tools=bool(tools), isolate=isolate_template),
-                self._controls,
-                self._sign,
-                content_format=chat_template_content_format,
-                tools=tools,
-                documents=documents,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-        except RecursionError:
-            raise RequestError(
-                "The conversation, or what goes with it, is nested too deeply.", param="messages"
-            ) from None
-        FrameChoice.of(media_io_kwargs)  # before anything is fetched
-        self._check_limits([reference.modality for reference in chat.media], "messages")
-        media = [self._with_frames(reference) for reference in chat.media]
-        return dataclasses.replace(
-            chat, media=media, media_io_kwargs=media_io_kwargs, add_special_tokens=add_special_tokens
-        )
-
-    def open_reference(
-        self,
-        reference: MediaReference,
-        fetched: bytes | None = None,
-        media_io_kwargs: Mapping[str, Any] | None = None,
-    ) -> MediaInput:
-        """Open an item of a conversation; ``fetched`` are the bytes behind it where it is a URL."""
-        return open_reference(reference, fetched, self._opener(media_io_kwargs))
-
-    def chat_prompt(self, chat: ChatPrompt, media: Sequence[MediaInput], *, cache_salt: str = "") -> Prompt:
-        """The prompt of a rendered conversation and its opened media."""
-        return Prompt(
-            rendered=chat.prompt,
-            media=list(media),
-            cache_salt=cache_salt,
-            add_special_tokens=chat.add_special_tokens,
-        )
-
-    # ----------------------------------------------------------------------------------------------- requests
-
     def process(
         self,
         request_id: str,
@@ -241,7 +165,7 @@ class InputProcessor:
         """Tokenise, expand, and check against the model's limits.
 
         Raises:
-            RequestError: placeholders and items differ in number, too many items, ids outside the vocabulary.
+            RequestError: placeholders and items differ in number, ids outside the vocabulary.
             ContextLengthError: the expanded prompt leaves no room for an answer.
             MediaError: a picture whose size this model cannot take.
         """
@@ -256,7 +180,6 @@ class InputProcessor:
             if self.grammars is None:
                 raise RequestError("This engine takes no structured_outputs.", param="structured_outputs")
             self.grammars.check(params.structured_outputs)
-        self._check_limits([item.modality for item in prompt.media], "multi_modal_data")
         items = [self._media_item(item, prompt) for item in prompt.media]
         expanded, order = self._expand(prompt, items, params)
         if isinstance(params, SamplingParams) and params.truncate_prompt_tokens is not None:
@@ -308,21 +231,6 @@ class InputProcessor:
             self.grammars.close()
 
     # ------------------------------------------------------------------------------------------------- inside
-
-    def _opener(self, media_io_kwargs: Mapping[str, Any] | None) -> Opener:
-        choice = FrameChoice.of(self._media.media_io_kwargs, media_io_kwargs)
-        return Opener(self._media, self.spec.feature_width, self._probe, choice)
-
-    def _with_frames(self, reference: MediaReference) -> MediaReference:
-        """The frames themselves in place of a URL that holds them."""
-        if reference.modality != "video" or not isinstance(reference.value, str):
-            return reference
-        try:
-            frames = decode_frames_url(reference.value, self._media)
-        except RequestError as error:
-            error.param = error.param or reference.param
-            raise
-        return reference if frames is None else dataclasses.replace(reference, value=frames)
 
     def _layout(self, source: PictureSource | VideoSource, options: Mapping[str, Any]) -> MediaLayout:
         if isinstance(source, EncodedVideo | FrameSequence):
@@ -391,21 +299,6 @@ class InputProcessor:
             ) from None
         return MediaItem(hashlib.blake2b(told, digest_size=32).digest(), item.modality, layout)
 
-    def _check_limits(self, modalities: Sequence[Modality], param: str) -> None:
-        for modality, count in Counter(modalities).items():
-            limits = (self.rule.max_items(modality), self._media.limit_mm_per_prompt.get(modality))
-            limit = min((n for n in limits if n is not None), default=None)
-            if limit is None or count <= limit:
-                continue
-            advice = "This model takes none."
-            if limits[0] is None or limits[0] >= count:
-                advice = (
-                    f"This prompt has {count}: send fewer, or start with limit_mm_per_prompt={{'{modality}': {count}}}."
-                )
-            elif limits[0] > 0:
-                advice = f"This prompt has {count}, more than the model was made for: send fewer."
-            raise RequestError(f"At most {limit} {modality}(s) may be provided in one prompt. {advice}", param=param)
-
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:
             raise RequestError("The prompt is empty: it has no tokens.", param="prompt_token_ids")
@@ -442,9 +335,3 @@ class InputProcessor:
         if isinstance(params, SamplingParams) and params.seed is not None:
             return params.seed
         return derive_seed(self._default_seed, request_id)
-
-    def _sign(self, modality: Modality, number: int) -> str:
-        placeholder = self._placeholders.get(modality)
-        if placeholder is None:
-            raise RequestError(f"This model takes no {modality}.", param="messages")
-        return placeholder.text.replace("{index}", str(number))

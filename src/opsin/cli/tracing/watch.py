@@ -24,6 +24,7 @@ from opsin.media.raw import is_raw
 from opsin.outputs import RequestOutput
 from opsin.processing.output import OutputBatch, OutputProcessor
 from opsin.processing.processor import InputProcessor, ProcessedRequest
+from opsin.processing.prompt_reader import PromptReader
 from opsin.processing.prompts import Prompt
 from opsin.runner import pixels
 from opsin.runner.launched import LaunchedStep
@@ -34,7 +35,7 @@ from opsin.scheduler import Scheduler
 from opsin.types import StepPlan
 
 _HOST_SEAMS: tuple[tuple[type, str, str], ...] = (
-    (InputProcessor, "render_chat", "template"),
+    (PromptReader, "render_chat", "template"),
     (Front, "read_prompt", "open"),
     (Front, "open_chat", "open"),
     (InputProcessor, "process", "tokenise"),
@@ -116,7 +117,7 @@ class _Requests:
         self._pixels_s: dict[bytes, float] = {}
 
     def follow(self, patches: ExitStack) -> None:
-        render, read, open_chat = InputProcessor.render_chat, Front.read_prompt, Front.open_chat
+        render, read, open_chat = PromptReader.render_chat, Front.read_prompt, Front.open_chat
         process, put, update = InputProcessor.process, EngineCore.put_payload, OutputProcessor.update
 
         def noted_render(*args: Any, **kwargs: Any) -> Any:
@@ -153,7 +154,7 @@ class _Requests:
             return batch
 
         for owner, name, noted in (
-            (InputProcessor, "render_chat", noted_render),
+            (PromptReader, "render_chat", noted_render),
             (Front, "read_prompt", noted_read),
             (Front, "open_chat", noted_open),
             (InputProcessor, "process", noted_process),
