@@ -95,6 +95,7 @@ def test_rope_with_sections_takes_each_frequency_from_its_axis():
     plain = [_ours({"rope_theta": 100.0}, 32)(positions_AT[a : a + 1]).cos_TR for a in range(3)]
     expected = torch.cat([plain[0][:, :2], plain[1][:, 2:5], plain[2][:, 5:]], dim=1)
     assert torch.equal(rotary.cos_TR, expected)
+    assert all(table_TR.is_contiguous() for table_TR in rotary)  # else every layer copies it
 
 
 def test_rope_sections_of_the_wrong_sum_are_refused():

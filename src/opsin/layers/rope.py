@@ -20,7 +20,7 @@ _ALIASES = {"su": "longrope", "mrope": "default"}  # Phi-3's and Qwen2-VL's firs
 
 
 class Rotary(NamedTuple):
-    """What a step's tokens are rotated by; float32, (T, R), R pairs per head."""
+    """What a step's tokens are rotated by; float32, (T, R), R pairs per head. Contiguous, else layers would copy it."""
 
     cos_TR: torch.Tensor
     sin_TR: torch.Tensor
@@ -186,9 +186,10 @@ class Rope(nn.Module):
         if self.axis_R is None:
             positions_TR = positions_AT[0].unsqueeze(1)
         else:
-            positions_TR = positions_AT[self.axis_R].transpose(0, 1)
-        angles_TR = positions_TR.to(torch.float32) * self.inverse_R
-        return Rotary(angles_TR.cos() * self.factor, angles_TR.sin() * self.factor)
+            positions_TR = positions_AT.transpose(0, 1).index_select(1, self.axis_R)
+        angles_TR = positions_TR * self.inverse_R
+        cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
+        return Rotary(cos_TR, sin_TR) if self.factor == 1.0 else Rotary(cos_TR * self.factor, sin_TR * self.factor)
 
 
 def axis_of_frequency(sections: Sequence[int], num_frequencies: int, *, interleaved: bool = False) -> torch.Tensor:
