@@ -146,7 +146,7 @@ def make_core(num_rows: int, device: torch.device, clock: Clock) -> EngineCore:
         kernels=kernels,
     )
     memory = MemoryPlan(0, 0, 0, 0, 0, limits.num_blocks, _BLOCK)
-    executor = InlineExecutor(runner, memory, graph_tokens=limits.max_num_batched_tokens)
+    executor = InlineExecutor(runner, memory, graphs_of=(limits.max_num_batched_tokens, limits.max_num_batched_patches))
     if device.type == "cpu":
         graphs = StepGraphs(
             runner.model,

@@ -38,8 +38,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Engines made from now on have graphs, unless they are told ``enforce_eager``. All graphs lie here."""
     recorder: Any = Recorder()
 
-    def capture_graphs(self: ModelRunner, max_tokens: int) -> None:
-        self.vision.tower = ReplayedTower(EagerTower(self.model, self.device), recorder.record)
+    def capture_graphs(self: ModelRunner, max_tokens: int, max_patches: int) -> None:
+        self.vision.tower = ReplayedTower(EagerTower(self.model, self.device), recorder.record, max_patches)
         with torch.inference_mode():
             self._graphs = StepGraphs(
                 self.model,

@@ -179,11 +179,10 @@ def build_engine(
         on_finish=feeder.release,
     )
     grammars = GrammarCompiler(tokenizer, spec.vocab_size)
+    largest_step = budgets.max_num_batched_tokens, budgets.max_num_batched_patches
     core = EngineCore(
         scheduler,
-        InlineExecutor(
-            runner, memory, graph_tokens=None if config.device.enforce_eager else budgets.max_num_batched_tokens
-        ),
+        InlineExecutor(runner, memory, graphs_of=None if config.device.enforce_eager else largest_step),
         pipeline_depth=budgets.pipeline_depth,
         grammars=grammars,
     )

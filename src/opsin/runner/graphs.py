@@ -1,4 +1,4 @@
-"""The decoder's pass, captured once per size and replayed from then on: steps that only decode, and all others.
+"""The decoder's pass, captured once per size and replayed from then on: steps that only decode, and others but the largest.
 
 Launching a few hundred kernels from Python takes tens of milliseconds; replaying them takes one call. What changes from
 step to step lies in buffers that keep their place: one packed upload fills them. Sizes are rounded up to few, with rows
@@ -23,6 +23,8 @@ from opsin.models.interface import VisionLanguageModel
 from opsin.runner.inputs import RowNumbers, StepArrays, decode_arrays, padded
 from opsin.runner.slots import SlotTable
 
+_MAX_TOKENS = 4096  # a larger step keeps the device busier than Python, and what pads it would be computed for nothing
+
 
 def decode_sizes(max_rows: int) -> list[int]:
     """Numbers of rows to capture: doubling to 16, then in steps that waste an eighth or so."""
@@ -32,9 +34,10 @@ def decode_sizes(max_rows: int) -> list[int]:
 
 
 def prefill_sizes(max_tokens: int) -> list[int]:
-    """Numbers of tokens to capture: in steps that waste a sixteenth or so, and no less than matrix products notice."""
-    ranges = ((64, 1024, 64), (1024, 2048, 128), (2048, 4096, 256), (4096, max_tokens, 512))
-    return [*(size for each in ranges for size in range(*each) if size < max_tokens), max_tokens]
+    """Numbers of tokens to capture: in steps that matrix products hardly notice."""
+    most = min(max_tokens, _MAX_TOKENS)
+    ranges = ((64, 1024, 64), (1024, most, 128))
+    return [*(size for each in ranges for size in range(*each) if size < most), most]
 
 
 class _Captured(NamedTuple):
@@ -105,7 +108,8 @@ class StepGraphs:
         self._prefill_sizes = prefill_sizes(max_tokens)
         width = model.spec.hidden_size
         # One for all sizes: each step is done with them before the next one.
-        self._embedded_TD, self._hidden_TD = torch.zeros(2, max_tokens, width, dtype=dtype, device=self._device)
+        shape = (2, self._prefill_sizes[-1], width)
+        self._embedded_TD, self._hidden_TD = torch.zeros(shape, dtype=dtype, device=self._device)
         self._recorder = recorder
         self._decode: dict[int, _Captured] = {}
         self._prefill: dict[int, _Captured] = {}
@@ -130,6 +134,10 @@ class StepGraphs:
         refill(captured.packed, decode_arrays(numbers, size, self._table, self._block_size))
         captured.graph.replay()
         return captured.hidden[:num_rows], captured.inputs[1][:num_rows]
+
+    def covers(self, arrays: StepArrays) -> bool:
+        """``prefill`` can run this step."""
+        return len(arrays.at_T) <= self._prefill_sizes[-1]
 
     def prefill(
         self, arrays: StepArrays, fill: Callable[[torch.Tensor], None]

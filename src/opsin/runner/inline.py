@@ -11,15 +11,15 @@ class InlineExecutor:
     """``Executor`` over one ``ModelRunner``.
 
     Args:
-        graph_tokens: the most tokens of a step, where steps are to be replayed as graphs if the device can.
+        graphs_of: the most tokens and patches of a step, where steps are to be replayed as graphs if the device can.
     """
 
-    def __init__(self, runner: ModelRunner, memory: MemoryPlan, *, graph_tokens: int | None = None) -> None:
+    def __init__(self, runner: ModelRunner, memory: MemoryPlan, *, graphs_of: tuple[int, int] | None = None) -> None:
         self._runner = runner
         self._memory = memory
         runner.allocate_kv(memory.num_blocks)
-        if graph_tokens is not None:
-            runner.capture_graphs(graph_tokens)
+        if graphs_of is not None:
+            runner.capture_graphs(*graphs_of)
 
     @property
     def spec(self) -> ModelSpec:

@@ -77,17 +77,19 @@ class ModelRunner:
             self._caches.append(LayerCache(key, value))
 
     @torch.inference_mode()
-    def capture_graphs(self, max_tokens: int) -> None:
+    def capture_graphs(self, max_tokens: int, max_patches: int) -> None:
         """From now on replay steps, and pictures of sizes that come again, where the device and the kernels can.
 
         ``allocate_kv`` ends that.
 
         Args:
             max_tokens: the most that a step has.
+            max_patches: likewise, for the vision tower.
         """
         if self.device.type == "cuda" and self._kernels.replayable:
             recorder = Recorder(self.device)
-            self.vision.tower = ReplayedTower(EagerTower(self.model, self.device, self._kernels), recorder.record)
+            tower = EagerTower(self.model, self.device, self._kernels)
+            self.vision.tower = ReplayedTower(tower, recorder.record, max_patches)
             self._graphs = StepGraphs(
                 self.model,
                 self._caches,
@@ -126,7 +128,7 @@ class ModelRunner:
         views = views_of(plan.rows, numbers, self._slots, arrays)
         row_starts = arrays.query_start_B1[:-1].tolist()
         is_narrow = self.model.spec.feature_width == self.model.spec.hidden_size
-        if self._graphs is not None and views is None and is_narrow:
+        if self._graphs is not None and views is None and is_narrow and self._graphs.covers(arrays):
 
             def fill(hidden_TD: torch.Tensor) -> None:
                 self.vision.scatter(hidden_TD, plan.rows, row_starts)

@@ -28,9 +28,7 @@ from opsin.types import MediaLayout
 
 logger = logging.getLogger(__name__)
 
-_MAX_PATCHES = (
-    4096  # of a picture whose whole pass is captured; beside a larger one's the launches around count for little
-)
+_MAX_PATCHES = 4096  # of a picture whose whole pass is captured; beside a larger one launches count for little
 _MAX_GRAPHS = 32
 _MAX_REMEMBERED = 256  # pictures' sizes
 

@@ -22,6 +22,7 @@ from opsin.runner.kept import Graph, KeptGraphs, Record
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 64
+_MAX_PATCHES = 8192  # a larger pass keeps the device busier than Python, and what pads it would be computed for nothing
 _MAX_FLOAT32 = 1024  # full precision has no kernel that reads lengths on the device, but a mask of all pairs
 _STEP = 128
 _PATCHES_PER_SEGMENT = 32  # as few as windows and thumbnails have as a rule
@@ -41,7 +42,7 @@ class TrunkGraphs:
 
     Args:
         record: see ``Recorder.record``.
-        max_patches: the most of a pass that is to be captured.
+        max_patches: the most of a pass that there will be.
     """
 
     def __init__(self, record: Record, device: torch.device, max_patches: int = MAX_PASS) -> None:
@@ -89,7 +90,7 @@ class TrunkGraphs:
 
     def _most(self, dtype: torch.dtype) -> int:
         """Patches of the largest graph."""
-        return min(padded_size(self._max_patches), _MAX_FLOAT32 if dtype == torch.float32 else MAX_PASS)
+        return min(padded_size(self._max_patches), _MAX_FLOAT32 if dtype == torch.float32 else _MAX_PATCHES)
 
     def _capture(
         self, trunk: Trunk, size: int, x_PD: torch.Tensor, arrays: Sequence[np.ndarray], num_tables: int
@@ -117,8 +118,8 @@ def _key(trunk: Trunk, size: int, arrays: Sequence[np.ndarray]) -> Hashable:
 
 
 def padded_size(num_patches: int) -> int:
-    """The size of graph for a pass: in steps that waste a sixteenth or so."""
-    step = _STEP if num_patches <= 4096 else 2 * _STEP if num_patches <= 8192 else 4 * _STEP
+    """The size of graph for a pass: in steps that matrix products hardly notice."""
+    step = _STEP if num_patches <= 4096 else 2 * _STEP
     return -(-num_patches // step) * step
 
 
