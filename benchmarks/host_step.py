@@ -158,7 +158,7 @@ def make_core(num_rows: int, device: torch.device, clock: Clock) -> EngineCore:
             dtype=torch.float32,
             recorder=NoRecorder(),  # type: ignore[arg-type]
         )
-        graphs.capture_all()
+        graphs.capture_first()
         runner._graphs = graphs
     scheduler = Scheduler(limits)
     scheduler.plan = clock.timed("plan", scheduler.plan)

@@ -263,14 +263,17 @@ def test_greedy_equals_reference_and_takes_the_first_of_equals(kernels: Any, dty
     assert ((ids >= 0) & (ids < 151936)).all()
 
 
-@pytest.fixture(params=["any-gpu", "hopper"])
+@pytest.fixture(params=["any-gpu", "ALONE", "THREE", "THREE_KEEPING"])
 def varlen_attention(request: pytest.FixtureRequest, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """By the kernel for all GPUs, and by the one for Hopper alone, whichever of them an engine takes."""
+    """By the kernel for all GPUs, and by each schedule of the one for Hopper alone, whichever an engine takes."""
     varlen = importlib.import_module("opsin.kernels.triton.varlen")
-    is_hopper = request.param == "hopper"
-    if is_hopper and varlen.hopper_kernel(DEVICE) is None:
+    hopper = varlen.hopper_kernel(DEVICE)
+    if request.param == "any-gpu":
+        monkeypatch.setattr(varlen, "hopper_kernel", lambda device: None)
+    elif hopper is None:
         pytest.skip("needs a GPU of compute capability 9.0, and a Triton that varlen_hopper was tried with")
-    monkeypatch.setattr(varlen, "_PREFERS_HOPPER", is_hopper)
+    else:
+        monkeypatch.setattr(hopper, "schedule_for", lambda *shape: getattr(hopper, request.param))
     return kernels.varlen_attention
 
 

@@ -1,4 +1,4 @@
-"""The decoder's pass, captured once per size and replayed from then on: steps that only decode, and others but the largest.
+"""The decoder's pass, captured once per size and replayed from then on: steps that only decode, and most others.
 
 Launching a few hundred kernels from Python takes tens of milliseconds; replaying them takes one call. What changes from
 step to step lies in buffers that keep their place: one packed upload fills them. Sizes are rounded up to few, with rows

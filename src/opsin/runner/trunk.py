@@ -25,7 +25,7 @@ _MAX_GRAPHS = 64
 _MAX_PATCHES = 8192  # a larger pass keeps the device busier than Python, and what pads it would be computed for nothing
 _MAX_FLOAT32 = 1024  # full precision has no kernel that reads lengths on the device, but a mask of all pairs
 _STEP = 128
-_PATCHES_PER_SEGMENT = 32  # as few as windows and thumbnails have as a rule
+_ROOM = 16  # segments at least; empty ones cost attention some time, too
 
 
 class _Captured(NamedTuple):
@@ -128,11 +128,11 @@ def padded(
 ) -> list[np.ndarray]:
     """Tables of where segments end, then the numbers, as for ``size`` patches.
 
-    What is added are one segment and, up to a number that most passes of this size stay below, empty ones.
+    What is added are one segment and, up to a power of two, empty ones.
     """
     tables: list[np.ndarray] = []
     for some in lens:
-        room = size // _PATCHES_PER_SEGMENT
+        room = _ROOM
         while room <= len(some):
             room *= 2
         table = np.full(room + 1, size, dtype=np.int32)

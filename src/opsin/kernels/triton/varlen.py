@@ -23,7 +23,6 @@ from opsin.kernels.triton.overlap import capability
 
 _LOG2_E = 1.4426950408889634
 _BLOCK_M, _BLOCK_N = 128, 64
-_PREFERS_HOPPER = False  # whether ``hopper_kernel`` goes before the kernel here, where there is one
 _HOPPER_SIZES = range(64, 129)  # of heads, that ``hopper_kernel`` was written for
 
 
@@ -124,7 +123,7 @@ def varlen_attention(
     assert q_PNH.stride(2) == 1
     main, rest = head_parts(size)
     triton.set_allocator(allocate)  # of this thread
-    hopper = hopper_kernel(q_PNH.device) if _PREFERS_HOPPER and size in _HOPPER_SIZES else None
+    hopper = hopper_kernel(q_PNH.device) if size in _HOPPER_SIZES else None
     if hopper is not None:
         return hopper.launch(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, scale, (main, rest))
     out_PNH = torch.empty((num_patches, num_heads, size), dtype=q_PNH.dtype, device=q_PNH.device)
