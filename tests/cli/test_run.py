@@ -41,6 +41,13 @@ def test_run_quiet_prints_nothing_on_stderr(fake_llm: type[FakeLLM], opsin_comma
     assert opsin_command("run", "-q", picture, "What?") == (0, "A red circle.\n", "")
 
 
+def test_run_without_a_question_asks_what_is_in_the_picture(
+    fake_llm: type[FakeLLM], opsin_command: Command, picture: Path
+) -> None:
+    assert opsin_command("run", "-q", picture)[0] == 0
+    assert fake_llm.last.asked[0][0][0]["content"][1] == {"type": "text", "text": "What is in the picture?"}
+
+
 def test_run_with_json_prints_one_object(fake_llm: type[FakeLLM], opsin_command: Command, picture: Path) -> None:
     code, out, _ = opsin_command("run", picture, "What?", "--json", "--system", "Be brief.")
     report = json.loads(out)

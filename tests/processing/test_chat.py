@@ -12,7 +12,7 @@ from opsin.errors import RequestError
 from opsin.params import SamplingParams
 from opsin.processing.jinja import find_template
 from opsin.processing.processor import InputProcessor
-from opsin.processing.prompts import Prompt
+from opsin.processing.prompts import Prompt, open_reference
 
 RED = Image.new("RGB", (40, 30), "red")
 BLUE = Image.new("RGB", (40, 30), "blue")
@@ -32,7 +32,7 @@ def pil(image: Image.Image = RED) -> dict[str, Any]:
 
 def token_ids(processor: InputProcessor, messages: list[dict[str, Any]], **options: Any) -> list[int]:
     chat = processor.prompts.render_chat(messages, **options)
-    media = [processor.prompts.open_reference(reference) for reference in chat.media]
+    media = [open_reference(reference, None, processor.prompts.opener()) for reference in chat.media]
     prompt = Prompt(chat.prompt, media=media, add_special_tokens=chat.add_special_tokens)
     return processor.process("r", prompt, SamplingParams()).request.prompt_token_ids
 
@@ -122,11 +122,11 @@ def test_bad_message_is_refused_with_its_path(
 def test_bad_picture_in_a_message_is_refused_with_its_path(processor: InputProcessor) -> None:
     chat = processor.prompts.render_chat(user(TEXT, {"type": "image", "image": b"junk"}))
     with pytest.raises(RequestError, match="not a picture") as caught:
-        processor.prompts.open_reference(chat.media[0])
+        open_reference(chat.media[0], None, processor.prompts.opener())
     assert caught.value.param == "messages.0.content.1.image"
     nameless = processor.prompts.render_chat(user({"type": "image_pil", "uuid": "u"})).media[0]
     with pytest.raises(RequestError, match="must be sent with every request"):
-        processor.prompts.open_reference(nameless)
+        open_reference(nameless, None, processor.prompts.opener())
 
 
 def test_token_ids_equal_the_huggingface_processors_chat(processor: InputProcessor, folder: Path) -> None:

@@ -24,7 +24,7 @@ from opsin.processing.embeddings import GivenFeatures
 from opsin.processing.jinja import read_template
 from opsin.processing.output import OutputBatch, OutputKind, OutputProcessor, failure_of
 from opsin.processing.processor import InputProcessor, ProcessedRequest
-from opsin.processing.prompts import MediaInput, Prompt
+from opsin.processing.prompts import MediaInput, Prompt, open_reference
 from opsin.types import EngineRequest, RequestUpdate
 
 _FETCH_THREADS = 8
@@ -97,10 +97,8 @@ class Front:
             fetched: per item of ``chat.media`` the bytes behind it, where it is a URL.
         """
         self.check_num_bytes(fetched)
-        media = [
-            self.inputs.prompts.open_reference(ref, data, chat.media_io_kwargs)
-            for ref, data in zip(chat.media, fetched, strict=True)
-        ]
+        opener = self.inputs.prompts.opener(chat.media_io_kwargs)
+        media = [open_reference(ref, data, opener) for ref, data in zip(chat.media, fetched, strict=True)]
         self._check_num_pixels(media)
         given = [item.source.data.data for item in media if isinstance(item.source, GivenFeatures)]
         self.check_num_bytes([*fetched, *given])

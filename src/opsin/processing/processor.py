@@ -17,10 +17,10 @@ import numpy as np
 
 from opsin.config import GENERATION_DEFAULTS, MediaConfig
 from opsin.errors import ContextLengthError, RequestError
-from opsin.media.clips import EncodedVideo, FrameSequence, VideoSource
+from opsin.media.clips import EncodedVideo, FrameSequence
 from opsin.media.ops import PixelArray
 from opsin.media.prober import VideoProber
-from opsin.media.source import EncodedPicture, PictureSource
+from opsin.media.source import EncodedPicture
 from opsin.models.rule import MediaRule, Placeholder
 from opsin.params import PoolingParams, SamplingParams
 from opsin.processing import expand as expansion
@@ -37,7 +37,7 @@ from opsin.processing.prompts import MediaInput, MediaSource, Prompt
 from opsin.processing.resolve import ParamsResolver
 from opsin.processing.texts import TextLimits, check_unicode
 from opsin.processing.tokenizer import Tokenizer
-from opsin.types import EngineRequest, MediaItem, MediaLayout, Modality, ModelSpec
+from opsin.types import EngineRequest, MediaItem, Modality, ModelSpec
 
 _MODALITIES: tuple[Modality, ...] = ("image", "video")
 _END_TOKENS = 16  # of a prompt given in ids, in whose sight choices are tokenised
@@ -232,11 +232,6 @@ class InputProcessor:
 
     # ------------------------------------------------------------------------------------------------- inside
 
-    def _layout(self, source: PictureSource | VideoSource, options: Mapping[str, Any]) -> MediaLayout:
-        if isinstance(source, EncodedVideo | FrameSequence):
-            return self.rule.video_layout(source.clip, options)
-        return self.rule.layout("image", *source.size, 1, options)
-
     def _expand(
         self, prompt: Prompt, items: Sequence[MediaItem], params: SamplingParams | PoolingParams
     ) -> tuple[Expanded, list[int]]:
@@ -283,8 +278,10 @@ class InputProcessor:
         try:
             if isinstance(source, GivenFeatures):
                 layout = self.rule.embedding_layout(item.modality, len(source.data), source.extras)
+            elif isinstance(source, EncodedVideo | FrameSequence):
+                layout = self.rule.video_layout(source.clip, options)
             else:
-                layout = self._layout(source, options)
+                layout = self.rule.layout("image", *source.size, 1, options)
         except RequestError as error:
             error.param = error.param or item.param
             raise

@@ -16,7 +16,7 @@ from opsin.processing.chat import ChatPrompt, MediaReference, render_chat
 from opsin.processing.jinja import ContentFormat
 from opsin.processing.model_templates import ModelTemplates
 from opsin.processing.neutral import ControlStrings
-from opsin.processing.prompts import MediaInput, Opener, Prompt, open_reference, read_prompt
+from opsin.processing.prompts import Opener, Prompt, read_prompt
 from opsin.processing.texts import TextLimits
 from opsin.types import Modality
 
@@ -57,7 +57,7 @@ class PromptReader:
         Raises:
             RequestError, MediaError: see ``opsin.processing.prompts.read_prompt``; or it shows too many items.
         """
-        read = read_prompt(prompt, self._opener(None))
+        read = read_prompt(prompt, self.opener())
         self._check_limits([item.modality for item in read.media], "multi_modal_data")
         return read
 
@@ -106,16 +106,8 @@ class PromptReader:
             chat, media=media, media_io_kwargs=media_io_kwargs, add_special_tokens=add_special_tokens
         )
 
-    def open_reference(
-        self,
-        reference: MediaReference,
-        fetched: bytes | None = None,
-        media_io_kwargs: Mapping[str, Any] | None = None,
-    ) -> MediaInput:
-        """Open an item of a conversation; ``fetched`` are the bytes behind it where it is a URL."""
-        return open_reference(reference, fetched, self._opener(media_io_kwargs))
-
-    def _opener(self, media_io_kwargs: Mapping[str, Any] | None) -> Opener:
+    def opener(self, media_io_kwargs: Mapping[str, Any] | None = None) -> Opener:
+        """How media are opened where a call asks for ``media_io_kwargs``, over the engine's own."""
         choice = FrameChoice.of(self._media.media_io_kwargs, media_io_kwargs)
         return Opener(self._media, self._feature_width, self._probe, choice)
 

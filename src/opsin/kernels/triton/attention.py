@@ -33,14 +33,14 @@ def _attention_kernel(
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_BEGIN: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SPLITS: tl.constexpr, ONE_EACH: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SPLITS: tl.constexpr, IS_DECODE: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    if ONE_EACH:
+    if IS_DECODE:
         row = program
         first = program
         query_len = 1
@@ -170,10 +170,9 @@ def paged_attention(
     block_m = max(block_m, triton.next_power_of_2(group))
     block_q = block_m // group
     block_n = 32 if size > 128 or q_TNH.dtype == torch.float32 else 64
-    one_each = longest_query == 1 and num_tokens == num_rows
-    num_programs = num_rows if one_each else num_tokens // block_q + num_rows
+    num_programs = num_rows if inputs.is_decode else num_tokens // block_q + num_rows
     num_splits = 1
-    if longest_query == 1:
+    if inputs.is_decode:
         wanted = triton.cdiv(_PROGRAMS_WANTED, num_rows * num_kv)
         possible = triton.cdiv(max(inputs.context_lens), _KEYS_PER_SPLIT)
         num_splits = triton.next_power_of_2(max(1, min(wanted, possible, _MAX_SPLITS)))
@@ -196,7 +195,7 @@ def paged_attention(
         NUM_KV=num_kv, GROUP=group, SIZE=size, PAGE=cache.key.shape[1], BLOCK_Q=block_q,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_H=block_h,
         HAS_WINDOW=window is not None, HAS_VISIBLE=visible is not None, HAS_BEGIN=begin is not None,
-        HAS_CAP=softcap is not None, HAS_SPLITS=num_splits > 1, ONE_EACH=one_each,
+        HAS_CAP=softcap is not None, HAS_SPLITS=num_splits > 1, IS_DECODE=inputs.is_decode,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         PDL=overlaps, launch_pdl=overlaps, num_warps=4 if block_m <= 64 else 8, num_stages=2,
     )  # fmt: skip
