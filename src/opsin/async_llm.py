@@ -6,12 +6,10 @@ pictures and tokenising happen on threads of their own, so neither the event loo
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar, Unpack
 
@@ -19,17 +17,17 @@ from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.engine import EngineFacts
 from opsin.engine.front import Front, is_at_hand, template_text
 from opsin.engine.histogram import Histogram
+from opsin.engine.reading import ReadingThreads
 from opsin.engine.remote import Watch
 from opsin.engine.spawn import spawn_front
 from opsin.engine.thread import FrontThread, Output
 from opsin.errors import EngineDeadError, RequestError
 from opsin.inputs import PromptType
-from opsin.media.fetcher import Fetcher
 from opsin.media.ops import PixelArray
 from opsin.media.pool import default_num_workers
 from opsin.outputs import PickOutput, PoolingRequestOutput, RequestOutput
 from opsin.params import PoolingParams, SamplingParams
-from opsin.processing.chat import ChatOptions, ChatPrompt, MediaReference
+from opsin.processing.chat import ChatOptions, ChatPrompt
 from opsin.processing.jinja import ContentFormat
 from opsin.processing.messages import as_choices
 from opsin.processing.messages import question as ask
@@ -39,12 +37,7 @@ from opsin.processing.prompts import Prompt
 from opsin.runner.executor import MemoryPlan
 from opsin.types import ModelSpec
 
-T = TypeVar("T")
 P = TypeVar("P", SamplingParams, PoolingParams)
-
-_NUM_READERS = 4
-_NUM_WAITERS = 4  # for what a media worker does, which may take until its deadline and must not hold up the readers
-_NUM_COMPILERS = 2
 
 
 class AsyncLLM:
@@ -94,10 +87,7 @@ class AsyncLLM:
         self.config = config
         self._front = front
         self._ids = itertools.count()
-        self._fetcher = Fetcher(self.config.media)
-        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="opsin-read")
-        self._waiters = ThreadPoolExecutor(_NUM_WAITERS, thread_name_prefix="opsin-wait")
-        self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, thread_name_prefix="opsin-grammar")
+        self._reading = ReadingThreads(front, config.media, self.require_running)
         self._thread = FrontThread(front)
 
     def __enter__(self) -> Self:
@@ -233,7 +223,7 @@ class AsyncLLM:
             As ``generate``.
         """
         process = await self._processor(params, request_id, priority)
-        return await self._beside(lambda: process(self._front.read_prompt(prompt, mm_processor_kwargs)))
+        return await self._reading.run(lambda: process(self._front.read_prompt(prompt, mm_processor_kwargs)))
 
     async def prepare_chat(
         self,
@@ -260,12 +250,12 @@ class AsyncLLM:
             chat = front.inputs.prompts.render_chat(messages, **options)
             return finish(chat, front.fetch(chat.media)) if is_at_hand(chat.media) else chat
 
-        begun = await self._beside(begin)
+        begun = await self._reading.run(begin)
         if isinstance(begun, ProcessedRequest):
             return begun
-        fetched = await self._fetch(begun.media)
+        fetched = await self._reading.fetch(begun.media)
         waits = any(reference.modality == "video" for reference in begun.media)
-        return await self._beside(lambda: finish(begun, fetched), self._waiters if waits else self._readers)
+        return await self._reading.run(lambda: finish(begun, fetched), waits=waits)
 
     async def look(self, processed: ProcessedRequest) -> PixelArray:
         """What the model sees of the only picture that ``prepare_chat`` opened: its tiles, one behind the other.
@@ -273,7 +263,7 @@ class AsyncLLM:
         Raises:
             RequestError, MediaError: there is no such picture, or it cannot be decoded.
         """
-        return await self._beside(lambda: self._front.inputs.make_tiles(processed), self._waiters)
+        return await self._reading.run(lambda: self._front.inputs.make_tiles(processed), waits=True)
 
     def stream(
         self, processed: ProcessedRequest, output_kind: OutputKind = "cumulative"
@@ -292,12 +282,12 @@ class AsyncLLM:
             RequestError: it is far too long, or not valid Unicode.
         """
         inputs = self._front.inputs
-        return await self._beside(lambda: inputs.tokenize(text, add_special_tokens=add_special_tokens))
+        return await self._reading.run(lambda: inputs.tokenize(text, add_special_tokens=add_special_tokens))
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
         tokenizer = self._front.inputs.tokenizer
-        return await self._beside(lambda: tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        return await self._reading.run(lambda: tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream ends with ``finish_reason="abort"``. Unknown and finished ones are ignored."""
@@ -380,9 +370,7 @@ class AsyncLLM:
     def shutdown(self) -> None:
         """Abort what runs, stop the thread and the media workers, and free the device's memory."""
         self._thread.stop()
-        self._fetcher.close()
-        for threads in (self._readers, self._waiters, self._compilers):
-            threads.shutdown(wait=False)  # what they still make is refused when it is posted
+        self._reading.close()
 
     # -------------------------------------------------------------------------- on the caller's side
 
@@ -394,41 +382,15 @@ class AsyncLLM:
                 return output
         raise EngineDeadError("The engine stopped before the request was answered.")
 
-    async def _beside(self, work: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
-        """Do something neither on the event loop nor on the engine's thread."""
-        self.require_running()
-        return await asyncio.get_running_loop().run_in_executor(threads or self._readers, work)
-
     async def _processor(
         self, params: SamplingParams | PoolingParams, request_id: str | None, priority: int
     ) -> Callable[[Prompt], ProcessedRequest]:
         """What makes a request of a prompt, on any thread, once the form of its answers is compiled."""
         name = f"async-{next(self._ids)}" if request_id is None else request_id
         inputs = self._front.inputs
-        form, grammars = params.structured_outputs if isinstance(params, SamplingParams) else None, inputs.grammars
-        if form is not None and grammars is not None and not grammars.is_known(form):  # some take seconds
-            await self._beside(lambda: grammars.check(form), self._compilers)
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
+            await self._reading.compile(params.structured_outputs)
         return lambda prompt: inputs.process(name, prompt, params, priority=priority)
-
-    async def _fetch(self, references: Sequence[MediaReference]) -> list[bytes | None]:
-        """The bytes behind each reference that is a URL; the first that fails ends the wait."""
-        files: list[bytes] = []
-
-        async def one(reference: MediaReference) -> bytes | None:
-            if not isinstance(reference.value, str) or reference.is_embedding:
-                return None
-            try:
-                data = await self._fetcher.fetch(reference.value, reference.modality)
-            except RequestError as error:
-                error.param = error.param or reference.param
-                raise
-            files.append(data)
-            self._front.check_num_bytes(files)  # now: the others need not come
-            return data
-
-        if not references:
-            return []
-        return await asyncio.gather(*(one(reference) for reference in references))
 
 
 def _config(model: str, settings: EngineSettings) -> EngineConfig:

@@ -120,7 +120,7 @@ def test_pictures_that_come_along_wait_for_no_fetch(
     async def refuse(url: str, modality: str) -> bytes:
         raise MediaError("fetched", code="failed_to_download_image")
 
-    monkeypatch.setattr(engine._fetcher, "fetch", refuse)
+    monkeypatch.setattr(engine._reading._fetcher, "fetch", refuse)
     assert client.post("/v1/chat/completions", json=chat("What is this?", 1, 2)).status_code == 200
     far: dict[str, Any] = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
     mixed = client.post("/v1/chat/completions", json=chat("What is this?", 1, far))
