@@ -5,8 +5,7 @@ layouts, barriers and asynchronous products. A warp of its own brings keys and v
 engine; each consumer, a group of four warps, has 64 queries. A consumer asks for the scores of the next block of keys
 and for the products of this block's weights with their values at once, waits for the scores only, and computes the
 next weights while the values are multiplied. Blocks are taken from a picture's end to its beginning: only the first
-one taken holds keys past the end, so that no other is masked. A program goes from tile to tile of queries: while its
-consumers end one, the producer already describes and brings the next one's keys.
+one taken holds keys past the end, so that no other is masked.
 
 Without a producer, one consumer of eight warps refills what it has read, and two programs share a multiprocessor.
 """
@@ -32,11 +31,10 @@ _PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 class Schedule(NamedTuple):
-    """How programs work: with ``consumers`` beside a producer, or with one that fetches for itself.
+    """How a program works: ``consumers`` beside a producer, or one that fetches for itself.
 
     ``registers`` are a thread's at the start, the same for all; ``consumer_registers`` what a consumer has when the
-    producer has given up its own. ``keep_queries`` is in registers rather than in shared memory. ``stays`` tells
-    programs that go from tile to tile, as many as run at once, from those of one tile.
+    producer has given up its own. ``keep_queries`` is in registers rather than in shared memory.
     """
 
     consumers: int
@@ -45,7 +43,6 @@ class Schedule(NamedTuple):
     registers: int
     consumer_registers: int
     keep_queries: bool
-    stays: bool
 
     @property
     def warps(self) -> int:
@@ -56,14 +53,9 @@ class Schedule(NamedTuple):
     def block_m(self) -> int:
         return 16 * self.warps * self.consumers
 
-    @property
-    def programs(self) -> int:
-        """That share a multiprocessor."""
-        return 2 if self.consumers == 1 else 1
 
-
-ALONE = Schedule(1, 64, 2, 128, 128, keep_queries=False, stays=False)
-THREE = Schedule(3, 64, 4, 128, 160, keep_queries=False, stays=True)
+ALONE = Schedule(1, 64, 2, 128, 128, keep_queries=False)
+THREE = Schedule(3, 64, 4, 128, 160, keep_queries=False)
 THREE_KEEPING = THREE._replace(keep_queries=True)
 
 
@@ -98,37 +90,9 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _find(tile, rows, BLOCK_M: gl.constexpr):
-    """A tile's head, its picture's first patch and length, and where in it the tile begins: past the end for some.
-
-    Row r owns tiles from start[r] // BLOCK_M + r on: at least one each, and enough for its queries.
-    """
-    start_ptr, num_rows, num_tiles = rows
-    head = tile // num_tiles
-    tile -= head * num_tiles
-    low = 0
-    high = num_rows
-    while low < high:
-        middle = (low + high) // 2
-        if gl.load(start_ptr + middle) // BLOCK_M + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    row = low - 1
-    first = gl.load(start_ptr + row)
-    length = gl.load(start_ptr + row + 1) - first
-    begin = (tile - (first // BLOCK_M + row)) * BLOCK_M
-    return head, first.to(gl.int64), length, begin
-
-
-@gluon.jit
-def _describe(
-    source, head, first, length,
-    SIZE: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
+def _describe(source, length, SIZE: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, BLOCK_N: gl.constexpr):
     """Of one picture and head: past its end the copy engine supplies zeros, and reads nothing of the neighbours."""
-    ptr, stride_t, stride_h = source
-    ptr += first * stride_t + head * stride_h
+    ptr, stride_t = source
     dtype: gl.constexpr = ptr.dtype.element_ty
     main_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, MAIN], dtype)
     main = tma.make_tensor_descriptor(ptr, [length, SIZE], [stride_t, 1], [BLOCK_N, MAIN], main_layout)
@@ -172,43 +136,26 @@ def _fetch(
 
 
 @gluon.jit
-def _await_all(full, stage, phase, STAGES: gl.constexpr):
-    """Until everything that was asked for has come; a producer is about to fill ``stage`` in ``phase``."""
-    for i in gl.static_range(STAGES):
-        mbarrier.wait(full.index(i), gl.where(i < stage, phase ^ 1, phase))
-
-
-@gluon.jit
 def _produce(
-    task, memory, BLOCK_M: gl.constexpr,
+    task, memory,
     SIZE: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    _, _, key_source, value_source, rows, num_all, _ = task
+    _, _, sources, _, length, num_blocks, _ = task
     _, keys, values, full, empty = memory
+    key_source, value_source = sources
     keys_full, values_full = full
     keys_empty, values_empty = empty
-    stage = 0
-    phase = 1  # a wait for the phase before the first one ends at once
-    for tile in range(gl.program_id(0), num_all, gl.num_programs(0)):
-        head, first, length, begin = _find(tile, rows, BLOCK_M)
-        if begin < length:
-            num_blocks = gl.cdiv(length, BLOCK_N)
-            # Descriptors are written over those of the tile before, once the copy engine is done with them.
-            _await_all(keys_full, stage, phase, STAGES)
-            of_keys = _describe(key_source, head, first, length, SIZE, MAIN, REST, BLOCK_N)
-            mbarrier.wait(keys_empty.index(stage), phase)
-            _fetch(of_keys, 0, num_blocks, keys_full, keys, stage, MAIN, REST, BLOCK_N)
-            _await_all(values_full, stage, phase, STAGES)
-            of_values = _describe(value_source, head, first, length, SIZE, MAIN, REST, BLOCK_N)
-            mbarrier.wait(values_empty.index(stage), phase)
-            _fetch(of_values, 0, num_blocks, values_full, values, stage, MAIN, REST, BLOCK_N)
-            stage, phase = _next(stage, phase, STAGES)
-            for block in range(1, num_blocks):
-                mbarrier.wait(keys_empty.index(stage), phase)
-                _fetch(of_keys, block, num_blocks, keys_full, keys, stage, MAIN, REST, BLOCK_N)
-                mbarrier.wait(values_empty.index(stage), phase)
-                _fetch(of_values, block, num_blocks, values_full, values, stage, MAIN, REST, BLOCK_N)
-                stage, phase = _next(stage, phase, STAGES)
+    of_keys = _describe(key_source, length, SIZE, MAIN, REST, BLOCK_N)
+    _fetch(of_keys, 0, num_blocks, keys_full, keys, 0, MAIN, REST, BLOCK_N)
+    of_values = _describe(value_source, length, SIZE, MAIN, REST, BLOCK_N)
+    _fetch(of_values, 0, num_blocks, values_full, values, 0, MAIN, REST, BLOCK_N)
+    stage, phase = _next(0, 1, STAGES)  # a wait for the phase before the first one ends at once
+    for block in range(1, num_blocks):
+        mbarrier.wait(keys_empty.index(stage), phase)
+        _fetch(of_keys, block, num_blocks, keys_full, keys, stage, MAIN, REST, BLOCK_N)
+        mbarrier.wait(values_empty.index(stage), phase)
+        _fetch(of_values, block, num_blocks, values_full, values, stage, MAIN, REST, BLOCK_N)
+        stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -234,40 +181,49 @@ def _times_rows(x, factor):
 
 
 @gluon.jit
-def _part(begin, length, stride_t, AT: gl.constexpr, WIDTH: gl.constexpr, SIZE: gl.constexpr):
-    """Where a part of the heads of a consumer's queries lies, and what of it there is."""
-    warps: gl.constexpr = gl.num_warps()
-    layout: gl.constexpr = _memory_layout(WIDTH, warps)
-    m = (begin + gl.arange(0, 16 * warps, gl.SliceLayout(1, layout)))[:, None]
-    h = AT + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
-    return m * stride_t + h, (m < length) & (h < SIZE)
-
-
-@gluon.jit
-def _attend(
-    q_ptr, q_stride_t, out_ptr, out_stride_t, of_keys, of_values, memory, begin, length, scale_log2, stage, phase,
+def _consume(
+    task, memory,
     SIZE: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     KEEP_QUERIES: gl.constexpr, IS_FED: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
-    """A consumer's queries of a tile. Returns the stage and phase behind those that it has read."""
+    q_source, out_target, sources, begin, length, num_blocks, scale_log2 = task
     queries, keys, values, full, empty = memory
+    q_ptr, q_stride_t = q_source
+    out_ptr, out_stride_t = out_target
     keys_full, values_full = full
     keys_empty, values_empty = empty
+    main_queries, rest_queries = queries
     main_v, rest_v = values
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     warps: gl.constexpr = gl.num_warps()
+    rows: gl.constexpr = 16 * warps
     score_layout: gl.constexpr = _product_layout(BLOCK_N, warps)
     main_layout: gl.constexpr = _product_layout(MAIN, warps)
     rest_layout: gl.constexpr = _product_layout(REST, warps)
-    num_blocks = gl.cdiv(length, BLOCK_N)
+    main_memory: gl.constexpr = _memory_layout(MAIN, warps)
+    rest_memory: gl.constexpr = _memory_layout(REST, warps)
 
-    main_q = queries[0].index(INDEX)
-    rest_q = queries[1].index(INDEX)
-    offset, exists = _part(begin, length, q_stride_t, 0, MAIN, SIZE)
-    main_q.store(gl.load(q_ptr + offset, mask=exists, other=0.0))
+    if not IS_FED:
+        key_source, value_source = sources
+        of_keys = _describe(key_source, length, SIZE, MAIN, REST, BLOCK_N)
+        for stage in gl.static_range(STAGES):
+            _fetch(of_keys, stage, num_blocks, keys_full, keys, stage, MAIN, REST, BLOCK_N)
+        of_values = _describe(value_source, length, SIZE, MAIN, REST, BLOCK_N)
+        for stage in gl.static_range(STAGES):
+            _fetch(of_values, stage, num_blocks, values_full, values, stage, MAIN, REST, BLOCK_N)
+
+    begin += INDEX * rows
+    main_q = main_queries.index(INDEX)
+    main_m = (begin + gl.arange(0, rows, gl.SliceLayout(1, main_memory)))[:, None]
+    main_h = gl.arange(0, MAIN, gl.SliceLayout(0, main_memory))[None, :]
+    main_at = main_m * q_stride_t + main_h
+    main_q.store(gl.load(q_ptr + main_at, mask=(main_m < length) & (main_h < SIZE), other=0.0))
+    rest_q = rest_queries.index(INDEX)
     if REST > 0:
-        offset, exists = _part(begin, length, q_stride_t, MAIN, REST, SIZE)
-        rest_q.store(gl.load(q_ptr + offset, mask=exists, other=0.0))
+        rest_m = (begin + gl.arange(0, rows, gl.SliceLayout(1, rest_memory)))[:, None]
+        rest_h = MAIN + gl.arange(0, REST, gl.SliceLayout(0, rest_memory))[None, :]
+        rest_at = rest_m * q_stride_t + rest_h
+        rest_q.store(gl.load(q_ptr + rest_at, mask=(rest_m < length) & (rest_h < SIZE), other=0.0))
     fence_async_shared()
     if KEEP_QUERIES:
         main_factor = main_q.load(gl.DotOperandLayout(0, score_layout, 2))
@@ -276,29 +232,29 @@ def _attend(
         main_factor = main_q
         rest_factor = rest_q
 
-    zero = gl.zeros([16 * warps, BLOCK_N], gl.float32, score_layout)
-    mbarrier.wait(keys_full.index(stage), phase)
-    score = warpgroup_mma_wait(0, [_scores(main_factor, rest_factor, keys, stage, zero, REST)])
+    zero = gl.zeros([rows, BLOCK_N], gl.float32, score_layout)
+    mbarrier.wait(keys_full.index(0), 0)
+    score = warpgroup_mma_wait(0, [_scores(main_factor, rest_factor, keys, 0, zero, REST)])
     if IS_FED:
-        mbarrier.arrive(keys_empty.index(stage), count=1)
+        mbarrier.arrive(keys_empty.index(0), count=1)
     else:
-        _fetch(of_keys, STAGES, num_blocks, keys_full, keys, stage, MAIN, REST, BLOCK_N)
+        _fetch(of_keys, STAGES, num_blocks, keys_full, keys, 0, MAIN, REST, BLOCK_N)
     n = (num_blocks - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, score_layout))
     score = gl.where((n < length)[None, :], score, float("-inf"))
     best = gl.max(score, axis=1) * scale_log2
     weight = gl.exp2(score * scale_log2 - best[:, None])
     total = _own_sum(weight)
     rounded = weight.to(dtype)
-    main_acc = gl.zeros([16 * warps, MAIN], gl.float32, main_layout)
+    main_acc = gl.zeros([rows, MAIN], gl.float32, main_layout)
     if REST > 0:
-        rest_acc = gl.zeros([16 * warps, REST], gl.float32, rest_layout)
+        rest_acc = gl.zeros([rows, REST], gl.float32, rest_layout)
 
-    value_stage = stage
-    value_phase = phase
-    stage, phase = _next(stage, phase, STAGES)
+    value_stage = 0
+    value_phase = 0
+    key_stage, key_phase = _next(0, 0, STAGES)
     for block in range(1, num_blocks):
-        mbarrier.wait(keys_full.index(stage), phase)
-        score = _scores(main_factor, rest_factor, keys, stage, zero, REST)
+        mbarrier.wait(keys_full.index(key_stage), key_phase)
+        score = _scores(main_factor, rest_factor, keys, key_stage, zero, REST)
         mbarrier.wait(values_full.index(value_stage), value_phase)
         main_p = gl.convert_layout(rounded, gl.DotOperandLayout(0, main_layout, 2))
         main_acc = warpgroup_mma(main_p, main_v.index(value_stage), main_acc, is_async=True)
@@ -309,9 +265,9 @@ def _attend(
         else:
             score = warpgroup_mma_wait(1, [score])
         if IS_FED:
-            mbarrier.arrive(keys_empty.index(stage), count=1)
+            mbarrier.arrive(keys_empty.index(key_stage), count=1)
         else:
-            _fetch(of_keys, block + STAGES, num_blocks, keys_full, keys, stage, MAIN, REST, BLOCK_N)
+            _fetch(of_keys, block + STAGES, num_blocks, keys_full, keys, key_stage, MAIN, REST, BLOCK_N)
 
         new_best = gl.maximum(best, gl.max(score, axis=1) * scale_log2)
         weight = gl.exp2(score * scale_log2 - new_best[:, None])
@@ -330,9 +286,9 @@ def _attend(
             mbarrier.arrive(values_empty.index(value_stage), count=1)
         else:
             _fetch(of_values, block - 1 + STAGES, num_blocks, values_full, values, value_stage, MAIN, REST, BLOCK_N)
-        value_stage = stage
-        value_phase = phase
-        stage, phase = _next(stage, phase, STAGES)
+        value_stage = key_stage
+        value_phase = key_phase
+        key_stage, key_phase = _next(key_stage, key_phase, STAGES)
 
     mbarrier.wait(values_full.index(value_stage), value_phase)
     main_p = gl.convert_layout(rounded, gl.DotOperandLayout(0, main_layout, 2))
@@ -347,62 +303,50 @@ def _attend(
     else:
         main_acc, main_p = warpgroup_mma_wait(0, [main_acc, main_p])
     main_q.store(_times_rows(main_acc, inverse).to(dtype))
-    if IS_FED:
-        mbarrier.arrive(values_empty.index(value_stage), count=1)
-    offset, exists = _part(begin, length, out_stride_t, 0, MAIN, SIZE)
-    gl.store(out_ptr + offset, main_q.load(_memory_layout(MAIN, warps)), mask=exists)
+    main_m = (begin + gl.arange(0, rows, gl.SliceLayout(1, main_memory)))[:, None]
+    main_h = gl.arange(0, MAIN, gl.SliceLayout(0, main_memory))[None, :]
+    main_at = main_m * out_stride_t + main_h
+    gl.store(out_ptr + main_at, main_q.load(main_memory), mask=(main_m < length) & (main_h < SIZE))
     if REST > 0:
-        offset, exists = _part(begin, length, out_stride_t, MAIN, REST, SIZE)
-        gl.store(out_ptr + offset, rest_q.load(_memory_layout(REST, warps)), mask=exists)
-    return stage, phase
+        rest_m = (begin + gl.arange(0, rows, gl.SliceLayout(1, rest_memory)))[:, None]
+        rest_h = MAIN + gl.arange(0, REST, gl.SliceLayout(0, rest_memory))[None, :]
+        rest_at = rest_m * out_stride_t + rest_h
+        gl.store(out_ptr + rest_at, rest_q.load(rest_memory), mask=(rest_m < length) & (rest_h < SIZE))
 
 
-@gluon.jit
-def _consume(
-    task, memory, BLOCK_M: gl.constexpr,
-    SIZE: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    KEEP_QUERIES: gl.constexpr, IS_FED: gl.constexpr, INDEX: gl.constexpr,
-):  # fmt: skip
-    q_source, out_target, key_source, value_source, rows, num_all, scale_log2 = task
-    _, keys, values, full, _ = memory
-    q_ptr, q_stride_t, q_stride_h = q_source
-    out_ptr, out_stride_t = out_target
-    stage = 0
-    phase = 0
-    for tile in range(gl.program_id(0), num_all, gl.num_programs(0)):
-        head, first, length, begin = _find(tile, rows, BLOCK_M)
-        if begin < length:
-            if IS_FED:
-                of_keys = None
-                of_values = None
-            else:
-                num_blocks = gl.cdiv(length, BLOCK_N)
-                of_keys = _describe(key_source, head, first, length, SIZE, MAIN, REST, BLOCK_N)
-                ahead = stage
-                for block in gl.static_range(STAGES):
-                    _fetch(of_keys, block, num_blocks, full[0], keys, ahead, MAIN, REST, BLOCK_N)
-                    ahead = gl.where(ahead == STAGES - 1, 0, ahead + 1)
-                of_values = _describe(value_source, head, first, length, SIZE, MAIN, REST, BLOCK_N)
-                for block in gl.static_range(STAGES):
-                    _fetch(of_values, block, num_blocks, full[1], values, ahead, MAIN, REST, BLOCK_N)
-                    ahead = gl.where(ahead == STAGES - 1, 0, ahead + 1)
-            stage, phase = _attend(
-                q_ptr + first * q_stride_t + head * q_stride_h, q_stride_t,
-                out_ptr + first * out_stride_t + head * SIZE, out_stride_t,
-                of_keys, of_values, memory, begin + INDEX * (16 * gl.num_warps()), length, scale_log2, stage, phase,
-                SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, IS_FED, INDEX,
-            )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=["num_rows", "num_tiles", "num_all"])
+@gluon.jit(do_not_specialize=["num_rows"])  # it bounds a search
 def _varlen_hopper_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, start_ptr, num_rows, num_tiles, num_all, scale_log2,
+    q_ptr, k_ptr, v_ptr, out_ptr, start_ptr, num_rows, scale_log2,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, out_stride_t,
     SIZE: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, KEEP_QUERIES: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = 16 * gl.num_warps()
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
+    program = gl.program_id(0)
+    head = gl.program_id(1)
+    # Row r owns programs from start[r] // BLOCK_M + r on: at least one each, and enough for its queries.
+    low = 0
+    high = num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if gl.load(start_ptr + middle) // BLOCK_M + middle <= program:
+            low = middle + 1
+        else:
+            high = middle
+    row = low - 1
+    first = gl.load(start_ptr + row)
+    length = gl.load(start_ptr + row + 1) - first
+    begin = (program - (first // BLOCK_M + row)) * BLOCK_M
+    if begin >= length:
+        return
+    first = first.to(gl.int64)
+    q_ptr += first * q_stride_t + head * q_stride_h
+    k_ptr += first * k_stride_t + head * k_stride_h
+    v_ptr += first * v_stride_t + head * v_stride_h
+    out_ptr += first * out_stride_t + head * SIZE
+    num_blocks = gl.cdiv(length, BLOCK_N)
+
     dtype: gl.constexpr = k_ptr.dtype.element_ty
     queries = _allocate(dtype, CONSUMERS, ROWS, MAIN, REST)
     keys = _allocate(dtype, STAGES, BLOCK_N, MAIN, REST)
@@ -416,26 +360,23 @@ def _varlen_hopper_kernel(
         mbarrier.init(values_full.index(stage), count=1)
         mbarrier.init(keys_empty.index(stage), count=CONSUMERS)
         mbarrier.init(values_empty.index(stage), count=CONSUMERS)
-    q_source = (q_ptr, q_stride_t, q_stride_h)
-    key_source = (k_ptr, k_stride_t, k_stride_h)
-    value_source = (v_ptr, v_stride_t, v_stride_h)
-    rows = (start_ptr, num_rows, num_tiles)
-    task = (q_source, (out_ptr, out_stride_t), key_source, value_source, rows, num_all, scale_log2)
+    sources = ((k_ptr, k_stride_t), (v_ptr, v_stride_t))
+    task = ((q_ptr, q_stride_t), (out_ptr, out_stride_t), sources, begin, length, num_blocks, scale_log2)
     memory = (queries, keys, values, (keys_full, values_full), (keys_empty, values_empty))
     if CONSUMERS == 1:
-        _consume(task, memory, BLOCK_M, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, False, 0)
+        _consume(task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, False, 0)
     elif CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (task, memory, BLOCK_M, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 0)),
-            (_consume, (task, memory, BLOCK_M, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 1)),
-            (_produce, (task, memory, BLOCK_M, SIZE, MAIN, REST, BLOCK_N, STAGES)),
+            (_consume, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 0)),
+            (_consume, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 1)),
+            (_produce, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES)),
         ], [4, 1], [REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (task, memory, BLOCK_M, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 0)),
-            (_consume, (task, memory, BLOCK_M, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 1)),
-            (_consume, (task, memory, BLOCK_M, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 2)),
-            (_produce, (task, memory, BLOCK_M, SIZE, MAIN, REST, BLOCK_N, STAGES)),
+            (_consume, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 0)),
+            (_consume, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 1)),
+            (_consume, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, True, 2)),
+            (_produce, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -455,13 +396,9 @@ def launch(
     num_patches, num_heads, size = q_PNH.shape
     schedule = schedule or schedule_for(num_patches, num_heads, size, _num_multiprocessors(q_PNH.device))
     num_rows = len(cu_seqlens_B1) - 1
-    num_tiles = num_patches // schedule.block_m + num_rows
-    num_programs = num_tiles * num_heads
-    if schedule.stays:
-        num_programs = min(num_programs, schedule.programs * _num_multiprocessors(q_PNH.device))
     out_PNH = torch.empty((num_patches, num_heads, size), dtype=q_PNH.dtype, device=q_PNH.device)
-    _varlen_hopper_kernel[(num_programs,)](
-        q_PNH, k_PNH, v_PNH, out_PNH, cu_seqlens_B1, num_rows, num_tiles, num_tiles * num_heads, scale * _LOG2_E,
+    _varlen_hopper_kernel[(num_patches // schedule.block_m + num_rows, num_heads)](
+        q_PNH, k_PNH, v_PNH, out_PNH, cu_seqlens_B1, num_rows, scale * _LOG2_E,
         q_PNH.stride(0), q_PNH.stride(1), k_PNH.stride(0), k_PNH.stride(1), v_PNH.stride(0), v_PNH.stride(1),
         num_heads * size, SIZE=size, MAIN=parts[0], REST=parts[1], CONSUMERS=schedule.consumers,
         BLOCK_N=schedule.block_n, STAGES=schedule.stages, REGISTERS=schedule.consumer_registers,
