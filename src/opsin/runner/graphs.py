@@ -110,6 +110,8 @@ class StepGraphs:
         # One for all sizes: each step is done with them before the next one.
         shape = (2, self._prefill_sizes[-1], width)
         self._embedded_TD, self._hidden_TD = torch.zeros(shape, dtype=dtype, device=self._device)
+        extra = model.spec.feature_width - width
+        self._extra_TE = torch.zeros(shape[1], extra, dtype=dtype, device=self._device) if extra else None
         self._recorder = recorder
         self._decode: dict[int, _Captured] = {}
         self._prefill: dict[int, _Captured] = {}
@@ -140,12 +142,13 @@ class StepGraphs:
         return len(arrays.at_T) <= self._prefill_sizes[-1]
 
     def prefill(
-        self, arrays: StepArrays, fill: Callable[[torch.Tensor], None]
+        self, arrays: StepArrays, fill: Callable[[torch.Tensor, torch.Tensor | None], None]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run a step of any rows that see nothing but what is before them.
 
         Args:
-            fill: puts features in place, in the (T, D) embeddings of the step's tokens.
+            fill: puts features in place, in the (T, D) embeddings of the step's tokens, and where there are columns
+                for deeper layers, in (T, E) zeros.
 
         Returns:
             Hidden states (T, D) after the final norm, valid until the next run; ``emit_index_E`` and ``token_at_E``.
@@ -158,7 +161,8 @@ class StepGraphs:
         refill(captured.packed, padded(arrays, size, self._prefill_rows))
         at_T, _, _, _, emit_index_E, token_at_E, _, _ = captured.inputs
         self._embedded_TD[:size] = self._model.embed(self._table.tokens_SL.view(-1)[at_T])
-        fill(self._embedded_TD[:num_tokens])
+        extra_TE = None if self._extra_TE is None else self._extra_TE[:size].zero_()[:num_tokens]
+        fill(self._embedded_TD[:num_tokens], extra_TE)
         captured.graph.replay()
         return captured.hidden[:num_tokens], emit_index_E[:num_emitting], token_at_E[:num_emitting]
 
@@ -222,7 +226,8 @@ class StepGraphs:
             )
             # A copy, since the pass may work in place.
             embedded_TD = self._embedded_TD[:size].clone()
-            hidden_TD = self._model.forward(embedded_TD, positions_AT, attention, self._caches)
+            extra_TE = None if self._extra_TE is None else self._extra_TE[:size]
+            hidden_TD = self._model.forward(embedded_TD, positions_AT, attention, self._caches, extra_TE)
             return self._hidden_TD[:size].copy_(hidden_TD)
 
         graph, hidden = self._recorder.record(forward, warm_up=warm_up)

@@ -127,11 +127,10 @@ class ModelRunner:
         arrays = step_arrays(plan.rows, numbers, self._slots, self.block_size)
         views = views_of(plan.rows, numbers, self._slots, arrays)
         row_starts = arrays.query_start_B1[:-1].tolist()
-        is_narrow = self.model.spec.feature_width == self.model.spec.hidden_size
-        if self._graphs is not None and views is None and is_narrow and self._graphs.covers(arrays):
+        if self._graphs is not None and views is None and self._graphs.covers(arrays):
 
-            def fill(hidden_TD: torch.Tensor) -> None:
-                self.vision.scatter(hidden_TD, plan.rows, row_starts)
+            def fill(hidden_TD: torch.Tensor, extra_TE: torch.Tensor | None) -> None:
+                self.vision.scatter(hidden_TD, plan.rows, row_starts, extra_TE)
 
             hidden_TD, emit_index_E, token_at_E = self._graphs.prefill(arrays, fill)
             return self._emit(plan, numbers, row_starts, hidden_TD, hidden_TD[emit_index_E], token_at_E)

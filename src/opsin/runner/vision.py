@@ -52,14 +52,20 @@ class VisionStore:
         self._features.update(zip([item.feature_id for item, _ in items_pixels], parts, strict=True))
 
     def scatter(
-        self, hidden_TD: torch.Tensor, rows: Sequence[RowPlan], row_starts: Sequence[int]
+        self,
+        hidden_TD: torch.Tensor,
+        rows: Sequence[RowPlan],
+        row_starts: Sequence[int],
+        extra_TE: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Overwrite placeholder positions' embeddings with the features that the rows use; in place.
 
+        Args:
+            extra_TE: zeros, where the columns of features wider than D belong, which are for deeper layers.
+
         Returns:
-            extra_TE: the columns of features wider than D, for deeper layers, and zeros elsewhere; None without any.
+            extra_TE: the one given, or a new one if there are such features.
         """
-        extra_TE = None
         num_tokens, width = hidden_TD.shape
         for row, row_start in zip(rows, row_starts, strict=True):
             for use in row.features:
