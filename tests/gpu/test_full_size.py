@@ -75,6 +75,7 @@ def dummy(released: Released, folder: Path, **settings: Any) -> Iterator[tuple[L
     """An engine for a checkpoint, its weights random."""
     spec = meta_model(released.config).spec
     settings |= {"max_model_len": min(MAX_MODEL_LEN, spec.max_position), "max_num_seqs": 8, "media_workers": 0}
+    settings |= {"gpu_memory_utilization": 0.8}  # others may use the GPU, too
     runner: Any = "pooling" if released.pools else "generate"
     with LLM(str(write_dummy(folder, released)), load_format="dummy", runner=runner, **settings) as llm:
         yield llm, spec
@@ -91,7 +92,7 @@ def test_released_size_runs_within_its_memory_plan(released: Released, tmp_path:
         ask(llm, spec, for_vectors=released.pools)
         plan = llm.memory_plan
     assert plan.weight_bytes == pytest.approx(2e9 * released.billions, rel=0.1)
-    planned = plan.weight_bytes + plan.kv_bytes + plan.feature_bytes + plan.peak_step_bytes
+    planned = plan.weight_bytes + plan.kv_bytes + plan.feature_bytes + plan.peak_step_bytes + plan.graph_bytes
     assert torch.cuda.max_memory_allocated() - before <= planned
 
 

@@ -23,7 +23,7 @@ from opsin.models.interface import VisionLanguageModel
 from opsin.runner.inputs import RowNumbers, StepArrays, decode_arrays, padded
 from opsin.runner.slots import SlotTable
 
-_MAX_TOKENS = 4096  # a larger step keeps the device busier than Python, and what pads it would be computed for nothing
+MAX_TOKENS = 4096  # a larger step keeps the device busier than Python, and what pads it would be computed for nothing
 
 
 def decode_sizes(max_rows: int) -> list[int]:
@@ -35,7 +35,7 @@ def decode_sizes(max_rows: int) -> list[int]:
 
 def prefill_sizes(max_tokens: int) -> list[int]:
     """Numbers of tokens to capture: in steps that matrix products hardly notice."""
-    most = min(max_tokens, _MAX_TOKENS)
+    most = min(max_tokens, MAX_TOKENS)
     ranges = ((64, 1024, 64), (1024, most, 128))
     return [*(size for each in ranges for size in range(*each) if size < most), most]
 

@@ -45,7 +45,7 @@ def plan_memory(
     kv_bytes: int | None = None,
     num_blocks: int | None = None,
     max_raw_pixels: int = 0,
-    replays: bool = False,
+    graph_share: float = 0.0,
 ) -> MemoryPlan:
     """Measure a step, then divide the device's memory.
 
@@ -57,7 +57,7 @@ def plan_memory(
         kv_bytes: size of the KV cache when the caller fixed it.
         num_blocks: number of KV blocks when the caller fixed it; wins over ``kv_bytes``.
         max_raw_pixels: see ``media.raw.raw_plan``: pictures that the device resizes come as they are.
-        replays: a GPU's steps will be replayed as graphs, whose memory is theirs alone, and at most a step's again.
+        graph_share: what part of a step's memory a GPU's graphs may take again, since their memory is theirs alone.
 
     Raises:
         ConfigError: one request of ``max_model_len`` tokens would not fit.
@@ -67,7 +67,7 @@ def plan_memory(
     graph_bytes = 0
     if on_gpu:
         peak = _measure_gpu(runner, max_num_tokens, max_num_seqs, max_model_len, layouts, max_raw_pixels)
-        graph_bytes = peak if replays else 0
+        graph_bytes = int(peak * graph_share)
         total = torch.cuda.get_device_properties(runner.device).total_memory
         free, _ = torch.cuda.mem_get_info(runner.device)
         outside = total - free - torch.cuda.memory_reserved(runner.device)  # other processes, and CUDA's own context
@@ -117,7 +117,7 @@ def describe(plan: MemoryPlan, spec: ModelSpec, max_model_len: int) -> str:
         ("KV cache", plan.kv_bytes, f"{tokens:,} tokens; {tokens / max_model_len:.1f} requests of {max_model_len:,}"),
         ("vision features", plan.feature_bytes, f"{feature_rows(plan, spec):,} rows at most"),
         ("activations", plan.peak_step_bytes, "most that a step takes, measured"),
-        *([("graphs", plan.graph_bytes, "the same again, for steps that are replayed")] if plan.graph_bytes else []),
+        *([("graphs", plan.graph_bytes, "for steps that are replayed")] if plan.graph_bytes else []),
         ("left alone", max(0, plan.total_bytes - used), ""),
     ]
     return "\n".join(f"  {name:<16} {size / _GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows)

@@ -16,6 +16,7 @@ from opsin.kernels.inputs import LayerCache
 from opsin.layers.staging import upload
 from opsin.models.interface import VisionLanguageModel
 from opsin.params import PoolingParams, SamplingParams
+from opsin.runner import graphs, trunk
 from opsin.runner.executor import Payload
 from opsin.runner.graphs import Recorder, StepGraphs
 from opsin.runner.inputs import RowNumbers, build_inputs, step_arrays, update_blocks, views_of
@@ -75,6 +76,12 @@ class ModelRunner:
             # Zeros, since attention may multiply unwritten slots by a weight of exactly 0, and 0 * NaN is NaN.
             key, value = (torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for _ in range(2))
             self._caches.append(LayerCache(key, value))
+
+    def graph_share(self, max_tokens: int, max_patches: int) -> float:
+        """The largest step that ``capture_graphs`` will capture, as a share of the largest that there is."""
+        if not self._kernels.replayable:
+            return 0.0
+        return min(1.0, max(graphs.MAX_TOKENS / max_tokens, trunk.MAX_PATCHES / max_patches))
 
     @torch.inference_mode()
     def capture_graphs(self, max_tokens: int, max_patches: int) -> None:

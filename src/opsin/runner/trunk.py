@@ -22,7 +22,7 @@ from opsin.runner.kept import Graph, KeptGraphs, Record
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 64
-_MAX_PATCHES = 8192  # a larger pass keeps the device busier than Python, and what pads it would be computed for nothing
+MAX_PATCHES = 8192  # a larger pass keeps the device busier than Python, and what pads it would be computed for nothing
 _MAX_FLOAT32 = 1024  # full precision has no kernel that reads lengths on the device, but a mask of all pairs
 _STEP = 128
 _ROOM = 16  # segments at least; empty ones cost attention some time, too
@@ -90,7 +90,7 @@ class TrunkGraphs:
 
     def _most(self, dtype: torch.dtype) -> int:
         """Patches of the largest graph."""
-        return min(padded_size(self._max_patches), _MAX_FLOAT32 if dtype == torch.float32 else _MAX_PATCHES)
+        return min(padded_size(self._max_patches), _MAX_FLOAT32 if dtype == torch.float32 else MAX_PATCHES)
 
     def _capture(
         self, trunk: Trunk, size: int, x_PD: torch.Tensor, arrays: Sequence[np.ndarray], num_tables: int
