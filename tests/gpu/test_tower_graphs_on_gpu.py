@@ -93,7 +93,7 @@ def test_replayed_features_are_as_near_the_exact_ones_as_launched_ones(towers: T
             assert error <= 1.5 * allowed + 1e-3 * expected_MW.norm()
             for held_PD in replayed._trunk._inputs.values():  # what pads the next pass
                 held_PD.fill_(100.0)
-    assert replayed.num_trunk_graphs > 2
+    assert replayed.num_trunk_graphs > 1  # the largest, and one for all passes where tiles are few and of one size
 
 
 @torch.inference_mode()
