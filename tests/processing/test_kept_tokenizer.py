@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from opsin.processing.kept_tokenizer import KeptTokenizer, open_tokenizer
 from opsin.processing.tokenizer import Tokenizer
@@ -73,6 +74,39 @@ def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path):
     for _ in range(2):
         assert open_tokenizer(folder, cache).encode("x")
     assert cache.read_text() == "a file"
+
+
+def test_disk_without_room_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    vocabularies.huggingface(vocabularies.KINDS[0]).save_pretrained(folder)
+    monkeypatch.setattr("opsin.processing.kept_tokenizer.os.replace", refuse)
+    assert open_tokenizer(folder, cache).encode("x")
+    assert list(cache.iterdir()) == []
+
+
+def test_tokenizer_with_parts_in_python_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Splitter:
+        def pre_tokenize(self, text: object) -> None: ...
+
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    vocabularies.huggingface(vocabularies.KINDS[0]).save_pretrained(folder)
+    opened = open_tokenizer(folder, None)
+    opened.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(Splitter())
+    monkeypatch.setattr("opsin.processing.kept_tokenizer._from_transformers", lambda folder: opened)
+    assert open_tokenizer(folder, cache) is opened
+    assert not cache.exists()
+
+
+def test_files_that_are_not_there_are_not_read(tmp_path: Path):
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    vocabularies.huggingface(vocabularies.KINDS[0]).save_pretrained(folder)
+    (folder / "notes.txt").symlink_to(tmp_path / "gone")
+    (folder / "more.json").mkdir()
+    open_tokenizer(folder, cache)
+    assert isinstance(open_tokenizer(folder, cache), KeptTokenizer)
 
 
 def test_few_copies_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

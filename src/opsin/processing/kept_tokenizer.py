@@ -9,6 +9,7 @@ transformers and ten with some versions, and reading the copy a tenth of one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -109,7 +110,8 @@ def _files(folder: Path) -> Iterator[Path]:
     for where in (folder, folder / "additional_chat_templates"):
         if where.is_dir():
             found = sorted(where.iterdir())
-            yield from (path for path in found if path.suffix in _READ and not path.name.endswith(".index.json"))
+            read = (path for path in found if path.suffix in _READ and path.is_file())
+            yield from (path for path in read if not path.name.endswith(".index.json"))
 
 
 def _keep(opened: Any, copy: Path) -> None:
@@ -118,14 +120,19 @@ def _keep(opened: Any, copy: Path) -> None:
     if backend is None:
         return
     try:
-        facts = json.dumps({name: getattr(opened, name, None) for name in _FACTS})
+        told = json.dumps({name: getattr(opened, name, None) for name in _FACTS}) + "\n" + backend.to_str()
+    except Exception:  # tokenizers raises nothing narrower, of parts in Python; not every fact has a form, either
+        return
+    with contextlib.suppress(OSError):  # no room, or no right
         copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, name = tempfile.mkstemp(dir=copy.parent, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"{facts}\n{backend.to_str()}")
-        os.replace(name, copy)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(told)
+            os.replace(name, copy)
+        except OSError:
+            os.unlink(name)
+            raise
         kept = sorted(copy.parent.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in kept[_MAX_KEPT:]:
             path.unlink(missing_ok=True)
-    except (OSError, TypeError):  # no room, no right, or a fact that JSON has no form for
-        return
