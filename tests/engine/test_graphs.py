@@ -142,6 +142,18 @@ def test_preempted_requests_give_the_same_tokens_with_graphs(recorder: Recorder,
     assert any(graph.num_replays for graph in recorder.graphs)
 
 
+def test_prompts_read_token_by_token_give_the_same_answers_with_graphs(
+    recorder: Recorder, tiny_llava: Callable[..., Path]
+):
+    folder = str(tiny_llava(LlavaShape(num_kv_heads=2)))
+    prompts = ["Only text here.", "And there, too."]
+    with LLM(folder, **SHARED, enforce_eager=True) as llm:
+        expected = answers(llm, prompts, GREEDY)
+    with LLM(folder, **SHARED, max_num_batched_tokens=1, limit_mm_per_prompt={"image": 0}) as llm:
+        assert answers(llm, prompts, GREEDY) == expected
+        assert any(captured.graph.num_replays for captured in step_graphs(llm)._prefill.values())
+
+
 def test_graphs_over_a_cache_of_8_bits_give_the_tokens_of_steps_over_one(
     recorder: Recorder, tiny_llava: Callable[..., Path]
 ):

@@ -130,6 +130,7 @@ def _attend(
     query_lens = tuple(query_start_B1.diff().tolist())
     context_lens = tuple(context_lens_B.tolist())
     assert max(query_lens) <= bounds[0]
+    assert bounds[0] > 1 or set(query_lens) == {1}, "kernels take this for a decode step, where every row has a token"
     assert max(context_lens) <= bounds[1]
     real = [b for b, context_len in enumerate(context_lens) if context_len]
     num_rows = len(real)

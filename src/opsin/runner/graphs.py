@@ -221,7 +221,8 @@ class StepGraphs:
                 context_lens_B=context_B,
                 block_tables_BL=self._table.device_blocks_SL.index_select(0, slot_B),
                 slot_mapping_T=slot_mapping_T,
-                query_lens=(size,) * self._prefill_rows,
+                # No less than 2: where no row has more than one, all must have one, and some of these are empty.
+                query_lens=(max(size, 2),) * self._prefill_rows,
                 context_lens=(longest,) * self._prefill_rows,
             )
             # A copy, since the pass may work in place.
