@@ -28,6 +28,10 @@ def test_inputs_with_answers_behind_the_question_keep_them(picture: Path) -> Non
     assert pictures.split_inputs([str(picture), "Is it?", "yes", "no"]) == ([str(picture)], ["Is it?", "yes", "no"])
 
 
+def test_question_behind_a_picture_may_look_like_a_model(picture: Path) -> None:
+    assert pictures.split_inputs([str(picture), "cat/dog"], most_texts=1) == ([str(picture)], ["cat/dog"])
+
+
 def test_inputs_accept_urls() -> None:
     url = "https://example.org/a"
     assert pictures.split_inputs([url, "Who?"]) == ([url], ["Who?"])

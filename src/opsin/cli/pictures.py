@@ -112,7 +112,7 @@ def split_inputs(inputs: Sequence[str], most_texts: int | None = None) -> tuple[
     pictures = list(takewhile(lambda word: is_url(word) or is_file(word), inputs))
     texts = list(inputs[len(pictures) :])
     names_picture = [looks_like_picture(text) and " " not in text for text in texts]
-    model = texts and is_model(texts[0])
+    model = texts and not pictures and is_model(texts[0])  # "cat/dog" behind a picture asks which it is
     if model or any(names_picture) or (most_texts is not None and len(texts) > most_texts):
         advice = f" A model is given as --model {texts[0]}." if model else ""
         raise MediaError(
