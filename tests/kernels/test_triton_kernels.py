@@ -407,6 +407,25 @@ def test_few_quantized_rows_equal_the_reference(kernels: Any, rows: int, num_in:
             torch.testing.assert_close(got, expected.to(dtype), rtol=5e-3, atol=5e-3)
 
 
+def assert_same_rows(got: quantized.QuantizedRows, expected: quantized.QuantizedRows) -> None:
+    assert torch.equal(got.scale_T1, expected.scale_T1)
+    assert got.values_TI.dtype == quantized.FP8
+    assert torch.equal(got.values_TI.view(torch.uint8), expected.values_TI.view(torch.uint8))
+
+
+@NEEDS_FP8
+@pytest.mark.parametrize("dtype", COMPUTED_DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("width", [16, 1040, sized(18944, 9008)])
+def test_quantized_gated_activation_equals_its_two_steps(kernels: Any, dtype: torch.dtype, name: str, width: int):
+    x = rand(5, 2 * width, dtype=dtype)
+    x[1], x[2, :width] = 0, 0
+    expected = kernels.quantize_rows(kernels.gated_activation(x.clone(), name))
+    assert_same_rows(kernels.quantized_gated_activation(x, name), expected)
+    scale = reference.quantized_gated_activation(x.clone(), name).scale_T1
+    torch.testing.assert_close(expected.scale_T1, scale, rtol=TOLERANCE[dtype], atol=0)
+
+
 @pytest.mark.parametrize("name", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize(("num_in", "num_out"), [(30, 56), (70, 9), (1, 9), (9, 1)])
 @pytest.mark.parametrize("axis", [0, 1])

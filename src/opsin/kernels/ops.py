@@ -86,6 +86,12 @@ class GatedActivation(Protocol):
         ...
 
 
+class QuantizedGatedActivation(Protocol):
+    def __call__(self, gate_up_T2F: torch.Tensor, name: str) -> QuantizedRows:
+        """``gated_activation``, then ``quantize_rows``, rounded to the dtype between the two."""
+        ...
+
+
 class NormedLinear(Protocol):
     def __call__(
         self,
@@ -227,6 +233,7 @@ class Kernels:
     layer_norm: LayerNorm
     activation: Activation
     gated_activation: GatedActivation
+    quantized_gated_activation: QuantizedGatedActivation
     normed_linear: NormedLinear
     apply_rope: ApplyRope
     write_kv: WriteKV

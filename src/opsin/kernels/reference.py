@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.kernels.ops import GatedActivation, Kernels, Linear, NormedLinear, RmsNorm
-from opsin.kernels.quantized import FP8, int8_linear, narrowed, quantize_rows, quantized_linear
+from opsin.kernels.quantized import FP8, QuantizedRows, int8_linear, narrowed, quantize_rows, quantized_linear
 
 
 def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
@@ -80,6 +80,10 @@ def activation(x_TF: torch.Tensor, name: str) -> torch.Tensor:
 def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
     return ACTIVATIONS[name](gate_TF).mul_(up_TF)
+
+
+def quantized_gated_activation(gate_up_T2F: torch.Tensor, name: str) -> QuantizedRows:
+    return quantize_rows(gated_activation(gate_up_T2F, name))
 
 
 def one_by_one(rms_norm: RmsNorm, linear: Linear, gated_activation: GatedActivation) -> NormedLinear:
@@ -358,6 +362,7 @@ KERNELS = Kernels(
     layer_norm=layer_norm,
     activation=activation,
     gated_activation=gated_activation,
+    quantized_gated_activation=quantized_gated_activation,
     normed_linear=one_by_one(rms_norm, linear, gated_activation),
     apply_rope=apply_rope,
     write_kv=write_kv,

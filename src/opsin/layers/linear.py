@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from opsin.kernels.quantized import FP8, UNIT
+from opsin.kernels.quantized import FP8, UNIT, QuantizedRows
 from opsin.layers import Placement
 from opsin.layers.norm import RMSNorm
 
@@ -74,8 +74,18 @@ class Linear(nn.Module):
             return self.kernels.linear(x_TI, self.weight, self.bias)
         if self.weight.dtype != FP8:
             return self.kernels.int8_linear(x_TI, self.weight, self.weight_scale, self.bias)
-        rows = self.kernels.quantize_rows(x_TI)
-        return self.kernels.quantized_linear(rows, self.weight, self.weight_scale, self.bias, x_TI.dtype)
+        return self._product(self.kernels.quantize_rows(x_TI), x_TI.dtype)
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether inputs are quantised, too, which what makes them can do on its way."""
+        return self.weight_scale is not None and self.weight.dtype == FP8
+
+    def gated(self, gate_up_T2I: torch.Tensor, act: str) -> torch.Tensor:
+        """self(act(gate) * up)."""
+        if self.is_fp8:
+            return self._product(self.kernels.quantized_gated_activation(gate_up_T2I, act), gate_up_T2I.dtype)
+        return self(self.kernels.gated_activation(gate_up_T2I, act))
 
     def normed(
         self, norm: RMSNorm, x_TI: torch.Tensor, residual_TI: torch.Tensor | None, gate: str | None = None
@@ -86,6 +96,10 @@ class Linear(nn.Module):
         normed_TI, sum_TI = norm(x_TI, residual_TI)
         y_TO = self(normed_TI)
         return y_TO if gate is None else self.kernels.gated_activation(y_TO, gate), sum_TI
+
+    def _product(self, rows: QuantizedRows, dtype: torch.dtype) -> torch.Tensor:
+        assert self.weight_scale is not None
+        return self.kernels.quantized_linear(rows, self.weight, self.weight_scale, self.bias, dtype)
 
 
 class MergedLinear(Linear):

@@ -22,10 +22,13 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(place, intermediate_size, hidden_size, bias=bias, shard="in")
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.kernels.gated_activation(self.gate_up_proj(x_TD), self.act))
+        return self.down_proj.gated(self.gate_up_proj(x_TD), self.act)
 
     def normed(self, norm: RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(self(norm(x + residual)), x + residual)."""
+        if self.down_proj.is_fp8:
+            gate_up_T2F, sum_TD = self.gate_up_proj.normed(norm, x_TD, residual_TD)
+            return self.down_proj.gated(gate_up_T2F, self.act), sum_TD
         gated_TF, sum_TD = self.gate_up_proj.normed(norm, x_TD, residual_TD, gate=self.act)
         return self.down_proj(gated_TF), sum_TD
 

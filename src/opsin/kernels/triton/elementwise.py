@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from opsin.kernels import reference
 from opsin.kernels.inputs import LayerCache
+from opsin.kernels.quantized import FP8, FP8_MAX, SMALLEST, QuantizedRows
 from opsin.kernels.triton.overlap import can_overlap, follow
 
 ACTIVATIONS = {
@@ -22,6 +23,8 @@ ACTIVATIONS = {
     "gelu": 3,
 }
 
+_FP8_MAX, _SMALLEST = tl.constexpr(FP8_MAX), tl.constexpr(SMALLEST)
+
 
 @triton.jit
 def activate(x, KIND: tl.constexpr):
@@ -33,6 +36,18 @@ def activate(x, KIND: tl.constexpr):
         return x * tl.sigmoid(1.702 * x)
     else:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def row_scale(magnitudes):
+    """As in ``quantized.quantize_rows``, of the magnitudes of one row, or of the largest of several parts of it."""
+    return tl.maximum(tl.max(magnitudes, axis=0), _SMALLEST) / _FP8_MAX
+
+
+def empty_rows(shape: tuple[int, ...], device: torch.device) -> QuantizedRows:
+    """What a kernel writes quantised rows to."""
+    values = torch.empty(shape, dtype=FP8, device=device)
+    return QuantizedRows(values, torch.empty((*shape[:-1], 1), dtype=torch.float32, device=device))
 
 
 @triton.jit

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from opsin.kernels.quantized import FP8, FP8_MAX, SMALLEST, QuantizedRows
+from opsin.kernels.quantized import QuantizedRows
+from opsin.kernels.triton.elementwise import ACTIVATIONS, activate, empty_rows, gated_activation, row_scale
+from opsin.kernels.triton.overlap import can_overlap, follow
 
 _FEW_ROWS = 16  # what one step of a tensor core takes; cuBLAS's tiles for more leave processors idle
 _CHUNK = 4096  # of one row's weights
@@ -19,34 +21,61 @@ _CHUNK = 4096  # of one row's weights
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, out_ptr, scale_ptr, x_stride, width, MAX: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, out_ptr, scale_ptr, x_stride, width,
+    KIND: tl.constexpr, IS_GATED: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0), LEAST) / MAX
+    x_at = x_ptr + row * x_stride
+    dtype = x_ptr.dtype.element_ty
+    chunks = ()  # in the dtype, which is half of what float32 would take of the registers
+    largest = tl.zeros([BLOCK], tl.float32)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        column = chunk * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_at + column, mask=column < width, other=0.0)
+        if KIND is not None:
+            x = activate(x.to(tl.float32), KIND).to(dtype)
+        if IS_GATED:
+            up = tl.load(x_at + width + column, mask=column < width, other=0.0)
+            x = (x.to(tl.float32) * up.to(tl.float32)).to(dtype)
+        chunks += (x,)
+        largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+    scale = row_scale(largest)
     tl.store(scale_ptr + row, scale)
-    tl.store(out_ptr + row * width + column, (x / scale).to(out_ptr.dtype.element_ty), mask=inside)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        column = chunk * BLOCK + tl.arange(0, BLOCK)
+        values = chunks[chunk].to(tl.float32) / scale
+        tl.store(out_ptr + row * width + column, values.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
 def quantize_rows(x_TI: torch.Tensor) -> QuantizedRows:
     """As ``quantized.quantize_rows``; divisions that are rounded otherwise may move a value to its neighbour."""
-    width = x_TI.shape[-1]
-    flat_TI = x_TI.reshape(-1, width)
-    if flat_TI.stride(1) != 1:
-        flat_TI = flat_TI.contiguous()
-    num_rows = flat_TI.shape[0]
-    values_TI = torch.empty((num_rows, width), dtype=FP8, device=x_TI.device)
-    scale_T1 = torch.empty((num_rows, 1), dtype=torch.float32, device=x_TI.device)
-    if num_rows:
-        block = triton.next_power_of_2(width)
-        _quantize_kernel[(num_rows,)](
-            flat_TI, values_TI, scale_T1, flat_TI.stride(0), width,
-            MAX=FP8_MAX, LEAST=SMALLEST, BLOCK=block, num_warps=min(16, max(4, block // 1024)),
+    return _quantize(x_TI, x_TI.shape[-1], None)
+
+
+def quantized_gated_activation(gate_up_T2F: torch.Tensor, name: str) -> QuantizedRows:
+    """As ``quantize_rows`` of ``gated_activation``, which is neither written nor read."""
+    if name not in ACTIVATIONS:
+        return quantize_rows(gated_activation(gate_up_T2F, name))
+    return _quantize(gate_up_T2F, gate_up_T2F.shape[-1] // 2, name)
+
+
+def _quantize(x: torch.Tensor, width: int, activation: str | None) -> QuantizedRows:
+    """Rows of ``width`` values, made of twice as many where these are gates and what they gate."""
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    rows = empty_rows((*x.shape[:-1], width), x.device)
+    if len(flat):
+        num_warps = 4 if width <= 8192 else 8 if width <= 16384 else 16
+        block = 256 * num_warps  # 16 bytes of half precision for each thread at once
+        overlaps = can_overlap(x.device)
+        _quantize_kernel[(len(flat),)](
+            flat, *rows, flat.stride(0), width,
+            KIND=None if activation is None else ACTIVATIONS[activation], IS_GATED=flat.shape[1] != width,
+            NUM_CHUNKS=triton.cdiv(width, block), BLOCK=block, PDL=overlaps, launch_pdl=overlaps, num_warps=num_warps,
         )  # fmt: skip
-    shape = x_TI.shape[:-1]
-    return QuantizedRows(values_TI.view(x_TI.shape), scale_T1.view(*shape, 1))
+    return rows
 
 
 @triton.jit
