@@ -3,6 +3,7 @@ trouble."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_tokenizer_with_parts_in_python_is_not_kept(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("opsin.processing.kept_tokenizer._from_transformers", lambda folder: opened)
     assert open_tokenizer(folder, cache) is opened
     assert not cache.exists()
+
+
+def test_tokenizer_that_splits_special_tokens_does_so_at_every_start(tmp_path: Path):
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    vocabularies.huggingface(vocabularies.KINDS[0]).save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "split_special_tokens": True}))
+    first, again = (Tokenizer.from_folder(folder, cache=cache).encode(TEXT) for _ in range(2))
+    assert again == first
+    config.write_text(json.dumps({**json.loads(config.read_text()), "split_special_tokens": False}))
+    assert Tokenizer.from_folder(folder, cache=cache).encode(TEXT) != first
 
 
 def test_files_that_are_not_there_are_not_read(tmp_path: Path):

@@ -117,7 +117,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _keep(opened: Any, copy: Path) -> None:
     """Write a copy, whole or not at all, and forget the oldest of many."""
     backend = getattr(opened, "backend_tokenizer", None)
-    if backend is None:
+    if backend is None or backend.encode_special_tokens:  # which to_str leaves out
         return
     try:
         told = json.dumps({name: getattr(opened, name, None) for name in _FACTS}) + "\n" + backend.to_str()
