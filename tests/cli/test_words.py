@@ -203,6 +203,7 @@ def test_key_of_a_json_setting_stands_in_its_flag(line: str, name: str, expected
         ("bench latency --num-iter 3", "opsin bench latency: error: unrecognized arguments: --num-iter; did you mean"),
         ("bench latency --image-size 640", "(see opsin bench latency --help)"),
         ("models show", "(see opsin models show --help)"),
+        ("--modle", "opsin: error: unrecognized arguments: --modle; usage: opsin [--version] COMMAND ... (see opsin"),
         ("chat --limit-mm-per-prompts.image 2", "did you mean --limit-mm-per-prompt?"),
         ("serve m --limit-mm-per-prompt. 3", "write --limit-mm-per-prompt.KEY VALUE"),
         ("serve m --hf-overrides.a", "write --hf-overrides.KEY VALUE"),

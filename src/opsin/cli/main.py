@@ -23,12 +23,13 @@ def build_parser() -> flags.Parser:
     """The parser of the whole command line; each command's namespace carries its function and its own parser."""
     parser = flags.Parser(
         prog="opsin",
+        usage="opsin [--version] COMMAND ...",
         description="Run vision-language models: pictures and text in, text out.",
         epilog="'opsin COMMAND --help' explains a command. Start with: opsin run PICTURE \"What is this?\"",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"opsin {opsin.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=flags.Parser)
+    commands = parser.add_subparsers(prog="opsin", title="commands", metavar="COMMAND", parser_class=flags.Parser)
     parser.set_defaults(function=lambda args: parser.print_help())
     for command in COMMANDS:
         command.add_parser(commands)
