@@ -408,9 +408,51 @@ def test_few_quantized_rows_equal_the_reference(kernels: Any, rows: int, num_in:
 
 
 def assert_same_rows(got: quantized.QuantizedRows, expected: quantized.QuantizedRows) -> None:
-    assert torch.equal(got.scale_T1, expected.scale_T1)
+    """To the bit where sums have one order, as in the interpreter. A compiler may choose another, which moves a norm's
+    value, and a row's scale with it, by the last bit of the dtype, and few values to their neighbours."""
     assert got.values_TI.dtype == quantized.FP8
-    assert torch.equal(got.values_TI.view(torch.uint8), expected.values_TI.view(torch.uint8))
+    assert got.values_TI.shape == expected.values_TI.shape
+    torch.testing.assert_close(got.scale_T1, expected.scale_T1, rtol=2**-7 if HAS_CUDA else 0, atol=0)
+    is_same = got.values_TI.view(torch.uint8) == expected.values_TI.view(torch.uint8)
+    assert is_same.float().mean() > 0.97 if HAS_CUDA else is_same.all()
+    torch.testing.assert_close(got.values_TI.float(), expected.values_TI.float(), rtol=2**-3, atol=2**-9)
+
+
+@NEEDS_FP8
+@pytest.mark.parametrize("dtype", COMPUTED_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("width", [16, 1280, 3584])
+def test_quantized_norms_equal_their_two_steps(kernels: Any, dtype: torch.dtype, kind: str, width: int):
+    x, residual = rand(5, width, dtype=dtype), rand(5, width, dtype=dtype, seed=3)
+    x[1] = residual[1] = 0
+    parameters = [rand(width, dtype=dtype, seed=seed) for seed in ((1,) if kind == "rms_norm" else (1, 2))]
+    norm, fused, plain = (
+        getattr(owner, name)
+        for owner, name in ((kernels, kind), (kernels, f"quantized_{kind}"), (reference, f"quantized_{kind}"))
+    )
+    for given in (None, residual):
+        normed, expected_sum = norm(x, *parameters, 1e-6, given)
+        rows, got_sum = fused(x, *parameters, 1e-6, given)
+        assert torch.equal(got_sum, expected_sum)
+        assert_same_rows(rows, kernels.quantize_rows(normed))
+        torch.testing.assert_close(
+            rows.scale_T1, plain(x, *parameters, 1e-6, given)[0].scale_T1, rtol=TOLERANCE[dtype], atol=0
+        )
+    apart = rand(5, 2 * width, dtype=dtype)[:, ::2]  # what no kernel takes
+    normed = norm(apart, *parameters, 1e-6)[0]
+    assert_same_rows(fused(apart, *parameters, 1e-6)[0], quantized.quantize_rows(normed))
+
+
+@NEEDS_FP8
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "gelu", "quick_gelu", "relu"])
+def test_quantized_activation_equals_its_two_steps(kernels: Any, dtype: torch.dtype, name: str):
+    x = rand(2, 3, 5120, dtype=dtype)
+    x[1, 2] = 0
+    expected = kernels.quantize_rows(kernels.activation(x, name))
+    assert_same_rows(kernels.quantized_activation(x, name), expected)
+    scale = reference.quantized_activation(x, name).scale_T1
+    torch.testing.assert_close(expected.scale_T1, scale, rtol=TOLERANCE[dtype], atol=0)
 
 
 @NEEDS_FP8

@@ -74,6 +74,27 @@ class LayerNorm(Protocol):
         ...
 
 
+class QuantizedRmsNorm(Protocol):
+    def __call__(
+        self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
+    ) -> tuple[QuantizedRows, torch.Tensor]:
+        """``RmsNorm``, then ``quantize_rows`` of its first result, rounded to the dtype between the two."""
+        ...
+
+
+class QuantizedLayerNorm(Protocol):
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        weight_D: torch.Tensor,
+        bias_D: torch.Tensor,
+        eps: float,
+        residual_TD: torch.Tensor | None = None,
+    ) -> tuple[QuantizedRows, torch.Tensor]:
+        """As ``QuantizedRmsNorm``, of ``LayerNorm``."""
+        ...
+
+
 class Activation(Protocol):
     def __call__(self, x_TF: torch.Tensor, name: str) -> torch.Tensor:
         """``name`` is one of Hugging Face's activation names; see ``reference.ACTIVATIONS``."""
@@ -86,9 +107,9 @@ class GatedActivation(Protocol):
         ...
 
 
-class QuantizedGatedActivation(Protocol):
-    def __call__(self, gate_up_T2F: torch.Tensor, name: str) -> QuantizedRows:
-        """``gated_activation``, then ``quantize_rows``, rounded to the dtype between the two."""
+class QuantizedActivation(Protocol):
+    def __call__(self, x: torch.Tensor, name: str, /) -> QuantizedRows:
+        """``Activation``, or ``GatedActivation``, then ``quantize_rows``, rounded to the dtype between the two."""
         ...
 
 
@@ -233,7 +254,10 @@ class Kernels:
     layer_norm: LayerNorm
     activation: Activation
     gated_activation: GatedActivation
-    quantized_gated_activation: QuantizedGatedActivation
+    quantized_rms_norm: QuantizedRmsNorm
+    quantized_layer_norm: QuantizedLayerNorm
+    quantized_activation: QuantizedActivation
+    quantized_gated_activation: QuantizedActivation
     normed_linear: NormedLinear
     apply_rope: ApplyRope
     write_kv: WriteKV

@@ -82,6 +82,28 @@ def gated_activation(gate_up_T2F: torch.Tensor, name: str) -> torch.Tensor:
     return ACTIVATIONS[name](gate_TF).mul_(up_TF)
 
 
+def quantized_rms_norm(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
+) -> tuple[QuantizedRows, torch.Tensor]:
+    normed_TD, sum_TD = rms_norm(x_TD, weight_D, eps, residual_TD)
+    return quantize_rows(normed_TD), sum_TD
+
+
+def quantized_layer_norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    bias_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor | None = None,
+) -> tuple[QuantizedRows, torch.Tensor]:
+    normed_TD, sum_TD = layer_norm(x_TD, weight_D, bias_D, eps, residual_TD)
+    return quantize_rows(normed_TD), sum_TD
+
+
+def quantized_activation(x_TF: torch.Tensor, name: str) -> QuantizedRows:
+    return quantize_rows(activation(x_TF, name))
+
+
 def quantized_gated_activation(gate_up_T2F: torch.Tensor, name: str) -> QuantizedRows:
     return quantize_rows(gated_activation(gate_up_T2F, name))
 
@@ -362,6 +384,9 @@ KERNELS = Kernels(
     layer_norm=layer_norm,
     activation=activation,
     gated_activation=gated_activation,
+    quantized_rms_norm=quantized_rms_norm,
+    quantized_layer_norm=quantized_layer_norm,
+    quantized_activation=quantized_activation,
     quantized_gated_activation=quantized_gated_activation,
     normed_linear=one_by_one(rms_norm, linear, gated_activation),
     apply_rope=apply_rope,

@@ -10,7 +10,7 @@ from torch import nn
 
 from opsin.kernels.quantized import FP8, UNIT, QuantizedRows
 from opsin.layers import Placement
-from opsin.layers.norm import RMSNorm
+from opsin.layers.norm import LayerNorm, RMSNorm, added
 
 ShardAxis = Literal["out", "in"]
 
@@ -54,6 +54,11 @@ class Linear(nn.Module):
         fits = all(size % UNIT == 0 for size in self.weight.shape)
         return self.may_be_quantized and self.checkpoint_shape is None and fits
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether inputs are quantised, too, which what makes them can do on its way."""
+        return self.weight_scale is not None and self.weight.dtype == FP8
+
     def allocate(self, kind: torch.dtype | None) -> None:
         """Give a deferred weight its memory: e4m3 or int8 with scales, or the model's dtype where ``kind`` is None."""
         if kind is not None:
@@ -70,16 +75,17 @@ class Linear(nn.Module):
             self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        if self.is_fp8:
+            return self._product(self.kernels.quantize_rows(x_TI), x_TI.dtype)
         if self.weight_scale is None:
             return self.kernels.linear(x_TI, self.weight, self.bias)
-        if self.weight.dtype != FP8:
-            return self.kernels.int8_linear(x_TI, self.weight, self.weight_scale, self.bias)
-        return self._product(self.kernels.quantize_rows(x_TI), x_TI.dtype)
+        return self.kernels.int8_linear(x_TI, self.weight, self.weight_scale, self.bias)
 
-    @property
-    def is_fp8(self) -> bool:
-        """Whether inputs are quantised, too, which what makes them can do on its way."""
-        return self.weight_scale is not None and self.weight.dtype == FP8
+    def activated(self, x_TI: torch.Tensor, act: str) -> torch.Tensor:
+        """self(act(x))."""
+        if self.is_fp8:
+            return self._product(self.kernels.quantized_activation(x_TI, act), x_TI.dtype)
+        return self(self.kernels.activation(x_TI, act))
 
     def gated(self, gate_up_T2I: torch.Tensor, act: str) -> torch.Tensor:
         """self(act(gate) * up)."""
@@ -88,13 +94,21 @@ class Linear(nn.Module):
         return self(self.kernels.gated_activation(gate_up_T2I, act))
 
     def normed(
-        self, norm: RMSNorm, x_TI: torch.Tensor, residual_TI: torch.Tensor | None, gate: str | None = None
+        self,
+        norm: LayerNorm | RMSNorm,
+        x_TI: torch.Tensor,
+        residual_TI: torch.Tensor | None = None,
+        gate: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(self(norm(x + residual)), x + residual); the former gated where ``gate`` names an activation."""
-        if self.weight_scale is None:
+        if self.weight_scale is None and isinstance(norm, RMSNorm):
             return self.kernels.normed_linear(x_TI, residual_TI, norm.weight, norm.eps, self.weight, self.bias, gate)
-        normed_TI, sum_TI = norm(x_TI, residual_TI)
-        y_TO = self(normed_TI)
+        if self.is_fp8:
+            rows, sum_TI = norm.quantized(x_TI, residual_TI)
+            y_TO = self._product(rows, x_TI.dtype)
+        else:
+            normed_TI, sum_TI = added(norm, x_TI, residual_TI)
+            y_TO = self(normed_TI)
         return y_TO if gate is None else self.kernels.gated_activation(y_TO, gate), sum_TI
 
     def _product(self, rows: QuantizedRows, dtype: torch.dtype) -> torch.Tensor:

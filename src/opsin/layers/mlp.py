@@ -7,7 +7,7 @@ from torch import nn
 
 from opsin.layers import Placement
 from opsin.layers.linear import Linear, MergedLinear
-from opsin.layers.norm import RMSNorm
+from opsin.layers.norm import LayerNorm, RMSNorm
 
 
 class GatedMLP(nn.Module):
@@ -15,7 +15,6 @@ class GatedMLP(nn.Module):
 
     def __init__(self, place: Placement, hidden_size: int, intermediate_size: int, act: str, *, bias: bool) -> None:
         super().__init__()
-        self.kernels = place.kernels
         self.act = act
         pieces = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         self.gate_up_proj = MergedLinear(place, hidden_size, pieces, bias=bias)
@@ -24,7 +23,9 @@ class GatedMLP(nn.Module):
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return self.down_proj.gated(self.gate_up_proj(x_TD), self.act)
 
-    def normed(self, norm: RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def normed(
+        self, norm: LayerNorm | RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(self(norm(x + residual)), x + residual)."""
         if self.down_proj.is_fp8:
             gate_up_T2F, sum_TD = self.gate_up_proj.normed(norm, x_TD, residual_TD)
@@ -38,10 +39,16 @@ class MLP(nn.Module):
 
     def __init__(self, place: Placement, hidden_size: int, intermediate_size: int, act: str) -> None:
         super().__init__()
-        self.kernels = place.kernels
         self.act = act
         self.fc1 = Linear(place, hidden_size, intermediate_size, bias=True, shard="out")
         self.fc2 = Linear(place, intermediate_size, hidden_size, bias=True, shard="in")
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.kernels.activation(self.fc1(x_TD), self.act))
+        return self.fc2.activated(self.fc1(x_TD), self.act)
+
+    def normed(
+        self, norm: LayerNorm | RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(self(norm(x + residual)), x + residual)."""
+        x_TF, sum_TD = self.fc1.normed(norm, x_TD, residual_TD)
+        return self.fc2.activated(x_TF, self.act), sum_TD

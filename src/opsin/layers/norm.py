@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from opsin.kernels.quantized import QuantizedRows
 from opsin.layers import Placement
 
 
@@ -31,6 +32,10 @@ class RMSNorm(nn.Module):
         """(norm(x + residual), x + residual)."""
         return self.kernels.rms_norm(x_TD, self.weight, self.eps, residual_TD)
 
+    def quantized(self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None) -> tuple[QuantizedRows, torch.Tensor]:
+        """(norm(x + residual) in e4m3, x + residual)."""
+        return self.kernels.quantized_rms_norm(x_TD, self.weight, self.eps, residual_TD)
+
 
 class LayerNorm(nn.Module):
     def __init__(self, place: Placement, size: int, eps: float) -> None:
@@ -46,6 +51,10 @@ class LayerNorm(nn.Module):
     def add(self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual), in one pass."""
         return self.kernels.layer_norm(x_TD, self.weight, self.bias, self.eps, residual_TD)
+
+    def quantized(self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None) -> tuple[QuantizedRows, torch.Tensor]:
+        """(norm(x + residual) in e4m3, x + residual)."""
+        return self.kernels.quantized_layer_norm(x_TD, self.weight, self.bias, self.eps, residual_TD)
 
 
 def added(

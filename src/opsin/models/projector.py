@@ -16,13 +16,12 @@ class Projector(nn.Module):
 
     def __init__(self, place: Placement, in_features: int, hidden_size: int, act: str, *, bias: bool) -> None:
         super().__init__()
-        self.kernels = place.kernels
         self.act = act
         self.linear_1 = Linear(place, in_features, hidden_size, bias=bias)
         self.linear_2 = Linear(place, hidden_size, hidden_size, bias=bias)
 
     def forward(self, x_MD: torch.Tensor, /) -> torch.Tensor:
-        return self.linear_2(self.kernels.activation(self.linear_1(x_MD), self.act))
+        return self.linear_2.activated(self.linear_1(x_MD), self.act)
 
 
 def pixel_shuffle(hidden_BPD: torch.Tensor, merge: int) -> torch.Tensor:

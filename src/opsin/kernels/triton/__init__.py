@@ -14,12 +14,19 @@ from opsin.kernels.triton.elementwise import (
     apply_rope,
     gated_activation,
     layer_norm,
+    quantized_layer_norm,
+    quantized_rms_norm,
     rms_norm,
     rope_and_write,
     write_kv,
 )
 from opsin.kernels.triton.greedy import greedy
-from opsin.kernels.triton.quantized import quantize_rows, quantized_gated_activation, quantized_linear
+from opsin.kernels.triton.quantized import (
+    quantize_rows,
+    quantized_activation,
+    quantized_gated_activation,
+    quantized_linear,
+)
 from opsin.kernels.triton.resample import resample
 from opsin.kernels.triton.row_linear import linear, normed_linear
 from opsin.kernels.triton.varlen import varlen_attention
@@ -33,6 +40,9 @@ KERNELS = dataclasses.replace(
     layer_norm=layer_norm,
     activation=activation,
     gated_activation=gated_activation,
+    quantized_rms_norm=quantized_rms_norm,
+    quantized_layer_norm=quantized_layer_norm,
+    quantized_activation=quantized_activation,
     quantized_gated_activation=quantized_gated_activation,
     normed_linear=normed_linear,
     apply_rope=apply_rope,

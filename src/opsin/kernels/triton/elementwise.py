@@ -51,8 +51,24 @@ def empty_rows(shape: tuple[int, ...], device: torch.device) -> QuantizedRows:
 
 
 @triton.jit
+def _store_row(x, out_ptr, scale_ptr, row, width, column):
+    """As it is; or, where there is a pointer for its scale, quantised."""
+    values = x
+    if scale_ptr is not None:
+        values = x.to(tl.float32)
+        scale = row_scale(tl.abs(values))
+        tl.store(scale_ptr + row, scale)
+        values = (values / scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * width + column, values, mask=column < width)
+
+
+def _is_row_by_row(residual_TD: torch.Tensor | None) -> bool:
+    return residual_TD is None or residual_TD.is_contiguous()
+
+
+@triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, residual_ptr, out_ptr, sum_ptr, x_stride, num_columns, eps,
+    x_ptr, weight_ptr, residual_ptr, out_ptr, scale_ptr, sum_ptr, x_stride, num_columns, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -69,36 +85,59 @@ def _rms_norm_kernel(
         tl.store(sum_ptr + row * num_columns + column, x, mask=inside)
     x32 = x.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(x32 * x32) / num_columns + eps)
-    tl.store(out_ptr + row * num_columns + column, (x32 * inverse * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    _store_row((x32 * inverse * weight).to(x.dtype), out_ptr, scale_ptr, row, num_columns, column)
 
 
 def rms_norm(
     x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``reference.rms_norm``: the sum is rounded to the dtype before it is normalised, as there."""
-    num_rows, width = x_TD.shape
-    if x_TD.stride(1) != 1 or (residual_TD is not None and not residual_TD.is_contiguous()):
+    if x_TD.stride(1) != 1 or not _is_row_by_row(residual_TD):
         return reference.rms_norm(x_TD, weight_D, eps, residual_TD)
-    out_TD = torch.empty((num_rows, width), dtype=x_TD.dtype, device=x_TD.device)
-    sum_TD = x_TD if residual_TD is None else torch.empty_like(out_TD)
+    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    return out_TD, _rms_norm(x_TD, weight_D, eps, residual_TD, out_TD, None)
+
+
+def quantized_rms_norm(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
+) -> tuple[QuantizedRows, torch.Tensor]:
+    """As ``quantize_rows`` of ``rms_norm``, which is neither written nor read."""
+    if x_TD.stride(1) != 1 or not _is_row_by_row(residual_TD):
+        return reference.quantized_rms_norm(x_TD, weight_D, eps, residual_TD)
+    rows = empty_rows(x_TD.shape, x_TD.device)
+    return rows, _rms_norm(x_TD, weight_D, eps, residual_TD, *rows)
+
+
+def _rms_norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor | None,
+    out_TD: torch.Tensor,
+    scale_T1: torch.Tensor | None,
+) -> torch.Tensor:
+    """Fills ``out_TD``, and ``scale_T1`` where it is to be quantised; returns the sum."""
+    num_rows, width = x_TD.shape
+    sum_TD = x_TD if residual_TD is None else residual_TD.new_empty((num_rows, width))
     if num_rows:
         block = triton.next_power_of_2(width)
         added = x_TD if residual_TD is None else residual_TD
         overlaps = can_overlap(x_TD.device)
         _rms_norm_kernel[(num_rows,)](
-            x_TD, weight_D, added, out_TD, sum_TD, x_TD.stride(0), width, eps,
+            x_TD, weight_D, added, out_TD, scale_T1, sum_TD, x_TD.stride(0), width, eps,
             HAS_RESIDUAL=residual_TD is not None, BLOCK=block, PDL=overlaps, launch_pdl=overlaps,
             num_warps=4 if block <= 4096 else 8,
         )  # fmt: skip
-    return out_TD, sum_TD
+    return sum_TD
 
 
 @triton.jit
 def _layer_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, sum_ptr, num_columns, eps,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, scale_ptr, sum_ptr, num_columns, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * num_columns
+    number = tl.program_id(0).to(tl.int64)
+    row = number * num_columns
     column = tl.arange(0, BLOCK)
     inside = column < num_columns
     x = tl.load(x_ptr + row + column, mask=inside, other=0.0)
@@ -111,8 +150,7 @@ def _layer_norm_kernel(
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred) / num_columns + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    out = centred * inverse * weight + bias
-    tl.store(out_ptr + row + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+    _store_row((centred * inverse * weight + bias).to(x.dtype), out_ptr, scale_ptr, number, num_columns, column)
 
 
 def layer_norm(
@@ -123,18 +161,45 @@ def layer_norm(
     residual_TD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``reference.layer_norm``, which also takes what is not laid out row by row."""
-    width = x_TD.shape[-1]
-    if not x_TD.is_contiguous() or (residual_TD is not None and not residual_TD.is_contiguous()):
+    if not x_TD.is_contiguous() or not _is_row_by_row(residual_TD):
         return reference.layer_norm(x_TD, weight_D, bias_D, eps, residual_TD)
     out_TD = torch.empty_like(x_TD)
+    return out_TD, _layer_norm(x_TD, weight_D, bias_D, eps, residual_TD, out_TD, None)
+
+
+def quantized_layer_norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    bias_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor | None = None,
+) -> tuple[QuantizedRows, torch.Tensor]:
+    """As ``quantize_rows`` of ``layer_norm``, which is neither written nor read."""
+    if not x_TD.is_contiguous() or not _is_row_by_row(residual_TD):
+        return reference.quantized_layer_norm(x_TD, weight_D, bias_D, eps, residual_TD)
+    rows = empty_rows(x_TD.shape, x_TD.device)
+    return rows, _layer_norm(x_TD, weight_D, bias_D, eps, residual_TD, *rows)
+
+
+def _layer_norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    bias_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor | None,
+    out_TD: torch.Tensor,
+    scale_T1: torch.Tensor | None,
+) -> torch.Tensor:
+    """As ``_rms_norm``."""
+    width = x_TD.shape[-1]
     sum_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
     if x_TD.numel():
         block = triton.next_power_of_2(width)
         _layer_norm_kernel[(x_TD.numel() // width,)](
-            x_TD, weight_D, bias_D, x_TD if residual_TD is None else residual_TD, out_TD, sum_TD, width, eps,
+            x_TD, weight_D, bias_D, x_TD if residual_TD is None else residual_TD, out_TD, scale_T1, sum_TD, width, eps,
             HAS_RESIDUAL=residual_TD is not None, BLOCK=block, num_warps=4 if block <= 4096 else 8,
         )  # fmt: skip
-    return out_TD, sum_TD
+    return sum_TD
 
 
 @triton.jit

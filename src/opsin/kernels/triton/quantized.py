@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 
 from opsin.kernels.quantized import QuantizedRows
-from opsin.kernels.triton.elementwise import ACTIVATIONS, activate, empty_rows, gated_activation, row_scale
+from opsin.kernels.triton.elementwise import (
+    ACTIVATIONS,
+    activate,
+    activation,
+    empty_rows,
+    gated_activation,
+    row_scale,
+)
 from opsin.kernels.triton.overlap import can_overlap, follow
 
 _FEW_ROWS = 16  # what one step of a tensor core takes; cuBLAS's tiles for more leave processors idle
@@ -53,6 +60,13 @@ def quantize_rows(x_TI: torch.Tensor) -> QuantizedRows:
     return _quantize(x_TI, x_TI.shape[-1], None)
 
 
+def quantized_activation(x_TF: torch.Tensor, name: str) -> QuantizedRows:
+    """As ``quantize_rows`` of ``activation``, which is neither written nor read."""
+    if name not in ACTIVATIONS:
+        return quantize_rows(activation(x_TF, name))
+    return _quantize(x_TF, x_TF.shape[-1], name)
+
+
 def quantized_gated_activation(gate_up_T2F: torch.Tensor, name: str) -> QuantizedRows:
     """As ``quantize_rows`` of ``gated_activation``, which is neither written nor read."""
     if name not in ACTIVATIONS:
@@ -60,7 +74,7 @@ def quantized_gated_activation(gate_up_T2F: torch.Tensor, name: str) -> Quantize
     return _quantize(gate_up_T2F, gate_up_T2F.shape[-1] // 2, name)
 
 
-def _quantize(x: torch.Tensor, width: int, activation: str | None) -> QuantizedRows:
+def _quantize(x: torch.Tensor, width: int, act: str | None) -> QuantizedRows:
     """Rows of ``width`` values, made of twice as many where these are gates and what they gate."""
     flat = x.reshape(-1, x.shape[-1])
     if flat.stride(1) != 1:
@@ -72,7 +86,7 @@ def _quantize(x: torch.Tensor, width: int, activation: str | None) -> QuantizedR
         overlaps = can_overlap(x.device)
         _quantize_kernel[(len(flat),)](
             flat, *rows, flat.stride(0), width,
-            KIND=None if activation is None else ACTIVATIONS[activation], IS_GATED=flat.shape[1] != width,
+            KIND=None if act is None else ACTIVATIONS[act], IS_GATED=flat.shape[1] != width,
             NUM_CHUNKS=triton.cdiv(width, block), BLOCK=block, PDL=overlaps, launch_pdl=overlaps, num_warps=num_warps,
         )  # fmt: skip
     return rows
