@@ -347,7 +347,7 @@ class AsyncLLM:
         return self._front.engine.histograms()
 
     def get_tokenizer(self) -> Any:
-        """The transformers tokenizer of the model."""
+        """The transformers tokenizer of the model; the first call may take seconds, to import transformers."""
         return self._front.inputs.tokenizer.hf
 
     def get_default_sampling_params(self, max_tokens: int | None = 16) -> SamplingParams:

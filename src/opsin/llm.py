@@ -307,7 +307,7 @@ class LLM:
         return self._front.engine.facts.dtype
 
     def get_tokenizer(self) -> Any:
-        """The transformers tokenizer of the model."""
+        """The transformers tokenizer of the model; the first call may take seconds, to import transformers."""
         return self._front.inputs.tokenizer.hf
 
     def get_default_sampling_params(self) -> SamplingParams:
