@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsin.layers.linear import MergedLinear
 from opsin.models.phi3_v import model as phi3_v
 from opsin.models.towers import patches
+from opsin.models.towers.attention import PatchAttention
 from tests.factories import minicpmv
 from tests.factories.families import FAMILIES
 from tests.factories.family import Family
@@ -35,8 +35,8 @@ def test_a_pass_beyond_the_limit_holds_one_tile_and_features_stay_the_same(
     tower, images = driver.model.tower, pictures(SIZES)  # type: ignore[attr-defined]
     num_patches: list[int] = []
     for module in tower.modules():
-        if isinstance(module, MergedLinear):  # queries, keys and values of each of a pass's patches
-            module.register_forward_hook(lambda module, args, output: num_patches.append(args[0].shape[0]))
+        if isinstance(module, PatchAttention):
+            module.register_forward_hook(lambda module, args, output: num_patches.append(args[1].shape[0]))
     areas = [height * width for layout in driver.read(images).layouts for height, width in layout.plan.tile_sizes]
     together = driver.encode(images)
     (in_one_pass,) = set(num_patches)

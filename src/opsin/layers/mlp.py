@@ -20,11 +20,8 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = MergedLinear(place, hidden_size, pieces, bias=bias)
         self.down_proj = Linear(place, intermediate_size, hidden_size, bias=bias, shard="in")
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj.gated(self.gate_up_proj(x_TD), self.act)
-
     def normed(
-        self, norm: LayerNorm | RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor
+        self, norm: LayerNorm | RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(self(norm(x + residual)), x + residual)."""
         if self.down_proj.is_fp8:
@@ -43,11 +40,8 @@ class MLP(nn.Module):
         self.fc1 = Linear(place, hidden_size, intermediate_size, bias=True, shard="out")
         self.fc2 = Linear(place, intermediate_size, hidden_size, bias=True, shard="in")
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.fc2.activated(self.fc1(x_TD), self.act)
-
     def normed(
-        self, norm: LayerNorm | RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor
+        self, norm: LayerNorm | RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(self(norm(x + residual)), x + residual)."""
         x_TF, sum_TD = self.fc1.normed(norm, x_TD, residual_TD)

@@ -10,7 +10,7 @@ from torch import nn
 
 from opsin.layers import Placement
 from opsin.layers.linear import Linear, MergedLinear
-from opsin.layers.norm import RMSNorm, normed
+from opsin.layers.norm import LayerNorm, RMSNorm, normed
 from opsin.layers.rope import Rotary
 
 
@@ -51,12 +51,21 @@ class PatchAttention(nn.Module):
         self.q_norm, self.k_norm = (None, None) if norm is None else (norm(), norm())
         self.out_proj = Linear(place, hidden_size, hidden_size, bias=output_bias, shard="in")
 
-    def forward(self, x_PD: torch.Tensor, segments: Segments, rotary: Rotary | None = None) -> torch.Tensor:
-        q_PD, k_PD, v_PD = self.qkv_proj.split(self.qkv_proj(x_PD))
+    def forward(
+        self,
+        norm: LayerNorm | RMSNorm,
+        x_PD: torch.Tensor,
+        residual_PD: torch.Tensor | None,
+        segments: Segments,
+        rotary: Rotary | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what norm(x + residual) attends to, x + residual)."""
+        qkv_PO, sum_PD = self.qkv_proj.normed(norm, x_PD, residual_PD)
+        q_PD, k_PD, v_PD = self.qkv_proj.split(qkv_PO)
         if self.q_norm is not None and self.k_norm is not None:
             q_PD, k_PD = normed(self.q_norm, q_PD.contiguous()), normed(self.k_norm, k_PD.contiguous())
         q_PNH, k_PNH, v_PNH = (y_PD.unflatten(-1, (-1, self.head_dim)) for y_PD in (q_PD, k_PD, v_PD))
         if rotary is not None:
             q_PNH, k_PNH = self.kernels.apply_rope(q_PNH, k_PNH, *rotary)
         out_PNH = self.kernels.varlen_attention(q_PNH, k_PNH, v_PNH, *segments, self.head_dim**-0.5)
-        return self.out_proj(out_PNH.flatten(1))
+        return self.out_proj(out_PNH.flatten(1)), sum_PD

@@ -13,7 +13,7 @@ from opsin.errors import UnsupportedModelError
 from opsin.layers import Placement
 from opsin.layers.linear import Linear
 from opsin.layers.mlp import MLP
-from opsin.layers.norm import LayerNorm, RMSNorm, normed
+from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.rope import Rotary
 from opsin.models.strict import StrictConfig
 from opsin.models.towers.attention import PatchAttention, Segments
@@ -138,6 +138,6 @@ class InternViTBlock(nn.Module):
         self.lambda_2 = place.parameter(vit.hidden_size)
 
     def forward(self, x_PD: torch.Tensor, segments: Segments, rotary: Rotary | None) -> torch.Tensor:
-        seen_PD = self.attention(normed(self.layernorm_before, x_PD), segments, rotary)
+        seen_PD, _ = self.attention(self.layernorm_before, x_PD, None, segments, rotary)
         x_PD = torch.addcmul(x_PD, self.lambda_1, seen_PD)
-        return torch.addcmul(x_PD, self.lambda_2, self.mlp(normed(self.layernorm_after, x_PD)))
+        return torch.addcmul(x_PD, self.lambda_2, self.mlp.normed(self.layernorm_after, x_PD, None)[0])

@@ -113,6 +113,6 @@ class PixtralBlock(nn.Module):
         self.feed_forward = GatedMLP(place, config.hidden_size, config.intermediate_size, config.hidden_act, bias=False)
 
     def forward(self, x_PD: torch.Tensor, segments: Segments, rotary: Rotary | None) -> torch.Tensor:
-        seen_PD = self.attention(normed(self.attention_norm, x_PD), segments, rotary)
-        ffn_PD, x_PD = self.ffn_norm(seen_PD, x_PD)
-        return x_PD + self.feed_forward(ffn_PD)
+        seen_PD, _ = self.attention(self.attention_norm, x_PD, None, segments, rotary)
+        added_PD, x_PD = self.feed_forward.normed(self.ffn_norm, seen_PD, x_PD)
+        return x_PD + added_PD

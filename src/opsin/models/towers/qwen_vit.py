@@ -364,9 +364,8 @@ class QwenViTBlock(nn.Module):
         self, x_PD: torch.Tensor, residual_PD: torch.Tensor | None, rotary: Rotary, segments: Segments
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes and returns (what this block adds, what it is added to), so that add and norm are one kernel."""
-        x_PD, sum_PD = added(self.norm1, x_PD, residual_PD)
-        x_PD, sum_PD = added(self.norm2, self.attn(x_PD, segments, rotary), sum_PD)
-        return self.mlp(x_PD), sum_PD
+        x_PD, sum_PD = self.attn(self.norm1, x_PD, residual_PD, segments, rotary)
+        return self.mlp.normed(self.norm2, x_PD, sum_PD)
 
 
 class PatchMerger(nn.Module):
@@ -379,7 +378,6 @@ class PatchMerger(nn.Module):
     def __init__(self, place: Placement, config: QwenViTConfig, *, norms_whole: bool = False) -> None:
         super().__init__()
         self.norms_whole = norms_whole
-        self.kernels = place.kernels
         self.area = config.merge_size**2
         width = config.hidden_size * self.area
         self.ln_q = LayerNorm(place, width, _NORM_EPS) if norms_whole else _norm(place, config)
@@ -392,7 +390,7 @@ class PatchMerger(nn.Module):
             x_MD = normed(self.ln_q, x_PD.unflatten(0, (-1, self.area)).flatten(1))
         else:
             x_MD = added(self.ln_q, x_PD, residual_PD)[0].unflatten(0, (-1, self.area)).flatten(1)
-        return self.linear_2(self.kernels.activation(self.linear_1(x_MD), "gelu"))
+        return self.linear_2.activated(self.linear_1(x_MD), "gelu")
 
 
 def _norm(place: Placement, config: QwenViTConfig) -> LayerNorm | RMSNorm:

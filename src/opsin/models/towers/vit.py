@@ -105,9 +105,9 @@ class ViTBlock(nn.Module):
         self.mlp = MLP(place, config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x_PD: torch.Tensor, segments: Segments, rotary: Rotary | None) -> torch.Tensor:
-        seen_PD = self.self_attn(self.layer_norm1(x_PD), segments, rotary)
-        normed_PD, x_PD = self.layer_norm2.add(seen_PD, x_PD)
-        return x_PD + self.mlp(normed_PD)
+        seen_PD, _ = self.self_attn(self.layer_norm1, x_PD, None, segments, rotary)
+        added_PD, x_PD = self.mlp.normed(self.layer_norm2, seen_PD, x_PD)
+        return x_PD + added_PD
 
 
 class ViTEncoder(nn.Module):
