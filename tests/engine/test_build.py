@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from opsin import LLM, ConfigError, ContextLengthError, RequestError, UnsupportedModelError
 from opsin.config import EngineConfig, EngineSettings, SchedulerConfig
 from opsin.engine.build import Budgets
+from opsin.runner.memory import captured_share
 
 
 def test_engine_settings_name_every_field_of_the_config():
@@ -161,3 +163,16 @@ def test_prompts_are_bounded_beside_answers_that_are_watched_on_a_cpu(on_gpu: bo
     assert budgets.max_num_tokens_beside_decodes == expected
     asked = Budgets.resolve(SchedulerConfig(max_num_tokens_beside_decodes=5), on_gpu, streams=streams)
     assert asked.max_num_tokens_beside_decodes == 5
+
+
+def test_graphs_are_given_the_share_of_a_step_that_is_captured():
+    def pictures(count: int, num_patches: int) -> Any:
+        return [SimpleNamespace(num_patches=num_patches)] * count
+
+    assert captured_share(8192, []) == 0.5
+    assert captured_share(2048, []) == 1
+    assert captured_share(8192, pictures(8, 2048)) == 0.5
+    assert captured_share(8192, pictures(4, 5000)) == 8192 / 15000  # three of them are a pass
+    assert captured_share(8192, pictures(1, 20000)) == 0.5
+    assert captured_share(32768, pictures(16, 4096)) == 0.5
+    assert captured_share(8192, pictures(2, 1024)) == 1

@@ -229,3 +229,22 @@ def test_longrope_with_short_and_long_factors_is_the_same_with_graphs(recorder: 
             assert ids == expected_ids
             assert logprob == pytest.approx(expected_logprob, abs=1e-4)
     assert short != long
+
+
+def test_step_that_cannot_be_captured_is_padded_to_one_that_was(recorder: Recorder, tiny_llava: Callable[..., Path]):
+    """No memory is left for another graph while the engine serves."""
+    folder = str(tiny_llava(LlavaShape(num_kv_heads=2)))
+    prompts = [asked(1), asked(2, 3), "Only text here.", asked(4, text="Describe it.")]
+    with LLM(folder, **SHARED, enforce_eager=True) as llm:
+        expected = answers(llm, prompts, GREEDY)
+    with LLM(folder, **SHARED, pipeline_depth=2) as llm:
+        graphs_of = step_graphs(llm)
+        largest = list(graphs_of._prefill)
+
+        def refuse(size: int, *, warm_up: bool) -> Any:
+            raise RuntimeError("out of memory")
+
+        graphs_of._capture_prefill = refuse
+        assert answers(llm, prompts, GREEDY) == expected
+        assert list(graphs_of._prefill) == graphs_of._prefill_sizes == largest
+        assert graphs_of._prefill[largest[0]].graph.num_replays

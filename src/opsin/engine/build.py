@@ -138,7 +138,6 @@ def build_engine(
     feature_bytes = int(config.cache.vision_cache_gb * _GIB)
     measured_side = _GPU_MEASURED_SIDE if device.type == "cuda" else _CPU_MEASURED_SIDE
     max_raw_pixels = most_raw_pixels(device)
-    largest_step = budgets.max_num_batched_tokens, budgets.max_num_batched_patches
     memory = plan_memory(
         runner,
         max_num_tokens=budgets.max_num_batched_tokens,
@@ -150,7 +149,7 @@ def build_engine(
         kv_bytes=config.cache.kv_cache_memory_bytes,
         num_blocks=config.cache.num_gpu_blocks_override,
         max_raw_pixels=max_raw_pixels,
-        graph_share=0.0 if config.device.enforce_eager else runner.graph_share(*largest_step),
+        replays=runner.can_replay and not config.device.enforce_eager,
     )
     logger.info("%s on %s in %s", config.model.model, device, str(dtype).removeprefix("torch."))
     logger.info("Memory plan:\n%s", describe(memory, spec, max_model_len))
@@ -180,6 +179,7 @@ def build_engine(
         on_finish=feeder.release,
     )
     grammars = GrammarCompiler(tokenizer, spec.vocab_size)
+    largest_step = budgets.max_num_batched_tokens, budgets.max_num_batched_patches
     core = EngineCore(
         scheduler,
         InlineExecutor(runner, memory, graphs_of=None if config.device.enforce_eager else largest_step),

@@ -10,6 +10,7 @@ more than launching that step would.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from opsin.layers.staging import num_bytes, refill, views
 from opsin.models.interface import VisionLanguageModel
 from opsin.runner.inputs import RowNumbers, StepArrays, decode_arrays, padded
 from opsin.runner.slots import SlotTable
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 4096  # a larger step keeps the device busier than Python, and what pads it would be computed for nothing
 
@@ -138,13 +141,23 @@ class StepGraphs:
         return captured.hidden[:num_rows], captured.inputs[1][:num_rows]
 
     def covers(self, arrays: StepArrays) -> bool:
-        """``prefill`` can run this step."""
-        return len(arrays.at_T) <= self._prefill_sizes[-1]
+        """``prefill`` can run this step: its size has been captured, or now is."""
+        num_tokens = len(arrays.at_T)
+        if num_tokens > self._prefill_sizes[-1]:
+            return False
+        size = self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)]
+        if size not in self._prefill:
+            try:
+                self._prefill[size] = self._capture_prefill(size, warm_up=False)
+            except RuntimeError as error:  # no memory, above all: larger graphs do, if there are any
+                logger.warning("No more steps are captured as CUDA graphs: %s", error)
+                self._prefill_sizes = sorted(self._prefill)
+        return True
 
     def prefill(
         self, arrays: StepArrays, fill: Callable[[torch.Tensor, torch.Tensor | None], None]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run a step of any rows that see nothing but what is before them.
+        """Run a step that is covered, of any rows that see nothing but what is before them.
 
         Args:
             fill: puts features in place, in the (T, D) embeddings of the step's tokens, and where there are columns
@@ -155,9 +168,7 @@ class StepGraphs:
         """
         num_tokens, num_emitting = len(arrays.at_T), len(arrays.emit_index_E)
         size = self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)]
-        captured = self._prefill.get(size)
-        if captured is None:
-            captured = self._prefill[size] = self._capture_prefill(size, warm_up=False)
+        captured = self._prefill[size]
         refill(captured.packed, padded(arrays, size, self._prefill_rows))
         at_T, _, _, _, emit_index_E, token_at_E, _, _ = captured.inputs
         self._embedded_TD[:size] = self._model.embed(self._table.tokens_SL.view(-1)[at_T])

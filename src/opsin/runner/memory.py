@@ -19,10 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 from opsin.errors import ConfigError
 from opsin.media.raw import raw_plan
+from opsin.models.towers.patches import MAX_PASS
 from opsin.params import SamplingParams
 from opsin.runner.executor import MemoryPlan, Pixels
+from opsin.runner.graphs import MAX_TOKENS
 from opsin.runner.pixels import raw_bytes
 from opsin.runner.runner import ModelRunner
+from opsin.runner.trunk import MAX_PATCHES
 from opsin.types import EncodeItem, MediaLayout, ModelSpec, RowPlan, SlotOpen, StepPlan
 
 _GIB = 2**30
@@ -45,7 +48,7 @@ def plan_memory(
     kv_bytes: int | None = None,
     num_blocks: int | None = None,
     max_raw_pixels: int = 0,
-    graph_share: float = 0.0,
+    replays: bool = False,
 ) -> MemoryPlan:
     """Measure a step, then divide the device's memory.
 
@@ -57,7 +60,7 @@ def plan_memory(
         kv_bytes: size of the KV cache when the caller fixed it.
         num_blocks: number of KV blocks when the caller fixed it; wins over ``kv_bytes``.
         max_raw_pixels: see ``media.raw.raw_plan``: pictures that the device resizes come as they are.
-        graph_share: what part of a step's memory a GPU's graphs may take again, since their memory is theirs alone.
+        replays: steps will be replayed as graphs, whose memory is theirs alone.
 
     Raises:
         ConfigError: one request of ``max_model_len`` tokens would not fit.
@@ -67,7 +70,7 @@ def plan_memory(
     graph_bytes = 0
     if on_gpu:
         peak = _measure_gpu(runner, max_num_tokens, max_num_seqs, max_model_len, layouts, max_raw_pixels)
-        graph_bytes = int(peak * graph_share)
+        graph_bytes = int(peak * captured_share(max_num_tokens, layouts)) if replays else 0
         total = torch.cuda.get_device_properties(runner.device).total_memory
         free, _ = torch.cuda.mem_get_info(runner.device)
         outside = total - free - torch.cuda.memory_reserved(runner.device)  # other processes, and CUDA's own context
@@ -94,7 +97,7 @@ def plan_memory(
                 f"(weights {weight_bytes / _GIB:.2f}, activations {peak / _GIB:.2f}, "
                 f"graphs {graph_bytes / _GIB:.2f}, vision features {feature_bytes / _GIB:.2f}). "
                 "Lower max_model_len or max_num_batched_tokens, or raise gpu_memory_utilization or "
-                "kv_cache_memory_bytes."
+                "kv_cache_memory_bytes." + (" With enforce_eager there are no graphs." if graph_bytes else "")
             )
     return MemoryPlan(
         total_bytes=total,
@@ -106,6 +109,15 @@ def plan_memory(
         block_size=runner.block_size,
         graph_bytes=graph_bytes,
     )
+
+
+def captured_share(num_tokens: int, layouts: Sequence[MediaLayout]) -> float:
+    """The largest step that is captured, as a share of one of ``num_tokens`` and these equal pictures."""
+    if not layouts:
+        return min(1.0, MAX_TOKENS / num_tokens)
+    one = layouts[0].num_patches
+    num_patches = min(len(layouts), max(1, MAX_PASS // one)) * one  # of the largest pass that was measured
+    return min(1.0, max(MAX_TOKENS / num_tokens, MAX_PATCHES / num_patches))
 
 
 def describe(plan: MemoryPlan, spec: ModelSpec, max_model_len: int) -> str:

@@ -16,7 +16,6 @@ from opsin.kernels.inputs import LayerCache
 from opsin.layers.staging import upload
 from opsin.models.interface import VisionLanguageModel
 from opsin.params import PoolingParams, SamplingParams
-from opsin.runner import graphs, trunk
 from opsin.runner.executor import Payload
 from opsin.runner.graphs import Recorder, StepGraphs
 from opsin.runner.inputs import RowNumbers, build_inputs, step_arrays, update_blocks, views_of
@@ -77,11 +76,10 @@ class ModelRunner:
             key, value = (torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for _ in range(2))
             self._caches.append(LayerCache(key, value))
 
-    def graph_share(self, max_tokens: int, max_patches: int) -> float:
-        """The largest step that ``capture_graphs`` will capture, as a share of the largest that there is."""
-        if not self._kernels.replayable:
-            return 0.0
-        return min(1.0, max(graphs.MAX_TOKENS / max_tokens, trunk.MAX_PATCHES / max_patches))
+    @property
+    def can_replay(self) -> bool:
+        """The device and the kernels can."""
+        return self.device.type == "cuda" and self._kernels.replayable
 
     @torch.inference_mode()
     def capture_graphs(self, max_tokens: int, max_patches: int) -> None:
@@ -93,7 +91,7 @@ class ModelRunner:
             max_tokens: the most that a step has.
             max_patches: likewise, for the vision tower.
         """
-        if self.device.type == "cuda" and self._kernels.replayable:
+        if self.can_replay:
             recorder = Recorder(self.device)
             tower = EagerTower(self.model, self.device, self._kernels)
             self.vision.tower = ReplayedTower(tower, recorder.record, max_patches)
