@@ -124,7 +124,7 @@ def varlen_attention(
     main, rest = head_parts(size)
     triton.set_allocator(allocate)  # of this thread
     hopper = hopper_kernel(q_PNH.device) if size in _HOPPER_SIZES else None
-    if hopper is not None:
+    if hopper is not None and hopper.suits(num_patches, num_heads, _num_multiprocessors(q_PNH.device)):
         return hopper.launch(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, scale, (main, rest))
     out_PNH = torch.empty((num_patches, num_heads, size), dtype=q_PNH.dtype, device=q_PNH.device)
     num_rows = len(cu_seqlens_B1) - 1
@@ -144,6 +144,11 @@ def hopper_kernel(device: torch.device) -> ModuleType | None:
     if capability(device) != (9, 0) or not was_tried or not importlib.util.find_spec("triton.experimental.gluon"):
         return None
     return importlib.import_module("opsin.kernels.triton.varlen_hopper")
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _is_addressable(x_PNH: torch.Tensor) -> bool:
