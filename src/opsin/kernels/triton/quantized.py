@@ -1,4 +1,5 @@
-"""Linear layers in e4m3: rows are quantised in one pass; cuBLAS multiplies many, kernels of our own multiply few.
+"""Linear layers in e4m3: rows are quantised in one pass, together with the activation ahead (norms do it themselves,
+in ``elementwise``); cuBLAS multiplies many, kernels of our own multiply few.
 
 For few rows all that counts is how fast the weight is read, and there is half as much of it as in half precision. e4m3
 widens to float16 without loss, so few rows are multiplied by the tensor cores of any GPU that has e4m3 at all.
