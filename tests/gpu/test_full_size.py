@@ -75,7 +75,6 @@ def dummy(released: Released, folder: Path, **settings: Any) -> Iterator[tuple[L
     """An engine for a checkpoint, its weights random."""
     spec = meta_model(released.config).spec
     settings |= {"max_model_len": min(MAX_MODEL_LEN, spec.max_position), "max_num_seqs": 8, "media_workers": 0}
-    settings |= {"gpu_memory_utilization": 0.8}  # others may use the GPU, too
     runner: Any = "pooling" if released.pools else "generate"
     with LLM(str(write_dummy(folder, released)), load_format="dummy", runner=runner, **settings) as llm:
         yield llm, spec

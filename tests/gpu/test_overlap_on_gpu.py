@@ -33,6 +33,7 @@ class Steps:
         shape = (rows * LONGEST // PAGE, PAGE, 2, 128)
         self.caches = [LayerCache(*torch.zeros(2, *shape, device=DEVICE, dtype=DTYPE)) for _ in decoder.layers]
         tables_BL = torch.arange(shape[0], device=DEVICE, dtype=torch.int32).view(rows, -1)
+        self.kept = tables_BL  # a graph keeps nothing alive that it reads
         self.first_BD = torch.randn(rows, 1536, generator=torch.Generator().manual_seed(1)).to(DEVICE, DTYPE)
         self.hidden_BD = self.first_BD.clone()
         self.position_B = torch.zeros(rows, device=DEVICE, dtype=torch.int64)
