@@ -16,7 +16,7 @@ from tests.factories.released import RELEASED, write_dummy
 
 READ_WEIGHTS = {"_row_kernel", "_rms_norm_kernel"}
 DECODE_CHAIN = {*READ_WEIGHTS, "_gate_kernel", "_rope_and_write_kernel", "_attention_kernel", "_join_kernel"}
-DECODE_CHAIN |= {"_greedy_part_kernel", "_greedy_kernel"}
+DECODE_CHAIN |= {"_greedy_part_kernel", "_greedy_kernel", "_quantize_kernel"}
 SHARED_KIB = {80: 163, 90: 227}  # that a program may have
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ def collect() -> dict[str, Any]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
+        "driver": driver_version(),
     }
     facts["packages"] = {name: _version(name) for name in _PACKAGES}
     facts["environment"] = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
@@ -51,6 +53,15 @@ def device_name() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+
+
+def driver_version(told: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """The NVIDIA driver's version, such as 580.95.05; None without one, or where the system does not tell."""
+    try:
+        found = re.search(r"^NVRM version:.*?\s(\d+\.\d[\d.]*)\s", told.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def commit() -> str | None:
