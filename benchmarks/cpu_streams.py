@@ -44,6 +44,7 @@ from opsin.cli import environment
 from opsin.cli.synthetic import photo
 from opsin.engine.core import EngineCore
 from opsin.kernels import Kernels, packed
+from opsin.kernels.reference import one_by_one
 from opsin.runner.runner import ModelRunner
 from opsin.runner.vision import VisionStore
 from opsin.types import StepPlan
@@ -246,6 +247,9 @@ class Stages:
             for field in dataclasses.fields(kernels)
             if field.name not in ("replayable", "pack_linear")
         }
+        # On a CPU the one is made of the others, which belong to different stages.
+        parts = functions["rms_norm"], functions["linear"], functions["gated_activation"]
+        functions["normed_linear"] = one_by_one(*parts)
         return dataclasses.replace(kernels, **functions)
 
     @contextlib.contextmanager

@@ -223,11 +223,11 @@ def _profile(task: Task, engine: Engine, folder: Path) -> None:
 
 
 _KERNELS = (  # of the device, by what their names contain; the first that fits
-    ("tower attention", ("_varlen_kernel", "fmha", "flash")),
+    ("tower attention", ("_varlen", "fmha", "flash")),
     ("decoder attention", ("_attention_kernel", "_join_kernel")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "_row_kernel", "splitK", "gemv")),
     ("norms", ("norm",)),
-    ("activations and gates", ("_activation_kernel", "_gate_kernel")),
+    ("activations and gates", ("_activation_kernel", "_gate_kernel", "_quantize_kernel")),
     ("rotation and cache writes", ("_rope", "_write_kv")),
     ("copies to and from the host", ("Memcpy HtoD", "Memcpy DtoH")),
 )

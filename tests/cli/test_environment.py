@@ -11,7 +11,7 @@ from opsin.cli import environment
     ("told", "expected"),
     [
         (
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12.2",
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\nGCC version: 12.2",
             "535.104.05",
         ),
         (
