@@ -272,7 +272,7 @@ def varlen_attention(request: pytest.FixtureRequest, kernels: Any, monkeypatch: 
     if request.param == "any-gpu":
         monkeypatch.setattr(varlen, "hopper_kernel", lambda device: None)
     elif hopper is None:
-        pytest.skip("needs a GPU of compute capability 9.0, and a Triton that varlen_hopper was tried with")
+        pytest.skip("needs a GPU of compute capability 9.0, and a Triton that varlen_hopper has run with")
     else:
         monkeypatch.setattr(hopper, "suits", lambda *shape: True)
         monkeypatch.setattr(hopper, "launch", partial(hopper.launch, schedule=getattr(hopper, request.param)))

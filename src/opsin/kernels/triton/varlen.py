@@ -139,9 +139,9 @@ def varlen_attention(
 
 @functools.cache
 def hopper_kernel(device: torch.device) -> ModuleType | None:
-    """``varlen_hopper``, on the GPUs that it is for, where Triton is of a version that it was tried with."""
-    was_tried = triton.__version__.startswith(("3.6.", "3.7."))  # Gluon is experimental: its names change
-    if capability(device) != (9, 0) or not was_tried or not importlib.util.find_spec("triton.experimental.gluon"):
+    """``varlen_hopper``, on the GPUs that it is for, where Triton is of the version that it has run with."""
+    has_run = triton.__version__.startswith("3.6.")  # Gluon is experimental
+    if capability(device) != (9, 0) or not has_run or not importlib.util.find_spec("triton.experimental.gluon"):
         return None
     return importlib.import_module("opsin.kernels.triton.varlen_hopper")
 
