@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsin import LLM, ConfigError, ContextLengthError, RequestError, UnsupportedModelError
 from opsin.config import EngineConfig, EngineSettings, SchedulerConfig
@@ -176,3 +180,14 @@ def test_graphs_are_given_the_share_of_a_step_that_is_captured():
     assert captured_share(8192, pictures(1, 20000)) == 0.5
     assert captured_share(32768, pictures(16, 4096)) == 0.5
     assert captured_share(8192, pictures(2, 1024)) == 1
+
+
+@pytest.mark.skipif(not hasattr(TorchDispatchMode, "_should_skip_dynamo"), reason="this torch imports it all the same")
+def test_start_on_a_cpu_imports_no_compiler():
+    code = (
+        "import sys; from opsin import LLM; llm = LLM('demo', device='cpu', kv_cache_memory_bytes=2**26);"
+        "llm.generate('Hello', use_tqdm=False); print('torch._dynamo' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split()[-1] == "False"

@@ -189,6 +189,11 @@ class _TensorMeter(TorchDispatchMode):
     The process's resident memory would tell less: what an earlier, larger step has freed may still be resident.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler, which takes a second, to keep it from what is not compiled anyway."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.peak_bytes = 0
