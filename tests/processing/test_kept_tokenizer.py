@@ -148,3 +148,13 @@ def test_kept_copy_is_opened_without_torch_and_transformers(tmp_path: Path):
         for _ in range(2)
     ]  # fmt: skip
     assert told == ["['torch', 'transformers']", "[]"]
+
+
+def test_error_of_a_folder_without_tokenizer_is_not_told_as_one_of_the_cache(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises((OSError, ValueError)) as raised:
+        open_tokenizer(tmp_path / "model", tmp_path / "cache")
+    told: BaseException | None = raised.value
+    while told is not None:
+        assert str(tmp_path / "cache") not in str(told)
+        told = told.__context__

@@ -52,17 +52,25 @@ def open_tokenizer(folder: Path, cache: Path | None) -> Any:
     """
     if cache is None:
         return _from_transformers(folder)
+    copy = cache / f"{_key(folder)}.json"
+    kept = _read(copy, folder)
+    if kept is not None:
+        return kept
+    opened = _from_transformers(folder)
+    _keep(opened, copy)
+    return opened
+
+
+def _read(copy: Path, folder: Path) -> KeptTokenizer | None:
+    """None where there is no copy, or none that is whole: it is made anew."""
     from tokenizers import Tokenizer as Backend
 
-    copy = cache / f"{_key(folder)}.json"
     try:
         with copy.open(encoding="utf-8") as file:
             facts = json.loads(file.readline())
             return KeptTokenizer(folder, Backend.from_str(file.read()), **facts)
-    except Exception:  # tokenizers raises nothing narrower; a copy that is not whole is made anew
-        opened = _from_transformers(folder)
-        _keep(opened, copy)
-        return opened
+    except Exception:  # tokenizers raises nothing narrower
+        return None
 
 
 def _from_transformers(folder: Path) -> Any:
