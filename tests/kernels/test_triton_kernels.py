@@ -264,9 +264,9 @@ def test_greedy_equals_reference_and_takes_the_first_of_equals(kernels: Any, dty
     assert ((ids >= 0) & (ids < 151936)).all()
 
 
-@pytest.fixture(params=["any-gpu", "THREE", "THREE_KEEPING"])
+@pytest.fixture(params=["any-gpu", "hopper", "hopper-queries-kept"])
 def varlen_attention(request: pytest.FixtureRequest, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """By the kernel for all GPUs, and by each schedule of the one for Hopper alone, whichever an engine takes."""
+    """By the kernel for all GPUs, and by the one for Hopper alone, whichever an engine takes."""
     varlen = importlib.import_module("opsin.kernels.triton.varlen")
     hopper = varlen.hopper_kernel(DEVICE)
     if request.param == "any-gpu":
@@ -275,7 +275,7 @@ def varlen_attention(request: pytest.FixtureRequest, kernels: Any, monkeypatch: 
         pytest.skip("needs a GPU of compute capability 9.0, and a Triton that varlen_hopper has run with")
     else:
         monkeypatch.setattr(hopper, "suits", lambda *shape: True)
-        monkeypatch.setattr(hopper, "launch", partial(hopper.launch, schedule=getattr(hopper, request.param)))
+        monkeypatch.setattr(hopper, "launch", partial(hopper.launch, keep_queries=request.param.endswith("kept")))
     return kernels.varlen_attention
 
 

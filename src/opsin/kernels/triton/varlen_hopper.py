@@ -13,8 +13,6 @@ One H100, pictures of 4,000 patches: 471 TFLOP/s with heads of 80 and 642 with h
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,37 +25,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 _LOG2_E = 1.4426950408889634
-_PRODUCER_REGISTERS = gl.constexpr(24)
+_CONSUMERS = 3
 _CONSUMER_WARPS = 4
-_CONSUMER_ROWS = 16 * _CONSUMER_WARPS
-
-
-class Schedule(NamedTuple):
-    """How a program works.
-
-    ``registers`` are a thread's at the start, the same for all; ``consumer_registers`` what a consumer has when the
-    producer has given up its own. ``keep_queries`` is in registers rather than in shared memory.
-    """
-
-    consumers: int
-    block_n: int
-    stages: int
-    registers: int
-    consumer_registers: int
-    keep_queries: bool
-
-    @property
-    def block_m(self) -> int:
-        return _CONSUMER_ROWS * self.consumers
-
-
-THREE = Schedule(3, 64, 4, 128, 160, keep_queries=False)
-THREE_KEEPING = THREE._replace(keep_queries=True)
+_BLOCK_M = 16 * _CONSUMER_WARPS * _CONSUMERS
+_BLOCK_N, _STAGES = 64, 4
+_REGISTERS = 128  # of a thread at the start, the same for all
+_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = gl.constexpr(160), gl.constexpr(24)  # from when each knows what it is
+_LARGEST_KEPT = 80  # size of heads up to which a consumer has registers for its queries, too
 
 
 def suits(num_patches: int, num_heads: int, num_multiprocessors: int) -> bool:
     """There are so many tiles that a chip which is half empty in the last round of them matters little."""
-    return num_patches * num_heads >= 4 * num_multiprocessors * THREE.block_m
+    return num_patches * num_heads >= 4 * num_multiprocessors * _BLOCK_M
 
 
 @gluon.constexpr_function
@@ -290,7 +269,7 @@ def _varlen_hopper_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, start_ptr, num_rows, scale_log2,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, out_stride_t,
     SIZE: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, KEEP_QUERIES: gl.constexpr,
+    STAGES: gl.constexpr, KEEP_QUERIES: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = 16 * gl.num_warps()
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
@@ -334,13 +313,13 @@ def _varlen_hopper_kernel(
     sources = ((k_ptr, k_stride_t), (v_ptr, v_stride_t))
     task = ((q_ptr, q_stride_t), (out_ptr, out_stride_t), sources, begin, length, num_blocks, scale_log2)
     memory = (queries, keys, values, (keys_full, values_full), (keys_empty, values_empty))
-    gl.static_assert(CONSUMERS == 3)
+    gl.static_assert(CONSUMERS == 3)  # as many as are listed here
     gl.warp_specialize([
         (_consume, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, 0)),
         (_consume, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, 1)),
         (_consume, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES, KEEP_QUERIES, 2)),
         (_produce, (task, memory, SIZE, MAIN, REST, BLOCK_N, STAGES)),
-    ], [4, 4, 1], [REGISTERS, REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip
+    ], [4, 4, 1], [_CONSUMER_REGISTERS, _CONSUMER_REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip
 
 
 def launch(
@@ -350,22 +329,22 @@ def launch(
     cu_seqlens_B1: torch.Tensor,
     scale: float,
     parts: tuple[int, int],
-    schedule: Schedule | None = None,
+    *,
+    keep_queries: bool | None = None,
 ) -> torch.Tensor:
     """``varlen_attention`` in 16 bits, of addressable keys and values; ``parts`` are ``head_parts`` of the head size.
 
+    Queries are kept in registers rather than in shared memory where there are enough, or as ``keep_queries`` says.
     Descriptors take memory that Triton's allocator of this thread supplies.
     """
     num_patches, num_heads, size = q_PNH.shape
-    # Registers for the queries, too, are there for heads of up to 80.
-    schedule = schedule or (THREE_KEEPING if size <= 80 else THREE)
     num_rows = len(cu_seqlens_B1) - 1
     out_PNH = torch.empty((num_patches, num_heads, size), dtype=q_PNH.dtype, device=q_PNH.device)
-    _varlen_hopper_kernel[(num_patches // schedule.block_m + num_rows, num_heads)](
+    _varlen_hopper_kernel[(num_patches // _BLOCK_M + num_rows, num_heads)](
         q_PNH, k_PNH, v_PNH, out_PNH, cu_seqlens_B1, num_rows, scale * _LOG2_E,
         q_PNH.stride(0), q_PNH.stride(1), k_PNH.stride(0), k_PNH.stride(1), v_PNH.stride(0), v_PNH.stride(1),
-        num_heads * size, SIZE=size, MAIN=parts[0], REST=parts[1], CONSUMERS=schedule.consumers,
-        BLOCK_N=schedule.block_n, STAGES=schedule.stages, REGISTERS=schedule.consumer_registers,
-        KEEP_QUERIES=schedule.keep_queries, num_warps=_CONSUMER_WARPS, maxnreg=schedule.registers,
+        num_heads * size, SIZE=size, MAIN=parts[0], REST=parts[1], CONSUMERS=_CONSUMERS,
+        BLOCK_N=_BLOCK_N, STAGES=_STAGES, KEEP_QUERIES=size <= _LARGEST_KEPT if keep_queries is None else keep_queries,
+        num_warps=_CONSUMER_WARPS, maxnreg=_REGISTERS,
     )  # fmt: skip
     return out_PNH
