@@ -179,6 +179,11 @@ class MediaConfig:
     media_workers: int | None = setting(
         None, "Processes that decode and resize; by default by cores and load, 0 for in-process."
     )
+    jpeg_decoder: Literal["cpu", "gpu"] = setting(
+        "cpu",
+        "'gpu' decodes plain JPEGs by nvJPEG (opsin[nvjpeg]), in the engine's process; pixels differ a little from the "
+        "CPU's.",
+    )
     media_decode_timeout_s: float = setting(
         30.0, "A worker that takes longer for one picture, or for a video's header, is killed, in seconds."
     )
@@ -328,6 +333,7 @@ class EngineSettings(TypedDict, total=False):
     image_fetch_timeout_s: float
     video_fetch_timeout_s: float
     media_workers: int | None
+    jpeg_decoder: Literal["cpu", "gpu"]
     media_decode_timeout_s: float
     video_decode_timeout_s: float
     max_image_pixels: int

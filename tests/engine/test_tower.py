@@ -38,13 +38,14 @@ class Tower:
     def encode(self, pixels: Pixels, layout: MediaLayout) -> np.ndarray:
         self.begun.release()
         assert self.gate.acquire(timeout=10)
+        assert isinstance(pixels.data, np.ndarray)
         if pixels.data[0] == 0:
             raise RuntimeError("the tower fell")
         return pixels.data.astype(np.float32)[None]
 
     def submit(self, *numbers: int) -> None:
         for number in numbers:
-            self.thread.submit(b"%d" % number, Pixels(np.array([number], np.uint8)), LAYOUT)
+            self.thread.submit(b"%d" % number, (Pixels(np.array([number], np.uint8)), LAYOUT))
 
     def let_through(self, count: int) -> list[tuple[bytes, float]]:
         for _ in range(count):

@@ -18,10 +18,12 @@ from opsin.engine.core import EngineCore
 from opsin.engine.engine import EngineFacts
 from opsin.engine.feeder import MediaFeeder
 from opsin.engine.front import Front
+from opsin.engine.jpegs import JpegThread, open_decoder
 from opsin.engine.local import LocalEngine
 from opsin.engine.tower import Encode, TowerThread
 from opsin.errors import ConfigError
 from opsin.kernels import reference, select
+from opsin.kernels.nvjpeg import WORKSPACE_BYTES
 from opsin.kernels.quantized import FP8
 from opsin.media.pool import MediaPool
 from opsin.media.raw import MAX_RAW_PIXELS
@@ -34,7 +36,7 @@ from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.output import OutputProcessor
 from opsin.runner.executor import Pixels
 from opsin.runner.inline import InlineExecutor
-from opsin.runner.memory import describe, plan_memory
+from opsin.runner.memory import compile_ahead, describe, plan_memory
 from opsin.runner.pixels import PixelLoader
 from opsin.runner.runner import ModelRunner
 from opsin.runner.tower import EagerTower
@@ -137,7 +139,19 @@ def build_engine(
     )
     feature_bytes = int(config.cache.vision_cache_gb * _GIB)
     measured_side = _GPU_MEASURED_SIDE if device.type == "cuda" else _CPU_MEASURED_SIDE
+    layouts = fill_budget(rule, budgets.max_num_batched_patches, measured_side, config.media.mm_processor_kwargs)
+    replays = runner.can_replay and not config.device.enforce_eager
+    compile_ahead(
+        runner,
+        max_num_tokens=budgets.max_num_batched_tokens,
+        max_num_seqs=budgets.max_num_seqs,
+        max_model_len=max_model_len,
+        layouts=layouts,
+        replays=replays,
+    )
     max_raw_pixels = most_raw_pixels(device)
+    decoder = open_decoder(config.media.jpeg_decoder, device, max_raw_pixels)
+    pixel_bytes = int(config.scheduler.pixel_buffer_gb * _GIB)
     memory = plan_memory(
         runner,
         max_num_tokens=budgets.max_num_batched_tokens,
@@ -145,18 +159,21 @@ def build_engine(
         max_model_len=max_model_len,
         feature_bytes=feature_bytes,
         utilization=config.cache.gpu_memory_utilization,
-        layouts=fill_budget(rule, budgets.max_num_batched_patches, measured_side, config.media.mm_processor_kwargs),
+        layouts=layouts,
         kv_bytes=config.cache.kv_cache_memory_bytes,
         num_blocks=config.cache.num_gpu_blocks_override,
         max_raw_pixels=max_raw_pixels,
-        replays=runner.can_replay and not config.device.enforce_eager,
+        decoded_bytes=0 if decoder is None else pixel_bytes + WORKSPACE_BYTES,
+        replays=replays,
     )
     logger.info("%s on %s in %s", config.model.model, device, str(dtype).removeprefix("torch."))
     logger.info("Memory plan:\n%s", describe(memory, spec, max_model_len))
 
     news = threading.Event()
     tower = TowerThread(_encoder(model, device), news.set) if encodes_beside and device.type == "cpu" else None
-    feeder = MediaFeeder(MediaPool(config.media, on_finished=news.set), tower, max_raw_pixels=max_raw_pixels)
+    jpegs = None if decoder is None else JpegThread(decoder, news.set, config.media.media_decode_timeout_s)
+    pool = MediaPool(config.media, on_finished=news.set)
+    feeder = MediaFeeder(pool, tower, jpegs=jpegs, max_raw_pixels=max_raw_pixels)
     scheduler = Scheduler(
         SchedulerLimits(
             max_num_seqs=budgets.max_num_seqs,
@@ -171,7 +188,7 @@ def build_engine(
             block_size=memory.block_size,
             feature_bytes=feature_bytes,
             feature_row_bytes=spec.feature_width * dtype.itemsize,
-            pixel_bytes=int(config.scheduler.pixel_buffer_gb * _GIB),
+            pixel_bytes=pixel_bytes,
             policy=config.scheduler.scheduling_policy,
             pipeline_depth=budgets.pipeline_depth,
             enable_prefix_caching=config.cache.enable_prefix_caching,

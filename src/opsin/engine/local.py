@@ -86,6 +86,7 @@ class LocalEngine:
     def stats(self) -> dict[str, float]:
         decoded = {
             "num_pictures_decoded_total": self.feeder.num_decoded,
+            "num_pictures_decoded_on_device_total": self.feeder.num_decoded_on_device,
             "num_pixels_decoded_total": self.feeder.num_pixels_decoded,
             "num_pictures_decoding": self.feeder.num_decoding,
         }

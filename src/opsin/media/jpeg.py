@@ -1,4 +1,4 @@
-"""Which JPEGs may be given to a decoder that is less patient than Pillow's: whole, plain ones, checked marker by marker.
+"""Which JPEGs may be given to a decoder less patient than Pillow's: whole, plain ones, checked marker by marker.
 
 GPU decoders take few of JPEG's many forms, show grey or garbage where a file is cut short, and run where a mistake of
 theirs hurts everybody. What is let through here is baseline, as cameras, phones and libraries write it, from the first

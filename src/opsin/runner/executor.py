@@ -6,21 +6,25 @@ same bytes to each. Plans and results are plain data, so no caller can tell the 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from opsin.types import ModelSpec, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Pixels(NamedTuple):
     """One item's tiles as its ``PixelPlan`` orders them: frames, then views, then rows and columns.
 
     ``data`` is flat uint8; tile i is (height_i, width_i, 3), RGB. Where it ``is_raw``, it is the one upright picture of
-    the plan's size, (height, width, 3), and the tiles are still to be made.
+    the plan's size, (height, width, 3), and the tiles are still to be made. A tensor is such a picture, complete and on
+    the device already.
     """
 
-    data: np.ndarray
+    data: np.ndarray | torch.Tensor
     is_raw: bool = False
 
 
@@ -37,7 +41,7 @@ class MemoryPlan(NamedTuple):
     """Bytes on the device, as measured and decided at start.
 
     ``peak_step_bytes`` is the most that activations took in a step at full budgets; ``graph_bytes`` is for those of
-    graphs.
+    graphs, and ``decoded_bytes`` for pictures that the device has decoded and not yet encoded.
     """
 
     total_bytes: int
@@ -48,6 +52,7 @@ class MemoryPlan(NamedTuple):
     num_blocks: int
     block_size: int
     graph_bytes: int = 0
+    decoded_bytes: int = 0
 
 
 class PendingStep(Protocol):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opsin.errors import ConfigError
-from opsin.media.raw import raw_plan
+from opsin.media.raw import MAX_RAW_PIXELS, raw_plan
 from opsin.models.towers.patches import MAX_PASS
 from opsin.params import SamplingParams
 from opsin.runner.executor import MemoryPlan, Pixels
@@ -48,6 +48,7 @@ def plan_memory(
     kv_bytes: int | None = None,
     num_blocks: int | None = None,
     max_raw_pixels: int = 0,
+    decoded_bytes: int = 0,
     replays: bool = False,
 ) -> MemoryPlan:
     """Measure a step, then divide the device's memory.
@@ -60,6 +61,7 @@ def plan_memory(
         kv_bytes: size of the KV cache when the caller fixed it.
         num_blocks: number of KV blocks when the caller fixed it; wins over ``kv_bytes``.
         max_raw_pixels: see ``media.raw.raw_plan``: pictures that the device resizes come as they are.
+        decoded_bytes: set aside for pictures that the device decodes, and for its decoder.
         replays: steps will be replayed as graphs, whose memory is theirs alone.
 
     Raises:
@@ -74,7 +76,7 @@ def plan_memory(
         total = torch.cuda.get_device_properties(runner.device).total_memory
         free, _ = torch.cuda.mem_get_info(runner.device)
         outside = total - free - torch.cuda.memory_reserved(runner.device)  # other processes, and CUDA's own context
-        used = outside + weight_bytes + peak + graph_bytes + feature_bytes
+        used = outside + weight_bytes + peak + graph_bytes + feature_bytes + decoded_bytes
         available = int(total * (utilization - _GPU_HEADROOM)) - used
     else:
         free = _free_host_bytes()
@@ -108,7 +110,34 @@ def plan_memory(
         num_blocks=num_blocks,
         block_size=runner.block_size,
         graph_bytes=graph_bytes,
+        decoded_bytes=decoded_bytes,
     )
+
+
+def compile_ahead(
+    runner: ModelRunner,
+    *,
+    max_num_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    layouts: Sequence[MediaLayout],
+    replays: bool,
+) -> None:
+    """Have kernels compiled for the step that ``plan_memory`` measures, and for what is captured first.
+
+    The arguments are those of ``plan_memory``.
+    """
+
+    def steps() -> None:
+        tokens = _tokens(runner, *_largest_step(max_num_tokens, max_num_seqs, max_model_len), emits=True)
+        _run(runner, tokens, _pictures(runner, layouts, MAX_RAW_PIXELS))
+        _run(runner, _Tokens(), _pictures(runner, layouts[:1], MAX_RAW_PIXELS))  # few patches may take other kernels
+
+    def graphs() -> None:
+        runner.rehearse_graphs(max_num_tokens)
+
+    runner.compile_ahead(steps, *([graphs] if replays else []))
+    runner.allocate_kv(0)
 
 
 def captured_share(num_tokens: int, layouts: Sequence[MediaLayout]) -> float:
@@ -123,6 +152,7 @@ def captured_share(num_tokens: int, layouts: Sequence[MediaLayout]) -> float:
 def describe(plan: MemoryPlan, spec: ModelSpec, max_model_len: int) -> str:
     """The memory plan as lines for a person."""
     used = plan.weight_bytes + plan.kv_bytes + plan.feature_bytes + plan.peak_step_bytes + plan.graph_bytes
+    used += plan.decoded_bytes
     tokens = (plan.num_blocks - 1) * plan.block_size
     rows = [
         ("weights", plan.weight_bytes, ""),
@@ -130,6 +160,7 @@ def describe(plan: MemoryPlan, spec: ModelSpec, max_model_len: int) -> str:
         ("vision features", plan.feature_bytes, f"{feature_rows(plan, spec):,} rows at most"),
         ("activations", plan.peak_step_bytes, "most that a step takes, measured"),
         *([("graphs", plan.graph_bytes, "for steps that are replayed")] if plan.graph_bytes else []),
+        *([("decoded JPEGs", plan.decoded_bytes, "that wait for the tower")] if plan.decoded_bytes else []),
         ("left alone", max(0, plan.total_bytes - used), ""),
     ]
     return "\n".join(f"  {name:<16} {size / _GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows)
@@ -152,13 +183,18 @@ def _measure_gpu(
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(runner.device)
     torch.cuda.reset_peak_memory_stats(runner.device)
-    num_rows = min(max_num_seqs, num_tokens)
-    length = max(1, min(num_tokens // num_rows, max_model_len - 1))
-    _run(runner, _tokens(runner, num_rows, length, emits=True), _pictures(runner, layouts, max_raw_pixels))
+    tokens = _tokens(runner, *_largest_step(num_tokens, max_num_seqs, max_model_len), emits=True)
+    _run(runner, tokens, _pictures(runner, layouts, max_raw_pixels))
     peak = torch.cuda.max_memory_allocated(runner.device) - before
     torch.cuda.empty_cache()
     # The largest raw picture may be much larger than those that were measured; the tower runs when it is gone.
     return max(peak, raw_bytes(max_raw_pixels) + sum(layout.plan.num_bytes for layout in layouts))
+
+
+def _largest_step(num_tokens: int, max_num_seqs: int, max_model_len: int) -> tuple[int, int]:
+    """Rows, and the tokens of each."""
+    num_rows = min(max_num_seqs, num_tokens)
+    return num_rows, max(1, min(num_tokens // num_rows, max_model_len - 1))
 
 
 def _measure_cpu(

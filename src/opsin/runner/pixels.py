@@ -45,11 +45,18 @@ class PixelLoader:
         Args:
             into: where they are to be, rather than in new memory.
         """
+        data = pixels.data
         if not pixels.is_raw:
-            return upload([pixels.data], self._device, into)[0]
+            assert isinstance(data, np.ndarray)
+            return upload([data], self._device, into)[0]
         flat = torch.empty(plan.num_bytes, dtype=torch.uint8, device=self._device) if into is None else into
         wanted = _all_passes(plan)
-        raw, *tables = upload([pixels.data, *map(self._table, wanted)], self._device)
+        if isinstance(data, np.ndarray):
+            raw, *tables = upload([data, *map(self._table, wanted)], self._device)
+        else:
+            raw, tables = data, upload([*map(self._table, wanted)], self._device)
+            if raw.is_cuda:  # its memory is another stream's, which must not have it back before this one has read it
+                raw.record_stream(torch.cuda.current_stream(self._device))
         taps = dict(zip(wanted, tables, strict=True))
         frames = flat.view(len(plan.frames), -1)
         begin = 0

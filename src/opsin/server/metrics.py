@@ -38,6 +38,9 @@ _ENGINE_COUNTERS = {
     "mm_cache_queries_total": _Family("vllm:mm_cache_queries_total", "Pictures that requests showed."),
     "mm_cache_hits_total": _Family("vllm:mm_cache_hits_total", "Those whose pixels were not needed."),
     "num_pictures_decoded_total": _Family("opsin:pictures_decoded_total", "Pictures decoded."),
+    "num_pictures_decoded_on_device_total": _Family(
+        "opsin:pictures_decoded_on_device_total", "Those that the GPU decoded."
+    ),
     "num_pixels_decoded_total": _Family("opsin:pixels_decoded_total", "Pixels decoded, as the pictures came."),
     "num_engine_restarts_total": _Family("opsin:engine_restarts_total", "Engine processes started anew."),
 }
