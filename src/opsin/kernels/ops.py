@@ -5,6 +5,7 @@ Shape letters as in ``opsin.kernels.inputs``; I and O are a linear layer's input
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -237,6 +238,16 @@ class Greedy(Protocol):
         ...
 
 
+class CompileAhead(Protocol):
+    def __call__(self, *works: Callable[[], None]) -> None:
+        """Have whatever the works launch compiled before they are done in earnest; nothing where nothing is compiled.
+
+        The works are done to find that out, each only where something had to be compiled for those before it. A kernel
+        that is not there yet is left out, so what they compute is rubbish, and nothing may be indexed by it.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One implementation of every operation.
@@ -267,4 +278,5 @@ class Kernels:
     patchify: Patchify
     resample: Resample
     greedy: Greedy
+    compile_ahead: CompileAhead
     replayable: bool = False

@@ -374,6 +374,10 @@ def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
     return torch.stack((logits_BV.argmax(dim=-1), logits_BV.amax(dim=-1).isfinite()))
 
 
+def compile_ahead(*works: Callable[[], None]) -> None:
+    """There is nothing to compile."""
+
+
 KERNELS = Kernels(
     pack_linear=pack_linear,
     linear=linear,
@@ -397,4 +401,5 @@ KERNELS = Kernels(
     patchify=patchify,
     resample=resample,
     greedy=greedy,
+    compile_ahead=compile_ahead,
 )

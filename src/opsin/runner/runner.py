@@ -6,7 +6,7 @@ of prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,20 @@ from opsin.runner.slots import SlotTable
 from opsin.runner.tower import EagerTower, ReplayedTower
 from opsin.runner.vision import VisionStore
 from opsin.types import PositionLogprobs, RowPlan, RowResult, StepPlan
+
+
+class _Rehearsal(Recorder):
+    """Does what is to be captured, and the draws behind it."""
+
+    def __init__(self, model: VisionLanguageModel, kernels: Kernels, max_rows: int) -> None:
+        self._model = model
+        self._kernels = kernels
+        self._max_rows = max_rows
+
+    def record(self, work: Callable[[], torch.Tensor], *, warm_up: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        hidden_TD = work()
+        self._kernels.greedy(self._model.ranking(hidden_TD[: self._max_rows]))
+        return torch.cuda.CUDAGraph(), hidden_TD
 
 
 class ModelRunner:
@@ -95,17 +109,30 @@ class ModelRunner:
             recorder = Recorder(self.device)
             tower = EagerTower(self.model, self.device, self._kernels)
             self.vision.tower = ReplayedTower(tower, recorder.record, max_patches)
-            self._graphs = StepGraphs(
-                self.model,
-                self._caches,
-                self._slots,
-                block_size=self.block_size,
-                max_rows=self._max_num_seqs,
-                max_tokens=max_tokens,
-                dtype=self.dtype,
-                recorder=recorder,
-            )
+            self._graphs = self._step_graphs(max_tokens, recorder)
             self._graphs.capture_first()
+
+    @torch.inference_mode()
+    def rehearse_graphs(self, max_tokens: int) -> None:
+        """Launch what ``capture_graphs`` captures first, for ``compile_ahead``; it needs a KV cache, and changes none
+        but the scratch block."""
+        self._step_graphs(max_tokens, _Rehearsal(self.model, self._kernels, self._max_num_seqs)).capture_first()
+
+    def compile_ahead(self, *works: Callable[[], None]) -> None:
+        """See ``kernels.ops.CompileAhead``."""
+        self._kernels.compile_ahead(*works)
+
+    def _step_graphs(self, max_tokens: int, recorder: Recorder) -> StepGraphs:
+        return StepGraphs(
+            self.model,
+            self._caches,
+            self._slots,
+            block_size=self.block_size,
+            max_rows=self._max_num_seqs,
+            max_tokens=max_tokens,
+            dtype=self.dtype,
+            recorder=recorder,
+        )
 
     def put_payload(self, key: bytes, payload: Payload) -> None:
         self.vision.put(key, payload)

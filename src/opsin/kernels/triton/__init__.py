@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from opsin.kernels import reference
+from opsin.kernels.triton.ahead import compile_ahead
 from opsin.kernels.triton.attention import paged_attention
 from opsin.kernels.triton.elementwise import (
     activation,
@@ -52,5 +53,6 @@ KERNELS = dataclasses.replace(
     varlen_attention=varlen_attention,
     resample=resample,
     greedy=greedy,
+    compile_ahead=compile_ahead,
     replayable=True,
 )
