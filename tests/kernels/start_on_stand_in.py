@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
+import triton
+import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import opsin.kernels.triton as our_kernels
+from opsin.kernels.triton import overlap, varlen, varlen_hopper
 from opsin.layers import Placement
 from opsin.models import resolve
 from opsin.models.hub import find_model
@@ -25,6 +29,16 @@ from opsin.runner.runner import ModelRunner
 
 CPU = torch.device("cpu")
 BUDGET: Any = {"max_num_tokens": 64, "max_num_seqs": 4, "max_model_len": 256}
+
+
+@triton.jit
+def fill_kernel(x_ptr, VALUE: tl.constexpr):
+    tl.store(x_ptr, VALUE)
+
+
+@triton.jit
+def wrong_kernel(x_ptr):
+    tl.store(x_ptr, tl.no_such_thing(x_ptr))  # pyright: ignore[reportAttributeAccessIssue]  it does not compile
 
 
 class StandIn:
@@ -72,39 +86,86 @@ def make_runner(folder: str) -> tuple[ModelRunner, Any]:
     return runner, [rule.layout("image", 250, 190, 1, {})] * 2
 
 
-def main(folder: str, asks: str) -> None:
-    stand_in = StandIn()
-    driver.set_active(cast(Any, stand_in))
-    heard: list[tuple[str, bool, bool]] = []
+def start(stand_in: StandIn, folder: str) -> dict[str, Any]:
+    """The kernels that an engine's start launches, with the lines of ``heard`` that tell of each."""
+    heard: list[tuple[str, bool, bool]] = []  # name; was it on disk; did the main thread compile or load it
 
     def note(**told: Any) -> None:
         heard.append((told["src"].name, told["cache_hit"], threading.current_thread() is threading.main_thread()))
 
     knobs.compilation.listener = note
     runner, layouts = make_runner(folder)
-    with patch.object(torch.cuda, "CUDAGraph", object):  # a torch for CPUs has none
-        if asks == "ahead":
-            memory.compile_ahead(runner, **BUDGET, layouts=layouts, replays=True)
-        ahead, launched_ahead = list(heard), list(stand_in.launched)
-        loaded_ahead = list(stand_in.loaded)
+    with (
+        patch.object(torch.cuda, "CUDAGraph", object),  # a torch for CPUs has none
+        patch.object(overlap, "capability", lambda device: (9, 0)),
+    ):
+        memory.compile_ahead(runner, **BUDGET, layouts=layouts, replays=True)
+        ahead, launched_ahead, loaded_ahead = len(heard), list(stand_in.launched), list(stand_in.loaded)
         num_tokens, *rest = BUDGET.values()
         tokens = memory._tokens(runner, *memory._largest_step(num_tokens, *rest), emits=True)
         memory._run(runner, tokens, memory._pictures(runner, layouts, memory.MAX_RAW_PIXELS))
         runner.rehearse_graphs(num_tokens)  # in earnest now, but for the graphs
-    hooks = knobs.runtime.jit_cache_hook, knobs.compilation.listener
-    assert hooks == (None, note), "what the engine found there is no longer there"
-    print(
-        json.dumps(
-            {
-                "ahead": ahead,
-                "loaded_ahead": loaded_ahead,
-                "launched_ahead": launched_ahead,
-                "later": heard[len(ahead) :],
-                "loaded": stand_in.loaded,
-                "launched": sorted(set(stand_in.launched)),
-            }
-        )
-    )
+    assert (knobs.runtime.jit_cache_hook, knobs.compilation.listener) == (None, note), "who was there is gone"
+    knobs.compilation.listener = None
+    return {
+        "ahead": heard[:ahead],
+        "later": heard[ahead:],
+        "loaded_ahead": loaded_ahead,
+        "launched_ahead": launched_ahead,
+        "launched": sorted(set(stand_in.launched)),
+    }
+
+
+def others(stand_in: StandIn) -> dict[str, Any]:
+    """What is left alone, and what goes wrong."""
+    x = torch.zeros(16)
+    fill: Any = fill_kernel
+    found: dict[str, Any] = {}
+
+    def beside() -> None:
+        fill[(1,)](x, VALUE=1)
+        other = threading.Thread(target=lambda: fill[(1,)](x, VALUE=2))
+        stand_in.launched.clear()
+        other.start()
+        other.join()
+        found["launched_by_another_thread"] = list(stand_in.launched)
+
+    our_kernels.compile_ahead(beside)
+
+    our_kernels.compile_ahead(lambda: wrong_kernel[(1,)](x))
+    try:
+        wrong_kernel[(1,)](x)
+    except triton.CompilationError:
+        found["error_of_a_wrong_kernel"] = "as ever"
+
+    def fail() -> None:
+        fill[(1,)](x, VALUE=3)
+        raise RuntimeError("no memory")
+
+    our_kernels.compile_ahead(fail)
+    stand_in.launched.clear()
+    fill[(1,)](x, VALUE=3)
+    found["launched_after_a_failure"] = list(stand_in.launched)
+
+    def hopper() -> None:
+        q, k, v = torch.empty(500, 48, 80, dtype=torch.bfloat16).split(16, dim=1)
+        ends = torch.zeros(5, dtype=torch.int32)
+        varlen_hopper.launch(q, k, v, ends, 0.1, varlen.head_parts(80))
+
+    our_kernels.compile_ahead(hopper)
+    knobs.compilation.listener = lambda **told: found.setdefault("hopper_later", told["src"].name)
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8))
+    stand_in.launched.clear()
+    hopper()
+    found["hopper"] = list(stand_in.launched)
+    return found
+
+
+def main(part: str, folder: str) -> None:
+    logging.basicConfig(level=logging.INFO)
+    stand_in = StandIn()
+    driver.set_active(cast(Any, stand_in))
+    print(json.dumps(start(stand_in, folder) if part == "start" else others(stand_in)))
 
 
 if __name__ == "__main__":
