@@ -134,3 +134,20 @@ def test_client_reads_events_across_chunks(benchmark: Callable[[str], Any]) -> N
     assert [reply.tokens for reply in replies] == [7, 7]
     assert all(0 < reply.first_s <= reply.total_s for reply in replies)
     assert json.loads(asked)["max_tokens"] == 7
+
+
+def test_gpu_decode_tells_rates_and_errors_of_each_sampling_in_lines(benchmark: Callable[[str], Any]) -> None:
+    import torch
+
+    from opsin.kernels.nvjpeg import Jpeg, JpegDecoder
+    from tests.kernels.nvjpeg_stand_in import StandIn
+
+    gpu_decode = benchmark("gpu_decode")
+    decoder = JpegDecoder(StandIn(), torch.device("cpu"), None)
+    photo = Jpeg(gpu_decode.photo(64, 48, 0), 64, 48)
+    errors = {name: gpu_decode.pixel_error(decoder, jpeg) for name, jpeg in gpu_decode.samplings(photo)}
+    exact = {"max": 0, "mean": 0.0, "share_off_by_over_3": 0.0}
+    assert errors == dict.fromkeys(["4:4:4", "4:2:2", "4:2:0", "grey"], exact)
+    assert gpu_decode.pixel_error(decoder, photo._replace(width=63)) == "not taken"
+    assert gpu_decode.rate(lambda round: 4).keys() == {"pictures_per_s", "ms_per_picture"}
+    assert gpu_decode.in_lines({"a": {"x": 1, "y": 2}, "b": "none"}) == {"a": "x 1, y 2", "b": "none"}
