@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opsin import LLM, SamplingParams
 from opsin.cli.synthetic import photo
 from opsin.cli.tracing import Recorder, Span, breakdown, render, watching
 from opsin.cli.tracing.breakdown import own_seconds
 from opsin.cli.tracing.recorder import HostClock
+from opsin.engine import build
 from opsin.engine.core import EngineCore
+from opsin.kernels.nvjpeg import JpegDecoder
 from opsin.media import pool
+from opsin.media.raw import MAX_RAW_PIXELS
 from opsin.runner.runner import ModelRunner
+from tests.kernels.nvjpeg_stand_in import StandIn
 
 NUM_REQUESTS = 3
 NUM_TOKENS = 5
@@ -52,6 +57,20 @@ def in_turn(llm: LLM) -> Recorder:
         for seed in range(10, 10 + NUM_REQUESTS):
             ask(llm, range(seed, seed + 1))
     return recorder
+
+
+def test_pictures_that_the_device_decodes_are_counted_among_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = JpegDecoder(StandIn(), torch.device("cpu"), None)
+    monkeypatch.setattr(build, "most_raw_pixels", lambda device: MAX_RAW_PIXELS)
+    monkeypatch.setattr(build, "open_decoder", lambda wanted, device, most: decoder)
+    with LLM("demo", media_workers=0, jpeg_decoder="gpu") as llm:
+        with watching() as recorder:
+            ask(llm, range(20, 23))
+        media = breakdown(recorder)["media"]
+    assert (media["pictures"], media["workers"]) == (3, 1)
+    assert {span.lane for span in recorder.spans if span.stage == "decode picture"} == {"media nvJPEG"}
+    assert media["waited_for_worker_ms"]["max"] >= 0
+    assert media["decode_and_resize_ms"] > 0
 
 
 def span(stage: str, begin_s: float, end_s: float, **facts: float) -> Span:

@@ -17,7 +17,9 @@ from opsin.cli.tracing.recorder import MEDIA, CudaClock, HostClock, Recorder, Re
 from opsin.engine.core import EngineCore
 from opsin.engine.feeder import MediaFeeder
 from opsin.engine.front import Front
+from opsin.engine.jpegs import JpegThread
 from opsin.engine.local import LocalEngine
+from opsin.kernels.nvjpeg import JpegDecoder
 from opsin.media import pool
 from opsin.media.pool import MediaPool
 from opsin.media.raw import is_raw
@@ -185,7 +187,7 @@ class _Requests:
 
 
 class _Pictures:
-    """Notes how long each picture waited for a worker, and how long the worker took."""
+    """Notes how long each picture waited for a worker, or for the device's decoder, and how long that took."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -195,6 +197,7 @@ class _Pictures:
 
     def follow(self, patches: ExitStack) -> None:
         submit, give, finish, carry = MediaPool.submit, MediaPool._give, MediaPool._finish, pool._carried_out
+        submit_jpeg, decode_jpegs = JpegThread.submit, JpegDecoder.decode
 
         def noted_submit(media: MediaPool, job_id: Any, source: Any, plan: Any) -> None:
             self._submitted_s[job_id] = time.monotonic()
@@ -217,7 +220,25 @@ class _Pictures:
             self._recorder.add(Span(lane, what, begin_s, end_s, facts))
             finish(media, task, pixels, error)
 
+        def noted_submit_jpeg(thread: JpegThread, key: bytes, picture: Any) -> None:
+            self._submitted_s[id(picture.data)] = time.monotonic()
+            submit_jpeg(thread, key, picture)
+
+        def noted_decode_jpegs(decoder: JpegDecoder, jpegs: Any) -> Any:
+            begin_s = time.monotonic()
+            made = decode_jpegs(decoder, jpegs)
+            each_s = (time.monotonic() - begin_s) / max(1, len(jpegs))  # of a batch, whose pictures nobody can part
+            for i, jpeg in enumerate(jpegs):
+                waited_s = max(0.0, begin_s - self._submitted_s.pop(id(jpeg.data), begin_s))
+                if made[i] is not None:
+                    facts = {"waited_ms": round(1e3 * waited_s, 3), "pixels": jpeg.width * jpeg.height}
+                    at_s = begin_s + i * each_s
+                    self._recorder.add(Span(f"{MEDIA} nvJPEG", "decode picture", at_s, at_s + each_s, facts))
+            return made
+
         for owner, name, noted in (
+            (JpegThread, "submit", noted_submit_jpeg),
+            (JpegDecoder, "decode", noted_decode_jpegs),
             (MediaPool, "submit", noted_submit),
             (MediaPool, "_give", noted_give),
             (MediaPool, "_finish", noted_finish),
