@@ -84,6 +84,16 @@ def test_tiles_of_any_plan_are_those_of_media_workers(plan: PixelPlan):
     np.testing.assert_array_equal(by_device(loader, source, plan), by_workers(source, plan))
 
 
+def test_picture_that_the_device_has_decoded_is_resized_where_it_is():
+    plan = PixelPlan(40, 30, (View((Resize(28, 14),), height=14, width=28),))
+    source = noise(40, 30)
+    loader = PixelLoader(reference.resample, CPU)
+    place = torch.zeros(plan.num_bytes, dtype=torch.uint8)
+    made = loader.load(Pixels(torch.from_numpy(source.copy()), is_raw=True), plan, place)
+    assert made.data_ptr() == place.data_ptr()
+    np.testing.assert_array_equal(made.numpy(), by_workers(source, plan))
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_tiles_of_every_family_are_those_of_media_workers(family: Any, tmp_path: Path):
     folder = family.write(tmp_path, family.shapes[family.towers[0]])
