@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
@@ -67,8 +68,13 @@ def compile_ahead(*works: Callable[[], None]) -> None:
 
     knobs.runtime.jit_cache_hook, knobs.compilation.listener = leave_out, note
     try:
-        # What is compiled meanwhile stays out of sight until the mode ends, so nobody launches what is half loaded.
-        with _Threads(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True) as mode:
+        with (
+            warnings.catch_warnings(),  # of which Triton opens and closes thousands, and its threads each other's
+            _Threads(os.cpu_count()) as threads,
+            # What is compiled stays out of sight until this ends, so nobody launches what is half loaded.
+            triton.AsyncCompileMode(threads, ignore_errors=True) as mode,
+        ):
+            warnings.simplefilter("ignore", DeprecationWarning)  # as Triton does, of Python's syntax trees
             for work in works:
                 work()
                 if not any(compiled for _ in as_completed(mode.raw_futures)):
