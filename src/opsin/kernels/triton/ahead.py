@@ -80,7 +80,7 @@ def compile_ahead(*works: Callable[[], None]) -> None:
                 if not any(compiled for _ in as_completed(mode.raw_futures)):
                     break
     except Exception as error:
-        logger.warning("Kernels are compiled one by one, as they are launched, since ahead of that came: %r", error)
+        logger.warning("Kernels are compiled as they are launched, one by one: rehearsing that came to %r", error)
     finally:
         knobs.runtime.jit_cache_hook, knobs.compilation.listener = hook_before, listener_before
     if compiled:
