@@ -28,20 +28,32 @@ LAYOUT = MediaLayout(plan=_PLAN, num_features=1, num_patches=1)
 
 
 class Tower:
-    """A tower thread over a function that waits to be let through."""
+    """A tower thread, and its encoder, which waits to be let through."""
 
     def __init__(self) -> None:
         self.begun, self.gate = threading.Semaphore(0), threading.Semaphore(0)
         self.finished = threading.Semaphore(0)
-        self.thread = TowerThread(self.encode, self.finished.release)
+        self.is_loaded = self.is_closed = False
+        self.thread = TowerThread(self, self.finished.release)
+
+    def wait_until_loaded(self) -> None:
+        assert not self.is_loaded
+        self.is_loaded = True
 
     def encode(self, pixels: Pixels, layout: MediaLayout) -> np.ndarray:
+        assert self.is_loaded
         self.begun.release()
         assert self.gate.acquire(timeout=10)
+        if self.is_closed:
+            raise RuntimeError("ended")
         assert isinstance(pixels.data, np.ndarray)
         if pixels.data[0] == 0:
             raise RuntimeError("the tower fell")
         return pixels.data.astype(np.float32)[None]
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.gate.release()
 
     def submit(self, *numbers: int) -> None:
         for number in numbers:
@@ -58,7 +70,6 @@ class Tower:
 def tower() -> Iterator[Tower]:
     tower = Tower()
     yield tower
-    tower.gate.release(100)
     tower.thread.close()
 
 
@@ -83,15 +94,18 @@ def test_tower_that_fails_ends_the_engine(tower: Tower, caplog: pytest.LogCaptur
     assert "The vision tower failed" in caplog.text
 
 
-def test_tower_closed_in_the_middle_of_an_item_waits_for_that_alone(tower: Tower) -> None:
+def test_tower_closed_in_the_middle_of_an_item_ends_at_once_without_a_word(
+    tower: Tower, caplog: pytest.LogCaptureFixture
+) -> None:
     tower.submit(1, 2)
     assert tower.begun.acquire(timeout=10)
-    tower.gate.release()
     tower.thread.close()
     assert not tower.begun.acquire(blocking=False)
+    assert tower.thread.poll() == []
+    assert not caplog.records
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[LocalEngine]:
     config = EngineConfig.from_flat({"model": str(folder), "media_workers": 0, "max_num_tokens_beside_decodes": 8})
     engine = build_engine(config, Checkpoint.open(config), encodes_beside=True)

@@ -27,7 +27,8 @@ class BesideThread(Generic[T, R]):
         on_finished: called on the thread after each batch; must be quick.
         max_items: of a batch, which takes what waits.
         deadline_s: a batch that takes longer is the engine's end, too: no thread can be killed.
-        prepare: called once on the thread, before all else.
+        prepare: called once on the thread, before all else; what it raises counts as what ``work`` does.
+        end: called by ``close`` before it waits, to make the batch that is being done fail.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class BesideThread(Generic[T, R]):
         max_items: int = 1,
         deadline_s: float = math.inf,
         prepare: Callable[[], None] | None = None,
+        end: Callable[[], None] | None = None,
     ) -> None:
         self._subject = subject
         self._work = work
@@ -46,6 +48,7 @@ class BesideThread(Generic[T, R]):
         self._max_items = max_items
         self._deadline_s = deadline_s
         self._prepare = prepare
+        self._end = end
         self._changed = threading.Condition()  # guards what follows
         self._waiting: dict[bytes, T] = {}
         self._finished: list[tuple[bytes, R]] = []
@@ -84,30 +87,33 @@ class BesideThread(Generic[T, R]):
             return finished
 
     def close(self) -> None:
-        """Forget everything, and wait for the batch that is being done."""
+        """Forget everything, and wait for the batch that is being done, unless ``end`` cuts it short."""
         with self._changed:
             self._closed = True
             self._waiting.clear()
             self._finished.clear()
             self._changed.notify()
+        if self._end is not None:
+            self._end()
         if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
-        if self._prepare is not None:
-            self._prepare()
-        while batch := self._take():
-            try:
+        try:
+            if self._prepare is not None:
+                self._prepare()
+            while batch := self._take():
                 results = self._work([item for _, item in batch])
-            except Exception as error:
-                logger.exception("The %s failed; the engine stops.", self._subject)
                 with self._changed:
-                    self._error = error
+                    self._begun_s = math.inf
+                    self._finished += ((key, result) for (key, _), result in zip(batch, results, strict=True))
                 self._on_finished()
-                return
+        except Exception as error:
             with self._changed:
-                self._begun_s = math.inf
-                self._finished += ((key, result) for (key, _), result in zip(batch, results, strict=True))
+                if self._closed:  # and nobody asks any more
+                    return
+                self._error = error
+            logger.exception("The %s failed; the engine stops.", self._subject)
             self._on_finished()
 
     def _take(self) -> list[tuple[bytes, T]]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import PIL
 import torch
 
@@ -20,7 +19,8 @@ from opsin.engine.feeder import MediaFeeder
 from opsin.engine.front import Front
 from opsin.engine.jpegs import JpegThread, open_decoder
 from opsin.engine.local import LocalEngine
-from opsin.engine.tower import Encode, TowerThread
+from opsin.engine.remote_tower import RemoteTower, TowerLoad
+from opsin.engine.tower import Encoder, TowerThread
 from opsin.errors import ConfigError
 from opsin.kernels import reference, select
 from opsin.kernels.nvjpeg import WORKSPACE_BYTES
@@ -28,18 +28,15 @@ from opsin.kernels.quantized import FP8
 from opsin.media.pool import MediaPool
 from opsin.media.raw import MAX_RAW_PIXELS
 from opsin.models.hub import ModelFiles
-from opsin.models.interface import VisionLanguageModel
-from opsin.models.load import load_model
+from opsin.models.load import load_model, without_tower
 from opsin.models.quantization import check_device
 from opsin.models.rule import MediaRule
 from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.output import OutputProcessor
-from opsin.runner.executor import Pixels
 from opsin.runner.inline import InlineExecutor
 from opsin.runner.memory import compile_ahead, describe, plan_memory
 from opsin.runner.pixels import PixelLoader
 from opsin.runner.runner import ModelRunner
-from opsin.runner.tower import EagerTower
 from opsin.scheduler import Scheduler, SchedulerLimits
 from opsin.types import MediaLayout
 
@@ -101,17 +98,41 @@ def build_engine(
     Args:
         streams: answers are watched as they are written, so that on a CPU a step takes little of others' prompts beside
             them; whole batches are done sooner without that.
-        encodes_beside: on a CPU, encode pictures beside the steps rather than in them. It costs whole batches of
-            pictures some time, and saves everybody who is being answered from waiting for others' pictures.
+        encodes_beside: on a CPU, encode pictures beside the steps rather than in them, in a process of its own. It
+            costs a second of a core at the start, and whole batches of pictures some time; it saves everybody who is
+            being answered from waiting for others' pictures.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
     """
     if config.device.num_threads is not None:
         torch.set_num_threads(config.device.num_threads)
-    files, tokenizer, rule = checkpoint.files, checkpoint.tokenizer, checkpoint.rule
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.model, files, device)
+    dtype = resolve_dtype(config.model, checkpoint.files, device)
+    if not encodes_beside or device.type != "cpu":
+        return _assemble(config, checkpoint, device, dtype, None, streams=streams)
+    tower = RemoteTower(_tower_load(config, checkpoint, dtype))
+    try:
+        return _assemble(config, checkpoint, device, dtype, tower, streams=streams)
+    except BaseException:
+        tower.close()
+        raise
+
+
+def _assemble(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    encoder: Encoder | None,
+    *,
+    streams: bool,
+) -> LocalEngine:
+    """
+    Args:
+        encoder: of pictures, beside the steps; the engine ends it.
+    """
+    files, tokenizer, rule = checkpoint.files, checkpoint.tokenizer, checkpoint.rule
     model = load_model(
         files,
         rule.norm,
@@ -170,7 +191,10 @@ def build_engine(
     logger.info("Memory plan:\n%s", describe(memory, spec, max_model_len))
 
     news = threading.Event()
-    tower = TowerThread(_encoder(model, device), news.set) if encodes_beside and device.type == "cpu" else None
+    tower = None
+    if encoder is not None:
+        without_tower(model)
+        tower = TowerThread(encoder, news.set)
     jpegs = None if decoder is None else JpegThread(decoder, news.set, config.media.media_decode_timeout_s)
     pool = MediaPool(config.media, on_finished=news.set)
     feeder = MediaFeeder(pool, tower, jpegs=jpegs, max_raw_pixels=max_raw_pixels)
@@ -214,18 +238,19 @@ def build_engine(
     return LocalEngine(core, feeder, facts, news, grammars)
 
 
-def _encoder(model: VisionLanguageModel, device: torch.device) -> Encode:
-    """What a tower's thread does."""
-    num_threads = max(1, torch.get_num_threads() // 2)
-    tower = EagerTower(model, device)
-
-    @torch.inference_mode()
-    def encode(pixels: Pixels, layout: MediaLayout) -> np.ndarray:
-        # Of the calling thread alone. Two teams that both want all cores would wait for one another at every operation.
-        torch.set_num_threads(num_threads)
-        return tower([pixels], [layout]).float().numpy()
-
-    return encode
+def _tower_load(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> TowerLoad:
+    return TowerLoad(
+        folder=str(checkpoint.files.folder),
+        config=checkpoint.files.config,
+        norm=checkpoint.rule.norm,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=config.model.max_model_len,
+        load_format=config.model.load_format,
+        quantization=config.model.quantization,
+        seed=config.model.seed,
+        num_threads=max(1, torch.get_num_threads() // 2),
+        log_level=logging.getLogger("opsin").getEffectiveLevel(),
+    )
 
 
 def most_raw_pixels(device: torch.device) -> int:

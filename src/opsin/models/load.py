@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import nn
 
 from opsin.errors import ConfigError
 from opsin.kernels import select
@@ -30,6 +31,7 @@ def load_model(
     kernels: str = "auto",
     seed: int = 0,
     progress: bool = True,
+    has_decoder: bool = True,
 ) -> VisionLanguageModel:
     """Build a model, fill its weights and pack them for its kernels.
 
@@ -38,6 +40,7 @@ def load_model(
         max_model_len: the longest sequence that will be run; the model's own limit by default.
         load_format: 'dummy' fills the weights at random from ``seed``.
         quantization: 'fp8' or 'int8' quantises a half-precision checkpoint's linear layers; one that is FP8 stays so.
+        has_decoder: False for a model that only encodes, as ``without_tower`` makes one that does not.
 
     Raises:
         UnsupportedModelError: the architecture, or a setting of it.
@@ -55,6 +58,9 @@ def load_model(
     place = Placement(select(device, kernels), device, dtype, defers_linears=kind is not None)
     model = family.load_model().from_hf(config, place=place, norm=norm, max_model_len=max_model_len)
     table: WeightTable = model.weight_table()
+    if not has_decoder:
+        del model.decoder  # its memory has not been written, so it was never resident
+        table = table.without((r"decoder\..*",))
     from_files = load_format != "dummy"
     if is_stored:
         table = table.without(UNUSED)
@@ -66,3 +72,11 @@ def load_model(
         fill_randomly(model, seed)
     pack(model)
     return model
+
+
+def without_tower(model: VisionLanguageModel) -> None:
+    """Free what only ``encode`` needs, which the model then does no more."""
+    assert isinstance(model, nn.Module)
+    for parts in (model._modules, model._parameters, model._buffers):
+        for name in [name for name in parts if name != "decoder"]:
+            del parts[name]
