@@ -179,7 +179,7 @@ def test_client_that_leaves_while_its_picture_is_encoded_is_never_run(
 ):
     tower = house.engine.feeder._tower
     assert tower is not None
-    encode = tower._encode
+    encode = tower._encoder.encode
     begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
     def held(*item: Any) -> Any:
@@ -187,7 +187,7 @@ def test_client_that_leaves_while_its_picture_is_encoded_is_never_run(
         assert may_end.wait(PATIENCE_S)
         return encode(*item)
 
-    monkeypatch.setattr(tower, "_encode", held)
+    monkeypatch.setattr(tower._encoder, "encode", held)
     monkeypatch.setattr(tower, "_on_finished", ended.set)
     house.turnstile.release()
     picture = 2 + stream  # one that nobody has seen
