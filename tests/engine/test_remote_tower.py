@@ -50,7 +50,8 @@ class Case(NamedTuple):
 
 
 def spawn(case: Case) -> RemoteTower:
-    tower = RemoteTower(case.load())
+    """With as many threads as this process has, by which products may be split, and rounded."""
+    tower = RemoteTower(msgspec.structs.replace(case.load(), num_threads=torch.get_num_threads()))
     tower.wait_until_loaded()
     return tower
 

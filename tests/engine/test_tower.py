@@ -15,6 +15,7 @@ from opsin.config import EngineConfig
 from opsin.engine.build import build_engine
 from opsin.engine.checkpoint import Checkpoint
 from opsin.engine.local import LocalEngine
+from opsin.engine.nice import SharedCores
 from opsin.engine.tower import TowerThread
 from opsin.errors import EngineDeadError
 from opsin.runner.executor import Pixels
@@ -141,6 +142,8 @@ def test_engine_that_encodes_beside_its_steps_answers_the_same(llm: LLM, engine:
 def test_text_goes_on_while_the_tower_is_busy(
     llm: LLM, engine: LocalEngine, tower: Tower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(engine, "_cores", SharedCores(4, 1, used.append))
     monkeypatch.setattr(engine.feeder, "_tower", tower.thread)  # one that does not move
     picture, text = prepared(llm, "picture", asked(5)), prepared(llm, "text", "Hello there")
     engine.add([picture.request], picture.sources)
@@ -155,3 +158,15 @@ def test_text_goes_on_while_the_tower_is_busy(
     engine.abort("picture")
     assert not engine.has_work
     assert not engine.feeder.is_waiting or engine.step() == []
+    assert used == [3]  # of four cores, beside the tower
+    engine.add([text.request], text.sources)
+    answers(engine)
+    assert used == [3, 4]
+
+
+def test_cores_are_never_shared_down_to_none() -> None:
+    used: list[int] = []
+    cores = SharedCores(1, 1, used.append)
+    for is_shared in (False, True, True, False):
+        cores.share(is_shared)
+    assert used == []

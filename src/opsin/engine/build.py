@@ -19,6 +19,7 @@ from opsin.engine.feeder import MediaFeeder
 from opsin.engine.front import Front
 from opsin.engine.jpegs import JpegThread, open_decoder
 from opsin.engine.local import LocalEngine
+from opsin.engine.nice import SharedCores
 from opsin.engine.remote_tower import RemoteTower, TowerLoad
 from opsin.engine.tower import Encoder, TowerThread
 from opsin.errors import ConfigError
@@ -235,7 +236,11 @@ def _assemble(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
     )
-    return LocalEngine(core, feeder, facts, news, grammars)
+    cores = None
+    if encoder is not None:
+        num_threads = torch.get_num_threads()
+        cores = SharedCores(num_threads, _tower_threads(num_threads), torch.set_num_threads)
+    return LocalEngine(core, feeder, facts, news, grammars, cores)
 
 
 def _tower_load(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> TowerLoad:
@@ -248,9 +253,13 @@ def _tower_load(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype
         load_format=config.model.load_format,
         quantization=config.model.quantization,
         seed=config.model.seed,
-        num_threads=max(1, torch.get_num_threads() // 2),
+        num_threads=_tower_threads(torch.get_num_threads()),
         log_level=logging.getLogger("opsin").getEffectiveLevel(),
     )
+
+
+def _tower_threads(num_threads: int) -> int:
+    return max(1, num_threads // 2)
 
 
 def most_raw_pixels(device: torch.device) -> int:

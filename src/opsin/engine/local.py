@@ -9,6 +9,7 @@ from opsin.engine.core import EngineCore
 from opsin.engine.engine import EngineFacts
 from opsin.engine.feeder import MediaFeeder
 from opsin.engine.histogram import Histogram
+from opsin.engine.nice import SharedCores
 from opsin.errors import EngineDeadError
 from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.prompts import MediaSource
@@ -24,6 +25,7 @@ class LocalEngine:
     Args:
         news: set by whoever has something for this thread (the media pool, callers on other threads).
         grammars: the compiler of ``core``; any thread may have a grammar compiled before ``add`` needs it.
+        cores: shared with those who decode and encode pictures; None where steps need none of them.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class LocalEngine:
         facts: EngineFacts,
         news: threading.Event,
         grammars: GrammarCompiler,
+        cores: SharedCores | None = None,
     ) -> None:
         self.core = core
         self.feeder = feeder
         self.facts = facts
         self.grammars = grammars
         self._news = news
+        self._cores = cores
         self._num_idle_steps = 0
 
     @property
@@ -68,6 +72,8 @@ class LocalEngine:
         """One step; waits a moment if pictures are being decoded and nothing else can be done."""
         self._news.clear()  # before looking, so that news in between is not slept through
         self.feeder.pump(self.core)
+        if self._cores is not None:
+            self._cores.share(self.feeder.is_waiting)
         updates = self.core.step()
         if not self.core.is_stalled or updates or not self.core.has_work:
             self._num_idle_steps = 0
