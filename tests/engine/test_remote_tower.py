@@ -21,13 +21,14 @@ from opsin.engine.build import build_engine
 from opsin.engine.checkpoint import Checkpoint
 from opsin.engine.local import LocalEngine
 from opsin.engine.remote_tower import RemoteTower, TowerLoad
+from opsin.engine.tower import MovingTower
 from opsin.errors import ConfigError, EngineDeadError
 from opsin.models.load import load_model, without_tower
 from opsin.runner.executor import Pixels
 from opsin.runner.tower import EagerTower
 from opsin.types import Clip, MediaLayout
 from tests.engine.conftest import asked
-from tests.engine.test_tower import answers, prepared
+from tests.engine.test_tower import GREEDY, answers, prepared
 from tests.factories.qwen3_vl import Qwen3VLShape, write_qwen3_vl
 from tests.server.test_engine_process import is_gone, wait_for
 
@@ -52,7 +53,7 @@ class Case(NamedTuple):
 def spawn(case: Case) -> RemoteTower:
     """With as many threads as this process has, by which products may be split, and rounded."""
     tower = RemoteTower(msgspec.structs.replace(case.load(), num_threads=torch.get_num_threads()))
-    tower.wait_until_loaded()
+    wait_for(tower.is_loaded)
     return tower
 
 
@@ -158,7 +159,7 @@ def test_tower_that_cannot_be_loaded_tells_why(folder: Path, tmp_path: Path) -> 
     tower = RemoteTower(elsewhere)
     try:
         with pytest.raises(EngineDeadError, match=r"WeightError: .* holds no weights"):
-            tower.wait_until_loaded()
+            wait_for(tower.is_loaded)
     finally:
         tower.close()
 
@@ -166,12 +167,18 @@ def test_tower_that_cannot_be_loaded_tells_why(folder: Path, tmp_path: Path) -> 
 def test_engine_whose_tower_was_killed_stops_as_after_a_failed_step(
     llm: LLM, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (expected,) = llm.generate([asked(1)], GREEDY, use_tqdm=False)
     config = Case(folder, {}).config()
-    engine = build_engine(config, Checkpoint.open(config), encodes_beside=True)
+    engine = build_engine(config, Checkpoint.open(config), encodes_beside=True, serves=True)
     try:
-        os.kill(pid_of(engine), signal.SIGKILL)
-        asking = prepared(llm, "picture", asked(1))
-        engine.add([asking.request], asking.sources)
+        process = process_of(engine)
+        wait_for(process.is_loaded)
+        for name in ("before", "after"):
+            asking = prepared(llm, name, asked(1 if name == "before" else 2))
+            engine.add([asking.request], asking.sources)
+            if name == "before":
+                assert answers(engine)[name] == expected.outputs[0].token_ids
+                os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError, match=r"The vision tower failed: its process has ended \(signal SIGKILL\)"):
             answers(engine)
     finally:
@@ -191,13 +198,14 @@ def test_engine_that_cannot_be_built_leaves_no_tower_behind(folder: Path, monkey
     monkeypatch.setattr(build, "RemoteTower", start)
     config = Case(folder, {"kv_cache_memory_bytes": 1}).config()
     with pytest.raises(ConfigError, match="KV cache"):
-        build_engine(config, Checkpoint.open(config), encodes_beside=True)
+        build_engine(config, Checkpoint.open(config), encodes_beside=True, serves=True)
     assert len(pids) == 1
     assert is_gone(pids[0])
 
 
-def pid_of(engine: LocalEngine) -> int:
+def process_of(engine: LocalEngine) -> RemoteTower:
     tower = engine.feeder._tower
     assert tower is not None
-    assert isinstance(tower._encoder, RemoteTower)
-    return tower._encoder.pid
+    assert isinstance(tower._encoder, MovingTower)
+    assert tower._encoder._there is not None
+    return tower._encoder._there

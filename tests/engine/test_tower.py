@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+import opsin.engine.tower
 from opsin import LLM, SamplingParams
 from opsin.config import EngineConfig
 from opsin.engine.build import build_engine
 from opsin.engine.checkpoint import Checkpoint
 from opsin.engine.local import LocalEngine
 from opsin.engine.nice import SharedCores
-from opsin.engine.tower import TowerThread
+from opsin.engine.tower import MovingTower, TowerThread
 from opsin.errors import EngineDeadError
 from opsin.runner.executor import Pixels
 from opsin.types import MediaLayout, PixelPlan, View
@@ -34,15 +35,10 @@ class Tower:
     def __init__(self) -> None:
         self.begun, self.gate = threading.Semaphore(0), threading.Semaphore(0)
         self.finished = threading.Semaphore(0)
-        self.is_loaded = self.is_closed = False
+        self.is_closed = False
         self.thread = TowerThread(self, self.finished.release)
 
-    def wait_until_loaded(self) -> None:
-        assert not self.is_loaded
-        self.is_loaded = True
-
     def encode(self, pixels: Pixels, layout: MediaLayout) -> np.ndarray:
-        assert self.is_loaded
         self.begun.release()
         assert self.gate.acquire(timeout=10)
         if self.is_closed:
@@ -104,6 +100,63 @@ def test_tower_closed_in_the_middle_of_an_item_ends_at_once_without_a_word(
     assert not tower.begun.acquire(blocking=False)
     assert tower.thread.poll() == []
     assert not caplog.records
+
+
+class Process:
+    """What ``MovingTower`` takes for a ``RemoteTower``."""
+
+    def __init__(self, *loaded: bool) -> None:
+        self.loaded = list(loaded)
+        self.is_closed = False
+
+    def is_loaded(self) -> bool:
+        return self.loaded.pop(0)
+
+    def encode(self, pixels: Pixels, layout: MediaLayout) -> np.ndarray:
+        return np.asarray(pixels.data) + 100.0
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def moving(process: Process, news: list[str], *, is_started: bool = False) -> MovingTower:
+    """A tower whose own features are the pixels, and those of its process a hundred more."""
+    there: Any = process
+
+    def start() -> Any:
+        news.append("started")
+        return process
+
+    return MovingTower(
+        lambda pixels, _: np.asarray(pixels.data) + 0.0,
+        start,
+        lambda: news.append("moved"),
+        there if is_started else None,
+    )
+
+
+@pytest.mark.parametrize("is_started", [False, True], ids=["on demand", "from the start"])
+def test_tower_is_here_until_its_process_is_loaded(is_started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opsin.engine.tower, "_WORTH_S", 0.0)
+    news: list[str] = []
+    process = Process(False, False, True)
+    tower = moving(process, news, is_started=is_started)
+    features = [tower.encode(Pixels(np.array([n], np.uint8)), LAYOUT).item() for n in range(5)]
+    assert features == [0, 1, 102, 103, 104]
+    assert news == (["moved"] if is_started else ["started", "moved"])
+    tower.close()
+    assert process.is_closed
+
+
+def test_tower_starts_no_process_for_few_pictures_or_when_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    news: list[str] = []
+    tower = moving(Process(), news)
+    picture = Pixels(np.array([1], np.uint8)), LAYOUT
+    assert [tower.encode(*picture).item() for _ in range(3)] == [1, 1, 1]
+    tower.close()
+    monkeypatch.setattr(opsin.engine.tower, "_WORTH_S", 0.0)
+    assert tower.encode(*picture).item() == 1
+    assert news == []
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ class BesideThread(Generic[T, R]):
         on_finished: called on the thread after each batch; must be quick.
         max_items: of a batch, which takes what waits.
         deadline_s: a batch that takes longer is the engine's end, too: no thread can be killed.
-        prepare: called once on the thread, before all else; what it raises counts as what ``work`` does.
         end: called by ``close`` before it waits, to make the batch that is being done fail.
     """
 
@@ -39,7 +38,6 @@ class BesideThread(Generic[T, R]):
         *,
         max_items: int = 1,
         deadline_s: float = math.inf,
-        prepare: Callable[[], None] | None = None,
         end: Callable[[], None] | None = None,
     ) -> None:
         self._subject = subject
@@ -47,7 +45,6 @@ class BesideThread(Generic[T, R]):
         self._on_finished = on_finished
         self._max_items = max_items
         self._deadline_s = deadline_s
-        self._prepare = prepare
         self._end = end
         self._changed = threading.Condition()  # guards what follows
         self._waiting: dict[bytes, T] = {}
@@ -100,8 +97,6 @@ class BesideThread(Generic[T, R]):
 
     def _run(self) -> None:
         try:
-            if self._prepare is not None:
-                self._prepare()
             while batch := self._take():
                 results = self._work([item for _, item in batch])
                 with self._changed:

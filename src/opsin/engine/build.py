@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import PIL
 import torch
 
@@ -21,7 +22,7 @@ from opsin.engine.jpegs import JpegThread, open_decoder
 from opsin.engine.local import LocalEngine
 from opsin.engine.nice import SharedCores
 from opsin.engine.remote_tower import RemoteTower, TowerLoad
-from opsin.engine.tower import Encoder, TowerThread
+from opsin.engine.tower import Encode, Encoder, MovingTower, TowerThread
 from opsin.errors import ConfigError
 from opsin.kernels import reference, select
 from opsin.kernels.nvjpeg import WORKSPACE_BYTES
@@ -29,15 +30,18 @@ from opsin.kernels.quantized import FP8
 from opsin.media.pool import MediaPool
 from opsin.media.raw import MAX_RAW_PIXELS
 from opsin.models.hub import ModelFiles
+from opsin.models.interface import VisionLanguageModel
 from opsin.models.load import load_model, without_tower
 from opsin.models.quantization import check_device
 from opsin.models.rule import MediaRule
 from opsin.processing.grammar import GrammarCompiler
 from opsin.processing.output import OutputProcessor
+from opsin.runner.executor import Pixels
 from opsin.runner.inline import InlineExecutor
 from opsin.runner.memory import compile_ahead, describe, plan_memory
 from opsin.runner.pixels import PixelLoader
 from opsin.runner.runner import ModelRunner
+from opsin.runner.tower import EagerTower
 from opsin.scheduler import Scheduler, SchedulerLimits
 from opsin.types import MediaLayout
 
@@ -86,22 +90,27 @@ def build_front(config: EngineConfig, *, streams: bool) -> Front:
         ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
     """
     checkpoint = Checkpoint.open(config)
-    engine = build_engine(config, checkpoint, streams=streams)
+    engine = build_engine(config, checkpoint, streams=streams, encodes_beside=streams)
     inputs = checkpoint.processor(config, engine.facts, engine.grammars)
     return Front(engine, inputs, OutputProcessor(checkpoint.tokenizer), config.media, config.model.runner)
 
 
 def build_engine(
-    config: EngineConfig, checkpoint: Checkpoint, *, streams: bool = True, encodes_beside: bool = False
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    *,
+    streams: bool = True,
+    encodes_beside: bool = False,
+    serves: bool = False,
 ) -> LocalEngine:
     """Load the model, plan the memory, and connect the engine's parts.
 
     Args:
         streams: answers are watched as they are written, so that on a CPU a step takes little of others' prompts beside
             them; whole batches are done sooner without that.
-        encodes_beside: on a CPU, encode pictures beside the steps rather than in them, in a process of its own. It
-            costs a second of a core at the start, and whole batches of pictures some time; it saves everybody who is
-            being answered from waiting for others' pictures.
+        encodes_beside: on a CPU, encode pictures beside the steps rather than in them, which saves everybody who is
+            being answered from waiting for others' pictures: on a thread, and where there are many in a process.
+        serves: that process is started now, rather than when there are many.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
@@ -112,11 +121,18 @@ def build_engine(
     dtype = resolve_dtype(config.model, checkpoint.files, device)
     if not encodes_beside or device.type != "cpu":
         return _assemble(config, checkpoint, device, dtype, None, streams=streams)
-    tower = RemoteTower(_tower_load(config, checkpoint, dtype))
+    load = _tower_load(config, checkpoint, dtype)
+    there = RemoteTower(load) if serves else None
+
+    def encoder(model: VisionLanguageModel) -> MovingTower:
+        here = _encoder(model, device, load.num_threads)
+        return MovingTower(here, lambda: RemoteTower(load), lambda: without_tower(model), there)
+
     try:
-        return _assemble(config, checkpoint, device, dtype, tower, streams=streams)
+        return _assemble(config, checkpoint, device, dtype, encoder, streams=streams)
     except BaseException:
-        tower.close()
+        if there is not None:
+            there.close()
         raise
 
 
@@ -125,13 +141,13 @@ def _assemble(
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
-    encoder: Encoder | None,
+    encoder: Callable[[VisionLanguageModel], Encoder] | None,
     *,
     streams: bool,
 ) -> LocalEngine:
     """
     Args:
-        encoder: of pictures, beside the steps; the engine ends it.
+        encoder: makes what encodes pictures beside the steps; the engine ends it.
     """
     files, tokenizer, rule = checkpoint.files, checkpoint.tokenizer, checkpoint.rule
     model = load_model(
@@ -194,8 +210,7 @@ def _assemble(
     news = threading.Event()
     tower = None
     if encoder is not None:
-        without_tower(model)
-        tower = TowerThread(encoder, news.set)
+        tower = TowerThread(encoder(model), news.set)
     jpegs = None if decoder is None else JpegThread(decoder, news.set, config.media.media_decode_timeout_s)
     pool = MediaPool(config.media, on_finished=news.set)
     feeder = MediaFeeder(pool, tower, jpegs=jpegs, max_raw_pixels=max_raw_pixels)
@@ -241,6 +256,18 @@ def _assemble(
         num_threads = torch.get_num_threads()
         cores = SharedCores(num_threads, _tower_threads(num_threads), torch.set_num_threads)
     return LocalEngine(core, feeder, facts, news, grammars, cores)
+
+
+def _encoder(model: VisionLanguageModel, device: torch.device, num_threads: int) -> Encode:
+    """What encodes on the calling thread."""
+    tower = EagerTower(model, device)
+
+    @torch.inference_mode()
+    def encode(pixels: Pixels, layout: MediaLayout) -> np.ndarray:
+        torch.set_num_threads(num_threads)  # of the calling thread alone
+        return tower([pixels], [layout]).float().numpy()
+
+    return encode
 
 
 def _tower_load(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> TowerLoad:

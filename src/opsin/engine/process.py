@@ -90,7 +90,7 @@ class _Service:
     def run(self, load: Load) -> int:
         threading.Thread(target=self._beat, name="opsin-beat", daemon=True).start()
         try:
-            engine = build_engine(load.config, Checkpoint.open(load.config), encodes_beside=True)
+            engine = build_engine(load.config, Checkpoint.open(load.config), encodes_beside=True, serves=True)
         except OpsinError as error:
             self._send(LoadFailed(type(error).__name__, str(error)))
             return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -84,6 +85,7 @@ class RemoteTower:
             )
         self._connection.settimeout(_LONGEST_S)
         self._talking = threading.Lock()
+        self._is_loaded = False
         with contextlib.suppress(OSError):  # it has ended, as the next call will find
             send(self._connection, load)
 
@@ -91,16 +93,25 @@ class RemoteTower:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_until_loaded(self) -> None:
-        """
+    def is_loaded(self) -> bool:
+        """It has said so; does not wait.
+
         Raises:
             EngineDeadError: it cannot be loaded, or the process has ended.
         """
         with self._talking:
-            self._receive()
+            news = select.poll()
+            news.register(self._connection, select.POLLIN)
+            return self._is_loaded or (bool(news.poll(0)) and self._load())
+
+    def _load(self) -> bool:
+        self._receive()
+        self._is_loaded = True
+        return True
 
     def encode(self, pixels: Pixels, layout: MediaLayout) -> np.ndarray:
-        """Features, float32 (num_features, feature_width), of one item's pixels; waits for them without Python's lock.
+        """Features, float32 (num_features, feature_width), of one item's pixels. Waits for them, and until the tower is
+        loaded, without Python's lock.
 
         Raises:
             EngineDeadError: the tower failed, or its process has ended.
@@ -108,6 +119,8 @@ class RemoteTower:
         assert isinstance(pixels.data, np.ndarray)
         assert not pixels.is_raw, "on a CPU media workers make the tiles"
         with self._talking:
+            if not self._is_loaded:
+                self._load()
             data = np.ascontiguousarray(pixels.data)
             descriptor = share(data.data.cast("B"))
             try:

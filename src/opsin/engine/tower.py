@@ -1,13 +1,14 @@
 """The vision tower beside the steps, so that answers do not wait for pictures. For CPUs.
 
 A step on a CPU lasts as long as all that it computes, and one picture takes the tower as long as dozens of tokens take
-the decoder. Here pictures are encoded beside the steps, by an ``Encoder`` (that is, ``RemoteTower``), and come to the
+the decoder. Here pictures are encoded beside the steps, on a thread and then in a process of its own, and come to the
 engine as features that need no tower. On a GPU both would share the device all the same, and pictures packed into one
 pass are faster.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -16,24 +17,77 @@ import numpy as np
 
 from opsin.engine.beside import BesideThread
 from opsin.engine.histogram import SHORT_SECONDS, Histogram
+from opsin.engine.remote_tower import RemoteTower
 from opsin.runner.executor import Embedding, Pixels
 from opsin.types import MediaLayout
+
+_WORTH_S = 1.0  # for about as long a process that starts keeps a core busy
+
+Encode = Callable[[Pixels, MediaLayout], np.ndarray]
 
 
 class Encoder(Protocol):
     """What computes features. One thread calls all but ``close``."""
-
-    def wait_until_loaded(self) -> None:
-        """Called once, before ``encode``."""
-        ...
 
     def encode(self, pixels: Pixels, layout: MediaLayout) -> np.ndarray:
         """Features, float (num_features, feature_width), of one item's pixels; waits for them."""
         ...
 
     def close(self) -> None:
-        """End now, whatever it is at: who waits for something is told that it failed. Any thread may call it."""
+        """End: it may encode no more, and need not finish what it is at. Any thread may call it."""
         ...
+
+
+class MovingTower:
+    """An ``Encoder`` on the calling thread, until a process has loaded the same tower.
+
+    Args:
+        here: encodes on the calling thread.
+        start: starts the process.
+        on_moved: ``here`` is not called any more; what it holds may be freed.
+        there: the process, where it was started already. Else it is started once pictures have taken ``_WORTH_S``.
+    """
+
+    def __init__(
+        self, here: Encode, start: Callable[[], RemoteTower], on_moved: Callable[[], None], there: RemoteTower | None
+    ) -> None:
+        self._here = here
+        self._start = start
+        self._on_moved = on_moved
+        self._changing = threading.Lock()  # guards the next two
+        self._there = there
+        self._is_closed = False
+        self._has_moved = False
+        self._spent_s = 0.0
+
+    def encode(self, pixels: Pixels, layout: MediaLayout) -> np.ndarray:
+        there = self._process()
+        if there is None:
+            begun_s = time.monotonic()
+            features = self._here(pixels, layout)
+            self._spent_s += time.monotonic() - begun_s
+            return features
+        if not self._has_moved:
+            self._has_moved = True
+            self._on_moved()
+        return there.encode(pixels, layout)
+
+    def close(self) -> None:
+        with self._changing:
+            self._is_closed = True
+            there = self._there
+        if there is not None:
+            there.close()
+
+    def _process(self) -> RemoteTower | None:
+        """The one that is loaded."""
+        if self._has_moved:
+            return self._there
+        with self._changing:
+            if self._there is None and self._spent_s >= _WORTH_S and not self._is_closed:
+                self._there = self._start()
+            there = self._there
+        return there if there is not None and there.is_loaded() else None
 
 
 class TowerThread(BesideThread[tuple[Pixels, MediaLayout], Embedding]):
@@ -45,9 +99,7 @@ class TowerThread(BesideThread[tuple[Pixels, MediaLayout], Embedding]):
     """
 
     def __init__(self, encoder: Encoder, on_finished: Callable[[], None]) -> None:
-        super().__init__(
-            "vision tower", self._encode_all, on_finished, prepare=encoder.wait_until_loaded, end=encoder.close
-        )
+        super().__init__("vision tower", self._encode_all, on_finished, end=encoder.close)
         self.seconds = Histogram.of(SHORT_SECONDS)
         self._encoder = encoder
 
