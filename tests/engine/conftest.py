@@ -58,6 +58,16 @@ def llm(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
     assert_idle(engine)
 
 
+@contextlib.contextmanager
+def everybody_let_in() -> Iterator[None]:
+    """Requests start although those that run will soon need the room, so that some are preempted."""
+    from opsin.scheduler import Scheduler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scheduler, "_room_to_grow", lambda self, num_blocks: 0)
+        yield
+
+
 def assert_idle(llm: LLM) -> None:
     """Nothing runs, waits or is held: every block and every leased byte has come back."""
     stats = llm.stats()

@@ -370,6 +370,30 @@ def test_leases_of_waiting_requests_go_before_anybody_is_preempted(rig_class: An
 
 
 @pytest.mark.parametrize("depth", [1, 2])
+def test_request_waits_while_those_that_run_will_soon_need_its_room(rig_class: Any, make: Any, depth: int) -> None:
+    rig = rig_class(num_blocks=17, pipeline_depth=depth)
+    early = [make(f"{i}", [i] * 8, SamplingParams(max_tokens=16 + i)) for i in range(2)]  # 6 and 7 of 16 blocks each
+    rig.run(*early, make("late", [2] * 20, SamplingParams(max_tokens=4)))  # 5 now, and 6 in the end
+    assert dict(rig.scheduler.stats())["num_preemptions_total"] == 0
+    assert rig.finished == ["0", "1", "late"] or rig.finished == ["0", "late", "1"]
+    opened = [opened.token_ids[0] for plan in rig.plans for opened in plan.opened]
+    assert opened == [0, 1, 2]
+    first = next(i for i, plan in enumerate(rig.plans) for opened in plan.opened if opened.token_ids[0] == 2)
+    assert first >= 16  # it came when the first had ended
+
+
+def test_request_that_waits_for_room_gets_that_of_later_ones_that_only_wait(rig_class: Any, make: Any) -> None:
+    """Blocks leased as hits by requests behind it count as free."""
+    rig = rig_class(num_blocks=17, max_num_seqs=2)
+    rig.run(make("seed", [3] * 33, SamplingParams(max_tokens=1)))
+    rig.add(make("runs", [1] * 4, SamplingParams(max_tokens=20)))
+    rig.add(make("next", [2] * 12, SamplingParams(max_tokens=2)))
+    rig.add(make("last", [3] * 33, SamplingParams(max_tokens=1)))  # holds 8 of 16 blocks
+    rig.drain()
+    assert rig.finished.index("next") < rig.finished.index("runs")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
 def test_preemption_takes_the_last_in_line_and_keeps_its_tokens(rig_class: Any, make: Any, depth: int) -> None:
     rig = rig_class(num_blocks=9, max_model_len=24, pipeline_depth=depth)
     rig.run(*(make(f"{i}", [i] * 4, SamplingParams(max_tokens=20)) for i in range(3)))

@@ -3,7 +3,8 @@
 Requests stand in one line, by (priority,) arrival. The head of the line is the oldest unfinished request, and one
 rule makes the whole thing live: *the head can always advance*. It may take a slot, KV blocks, feature bytes and
 payload budget from those behind it, last in line first, and it has the first pick of the token budget. Everybody else
-gets what is left, in order. As the head finishes after a bounded number of steps, so does everybody.
+gets what is left, in order. As the head finishes after a bounded number of steps, so does everybody. Nobody else is let
+in where those that run would soon need the room: prompts are dear, and one that is preempted is computed twice.
 
 A step lasts as long as all that it does, and every answer that goes on waits for its end. So while there are any, a
 step reads only so many prompt tokens and encodes only so many patches beside them: a flood of pictures makes its own
@@ -45,6 +46,9 @@ from opsin.types import (
     StepPlan,
     StepResult,
 )
+
+_GROWTH = 64
+"""Tokens by which requests that run may grow before another is let in beside them."""
 
 
 class Scheduler:
@@ -206,7 +210,8 @@ class Scheduler:
                 continue
             num_tokens = step.chunk(seq, self._features, step.num_tokens_left)
             # Room for all its tokens, not for this chunk alone: else it would soon be preempted again.
-            if num_tokens <= 0 or not self._reserve(step, seq, seq.blocks.num_missing(seq.num_tokens)):
+            num_blocks = seq.blocks.num_missing(seq.num_tokens)
+            if num_tokens <= 0 or not self._reserve(step, seq, num_blocks + self._room_to_grow(num_blocks)):
                 return
             self._open(step, seq)
             self._add_row(step, seq, num_tokens, seq.blocks.num_missing(seq.num_computed + num_tokens))
@@ -361,6 +366,14 @@ class Scheduler:
         return head.missing_item(self._features) if head is not None else None
 
     # -------------------------------------------------------------------------------------- blocks
+
+    def _room_to_grow(self, num_blocks: int) -> int:
+        """Blocks that those that run will fill within their next tokens, or beside ``num_blocks`` are free anyway."""
+        running = self._line.running
+        most = len(running) * (-(-_GROWTH // self.limits.block_size) + 1)
+        if self._pool.num_free >= num_blocks + most:
+            return most
+        return sum([max(0, seq.blocks.num_missing(min(seq.num_tokens + _GROWTH, seq.limit))) for seq in running])
 
     def _reserve(self, step: Step, seq: Sequence, num_blocks: int) -> bool:
         """Make ``num_blocks`` allocatable for ``seq``, at the cost of those behind it.
