@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -35,7 +36,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import opsin.kernels.triton as our_kernels
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.kernels.quantized import FP8
-from opsin.kernels.triton import overlap
+from opsin.kernels.triton import device, overlap
 from opsin.layers import Placement
 from opsin.media.raw import MAX_RAW_PIXELS, raw_plan
 from opsin.models import resolve
@@ -102,11 +103,22 @@ def noting_launches(sm: int) -> Iterator[dict[str, Launch]]:
         launch = Launch(kind(self, signature, constants, attributes), dict(options.__dict__))
         noted[launch.key] = launch
 
+    def not_meta(_: torch.device) -> tuple[int, int]:
+        return divmod(sm, 10)
+
+    def forget() -> None:
+        for known in (device.hopper_kernel, device.num_multiprocessors):
+            known.cache_clear()
+
     with (
         patch.object(JITFunction, "run", note),
-        patch.object(overlap, "capability", lambda device: divmod(sm, 10)),  # not that of the meta device
+        patch.object(device, "capability", not_meta),
+        patch.object(overlap, "capability", not_meta),
+        patch.object(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)),
     ):
+        forget()
         yield noted
+    forget()
 
 
 def open_model(folder: str, dtype: torch.dtype) -> tuple[VisionLanguageModel, MediaRule]:
@@ -156,7 +168,7 @@ def run_decoder(model: VisionLanguageModel, kv_dtype: torch.dtype) -> dict[str, 
 
     def prefills() -> None:
         for size in PREFILLS:
-            step((size,) * (MAX_ROWS + 1), size, MAX_LEN + 1, MAX_LEN // BLOCK_SIZE + 1)
+            step((1, *(size,) * MAX_ROWS), size, MAX_LEN + 1, MAX_LEN // BLOCK_SIZE + 1)
 
     def eager() -> None:
         for num_rows, num_tokens in STEPS:

@@ -10,6 +10,7 @@ import importlib
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -130,12 +131,30 @@ ATTENTIONS = [
 ]
 
 
+@pytest.fixture(params=["any-gpu", "hopper"])
+def paged_attention(request: pytest.FixtureRequest, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """By the kernel for all GPUs; and where there is one for Hopper and it suits, by that."""
+    attention = importlib.import_module("opsin.kernels.triton.attention")
+    if request.param == "any-gpu":
+        monkeypatch.setattr(attention, "hopper_kernel", lambda name, device: None)
+    elif attention.hopper_kernel("paged_hopper", DEVICE) is None:
+        pytest.skip("needs a GPU of compute capability 9.0, and a Triton that paged_hopper has run with")
+    return kernels.paged_attention
+
+
 @pytest.mark.parametrize(
     ("heads", "kv", "size", "dtype", "name", "masks"),
     [pytest.param(*case, id="-".join(map(str, case[:-1]))) for case in ATTENTIONS],
 )
 def test_paged_attention_equals_reference(
-    kernels: Any, heads: int, kv: int, size: int, dtype: torch.dtype, name: str, masks: Sequence[Mask]
+    kernels: Any,
+    paged_attention: Any,
+    heads: int,
+    kv: int,
+    size: int,
+    dtype: torch.dtype,
+    name: str,
+    masks: Sequence[Mask],
 ):
     rows, page = ROWS[name], 16
     query_lens = tuple(q for q, _ in rows)
@@ -173,7 +192,7 @@ def test_paged_attention_equals_reference(
         reference.write_kv(k, v, twin, inputs.slot_mapping_T)
         assert torch.equal(cache.key, twin.key)
         assert torch.equal(cache.value, twin.value)
-        got = kernels.paged_attention(q, k, v, cache, inputs, size**-0.5, mask.window, mask.softcap)
+        got = paged_attention(q, k, v, cache, inputs, size**-0.5, mask.window, mask.softcap)
         assert_close(got, reference.paged_attention(q, k, v, twin, inputs, size**-0.5, mask.window, mask.softcap))
 
 
@@ -268,9 +287,9 @@ def test_greedy_equals_reference_and_takes_the_first_of_equals(kernels: Any, dty
 def varlen_attention(request: pytest.FixtureRequest, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """By the kernel for all GPUs, and by the one for Hopper alone, whichever an engine takes."""
     varlen = importlib.import_module("opsin.kernels.triton.varlen")
-    hopper = varlen.hopper_kernel(DEVICE)
+    hopper = varlen.hopper_kernel("varlen_hopper", DEVICE)
     if request.param == "any-gpu":
-        monkeypatch.setattr(varlen, "hopper_kernel", lambda device: None)
+        monkeypatch.setattr(varlen, "hopper_kernel", lambda name, device: None)
     elif hopper is None:
         pytest.skip("needs a GPU of compute capability 9.0, and a Triton that varlen_hopper has run with")
     else:
@@ -349,7 +368,7 @@ def test_normed_linear_equals_reference(
 @pytest.mark.parametrize("num_padding", [1, 3])
 @pytest.mark.parametrize("name", ["decode", "mixed"])
 def test_paged_attention_of_a_padded_step_equals_that_of_its_rows(
-    kernels: Any, name: str, num_padding: int, window: int | None
+    paged_attention: Any, name: str, num_padding: int, window: int | None
 ):
     """As graphs launch it: lengths on the host are mere bounds, and rows are added that have no context.
 
@@ -379,10 +398,10 @@ def test_paged_attention_of_a_padded_step_equals_that_of_its_rows(
             context_lens=context_lens,
         )
 
-    bound = 1 if name == "decode" else num_tokens + sum(added)
     num_rows = len(rows) + num_padding
-    padded = inputs((bound,) * num_rows, (8 * longest,) * num_rows, added)
-    got = kernels.paged_attention(q, k, v, cache, padded, size**-0.5, window)
+    bounds = (1,) * num_rows if name == "decode" else (1, *(num_tokens + sum(added),) * (num_rows - 1))
+    padded = inputs(bounds, (8 * longest,) * num_rows, added)
+    got = paged_attention(q, k, v, cache, padded, size**-0.5, window)
     # The reference takes this step's keys from its arguments where they are all that a row sees: here all are cached.
     for row, (query_len, context_len) in enumerate(rows):
         at = sum(query_lens[:row]) + torch.arange(query_len)
@@ -392,7 +411,88 @@ def test_paged_attention_of_a_padded_step_equals_that_of_its_rows(
     alone = inputs(query_lens, context_lens, [])
     q, k, v = q[:num_tokens], k[:num_tokens], v[:num_tokens]
     assert_close(got[:num_tokens], reference.paged_attention(q, k, v, cache, alone, size**-0.5, window))
-    assert got[num_tokens:].eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["mixed", "prefill", "decode"])
+def test_rows_of_one_token_ahead_of_others_are_launched_alone(kernels: Any, monkeypatch: pytest.MonkeyPatch, name: str):
+    """Beside a kernel for the other rows: here it writes 7 where it is told to, and leaves what it is told to leave."""
+    attention = importlib.import_module("opsin.kernels.triton.attention")
+    rows, page, size = ROWS[name], 16, 64
+    singles = len(list(itertools.takewhile(lambda row: row[0] == 1, rows)))
+
+    def fill(q: Any, out: torch.Tensor, cache: Any, inputs: Any, scale: float, *, skips_singles: bool) -> None:
+        assert skips_singles
+        out[singles:] = 7
+
+    stand_in = SimpleNamespace(suits=lambda q, cache: True, launch=fill)
+    monkeypatch.setattr(attention, "hopper_kernel", lambda name, device: stand_in)
+    columns = -(-max(context for _, context in rows) // page)
+    tables = torch.arange(1, len(rows) * columns + 1, dtype=torch.int32, device=DEVICE).view(len(rows), columns)
+    cache = LayerCache(*(rand(len(rows) * columns + 1, page, 2, size, dtype=torch.float16, seed=s) for s in (3, 4)))
+    q = rand(sum(query for query, _ in rows), 4, size, dtype=torch.float16)
+
+    def inputs(some: Sequence[tuple[int, int]]) -> AttentionInputs:
+        starts = list(itertools.accumulate((query for query, _ in some), initial=0))
+        return AttentionInputs(
+            query_start_B1=torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+            context_lens_B=torch.tensor([context for _, context in some], dtype=torch.int32, device=DEVICE),
+            block_tables_BL=tables[: len(some)],
+            slot_mapping_T=torch.zeros(0, dtype=torch.int64, device=DEVICE),
+            query_lens=tuple(query for query, _ in some),
+            context_lens=tuple(context for _, context in some),
+        )
+
+    got = kernels.paged_attention(q, q[:, :2], q[:, :2], cache, inputs(rows), size**-0.5)
+    if singles:
+        alone = kernels.paged_attention(q[:singles], q[:0, :2], q[:0, :2], cache, inputs(rows[:singles]), size**-0.5)
+        assert_close(got[:singles], alone)
+    assert name == "decode" or got[singles:].eq(7).all()
+
+
+PAGED = [  # heads, key heads, size, page
+    (32, 32, 128, 16),
+    (28, 4, 128, 32),
+    (12, 2, 128, 64),
+    (16, 1, 64, 16),
+    (15, 5, 64, 16),
+]
+
+
+@pytest.mark.parametrize(("heads", "kv", "size", "page"), PAGED)
+def test_paged_attention_of_prompts_sees_its_own_keys_alone(
+    paged_attention: Any, heads: int, kv: int, size: int, page: int
+):
+    """Contexts about a block's length, some of them cached; all that is nobody's is NaN. Heads, pages and singles."""
+    rows = [(1, 64), (1, 201), (64, 64), (65, 128), (2, 130), (63, 63), (sized(700, 90), sized(1100, 150)), (1, 1)]
+    columns = -(-max(context for _, context in rows) // page)
+    tables = torch.randperm(len(rows) * columns, generator=torch.Generator().manual_seed(1)).view(len(rows), -1) + 1
+    kept = {
+        row: [rand(context, kv, size, dtype=HALF, seed=row + s) for s in (10, 30)]
+        for row, (_, context) in enumerate(rows)
+    }
+    cache = LayerCache(*(rand(tables.numel() + 1, page, kv, size, dtype=HALF).fill_(float("nan")) for _ in "kv"))
+    for row, own in kept.items():
+        slots = (tables[row].repeat_interleave(page) * page + torch.arange(columns * page) % page).to(DEVICE)
+        for stored, mine in zip(cache, own, strict=True):
+            stored.view(-1, kv, size)[slots[: len(mine)]] = mine
+    q = rand(sum(query for query, _ in rows), heads, size, dtype=HALF, seed=5)
+    starts = list(itertools.accumulate((query for query, _ in rows), initial=0))
+    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    inputs = AttentionInputs(
+        query_start_B1=torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+        context_lens_B=torch.tensor([context for _, context in rows], dtype=torch.int32, device=DEVICE),
+        block_tables_BL=tables.int().to(DEVICE),
+        slot_mapping_T=nothing,
+        query_lens=tuple(query for query, _ in rows),
+        context_lens=tuple(context for _, context in rows),
+    )
+    got = paged_attention(q, q[:, :kv], q[:, :kv], cache, inputs, size**-0.5)
+    for row, (query, context) in enumerate(rows):
+        k, v = (x.float().repeat_interleave(heads // kv, dim=1).transpose(0, 1) for x in kept[row])
+        own_q = q[starts[row] : starts[row + 1]].float().transpose(0, 1)
+        sees = torch.ones(query, context, dtype=torch.bool, device=DEVICE).tril(context - query)
+        expected = torch.nn.functional.scaled_dot_product_attention(own_q, k, v, attn_mask=sees)
+        assert_close(got[starts[row] : starts[row + 1]], expected.transpose(0, 1).to(HALF))
 
 
 @NEEDS_FP8

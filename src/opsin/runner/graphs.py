@@ -27,6 +27,7 @@ from opsin.runner.slots import SlotTable
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 4096  # a larger step keeps the device busier than Python, and what pads it would be computed for nothing
+_FEW_ROWS = 16  # up to which steps have graphs of their own: what pads them costs attention programs that do nothing
 
 
 def decode_sizes(max_rows: int) -> list[int]:
@@ -107,7 +108,7 @@ class StepGraphs:
         self._block_size = block_size
         self._device = table.tokens_SL.device
         self._decode_sizes = decode_sizes(max_rows)
-        self._prefill_rows = max_rows + 1  # of which one pads
+        self._row_sizes = sorted({min(_FEW_ROWS, max_rows) + 1, max_rows + 1})  # of which one pads
         self._prefill_sizes = prefill_sizes(max_tokens)
         width = model.spec.hidden_size
         # One for all sizes: each step is done with them before the next one.
@@ -117,12 +118,13 @@ class StepGraphs:
         self._extra_TE = torch.zeros(shape[1], extra, dtype=dtype, device=self._device) if extra else None
         self._recorder = recorder
         self._decode: dict[int, _Captured] = {}
-        self._prefill: dict[int, _Captured] = {}
+        self._prefill: dict[tuple[int, int], _Captured] = {}  # by numbers of tokens and rows
+        self._captures_more = True
 
     def capture_first(self) -> None:
         """Capture decode steps, and before them the largest step that there can be: the others fit into its memory."""
-        largest = self._prefill_sizes[-1]
-        self._prefill[largest] = self._capture_prefill(largest, warm_up=True)
+        largest = (self._prefill_sizes[-1], self._row_sizes[-1])
+        self._prefill[largest] = self._capture_prefill(*largest, warm_up=True)
         for size in reversed(self._decode_sizes):
             self._decode[size] = self._capture_decode(size)
 
@@ -142,17 +144,26 @@ class StepGraphs:
 
     def covers(self, arrays: StepArrays) -> bool:
         """``prefill`` can run this step: its size has been captured, or now is."""
-        num_tokens = len(arrays.at_T)
+        return self._size_for(arrays) is not None
+
+    def _size_for(self, arrays: StepArrays) -> tuple[int, int] | None:
+        """Tokens and rows of the graph for a step, captured by now."""
+        num_tokens, num_rows = len(arrays.at_T), len(arrays.slot_B) + 1
         if num_tokens > self._prefill_sizes[-1]:
-            return False
-        size = self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)]
-        if size not in self._prefill:
+            return None
+        size = (
+            self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)],
+            self._row_sizes[bisect_left(self._row_sizes, num_rows)],
+        )
+        if size not in self._prefill and self._captures_more:
             try:
-                self._prefill[size] = self._capture_prefill(size, warm_up=False)
+                self._prefill[size] = self._capture_prefill(*size, warm_up=False)
             except RuntimeError as error:  # no memory, above all: larger graphs do, if there are any
                 logger.warning("No more steps are captured as CUDA graphs: %s", error)
-                self._prefill_sizes = sorted(self._prefill)
-        return True
+                self._captures_more = False
+        if size in self._prefill:
+            return size
+        return min((kept for kept in self._prefill if kept[0] >= num_tokens and kept[1] >= num_rows), default=None)
 
     def prefill(
         self, arrays: StepArrays, fill: Callable[[torch.Tensor, torch.Tensor | None], None]
@@ -167,9 +178,10 @@ class StepGraphs:
             Hidden states (T, D) after the final norm, valid until the next run; ``emit_index_E`` and ``token_at_E``.
         """
         num_tokens, num_emitting = len(arrays.at_T), len(arrays.emit_index_E)
-        size = self._prefill_sizes[bisect_left(self._prefill_sizes, num_tokens)]
-        captured = self._prefill[size]
-        refill(captured.packed, padded(arrays, size, self._prefill_rows))
+        found = self._size_for(arrays)
+        assert found is not None, "the step is not covered"
+        captured, (size, _) = self._prefill[found], found
+        refill(captured.packed, padded(arrays, *found))
         at_T, _, _, _, emit_index_E, token_at_E, _, _ = captured.inputs
         self._embedded_TD[:size] = self._model.embed(self._table.tokens_SL.view(-1)[at_T])
         extra_TE = None if self._extra_TE is None else self._extra_TE[:size].zero_()[:num_tokens]
@@ -203,7 +215,7 @@ class StepGraphs:
         graph, hidden = self._recorder.record(forward, warm_up=True)
         return _Captured(graph, packed, inputs, starts_B1, hidden)
 
-    def _capture_prefill(self, size: int, *, warm_up: bool) -> _Captured:
+    def _capture_prefill(self, size: int, num_rows: int, *, warm_up: bool) -> _Captured:
         """Record the pass on tokens that are all padding."""
         nothing = np.zeros(0, dtype=np.int64)
         arrays = padded(
@@ -218,7 +230,7 @@ class StepGraphs:
                 context_B=np.zeros(0, dtype=np.int32),
             ),
             size,
-            self._prefill_rows,
+            num_rows,
         )
         packed = torch.empty(num_bytes(arrays), dtype=torch.uint8, device=self._device)
         inputs = views(packed, arrays)
@@ -232,9 +244,9 @@ class StepGraphs:
                 context_lens_B=context_B,
                 block_tables_BL=self._table.device_blocks_SL.index_select(0, slot_B),
                 slot_mapping_T=slot_mapping_T,
-                # No less than 2: where no row has more than one, all must have one, and some of these are empty.
-                query_lens=(max(size, 2),) * self._prefill_rows,
-                context_lens=(longest,) * self._prefill_rows,
+                # Some rows may have one token. No less than 2 for others: that all have one would not be true of these.
+                query_lens=(1, *(max(size, 2),) * (num_rows - 1)),
+                context_lens=(longest,) * num_rows,
             )
             # A copy, since the pass may work in place.
             embedded_TD = self._embedded_TD[:size].clone()

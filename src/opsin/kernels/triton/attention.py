@@ -7,6 +7,9 @@ found on the device by bisection, so that nothing is copied there.
 
 Long contexts of few requests leave most of the chip idle: decode rows are then split along their keys, and a second
 launch joins the parts (Flash-Decoding).
+
+On Hopper prompts have a kernel of their own, ``paged_hopper``, where it suits; the one here then takes the rows of one
+token.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import triton
 import triton.language as tl
 
 from opsin.kernels.inputs import AttentionInputs, LayerCache
+from opsin.kernels.triton.device import hopper_kernel
 from opsin.kernels.triton.overlap import can_overlap, follow
 
 _LOG2_E = 1.4426950408889634
@@ -33,8 +37,8 @@ def _attention_kernel(
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_BEGIN: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SPLITS: tl.constexpr, IS_DECODE: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SPLITS: tl.constexpr, IS_DECODE: tl.constexpr, HAS_OTHERS: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     program = tl.program_id(0)
@@ -45,6 +49,9 @@ def _attention_kernel(
         first = program
         query_len = 1
         begin = 0
+        if HAS_OTHERS:  # behind the rows of one token come others, which are not for this launch
+            if tl.load(start_ptr + row + 1) != row + 1:
+                return
     else:
         # Row r owns programs from start[r] // BLOCK_Q + r on: at least one each, and enough for its queries.
         low = 0
@@ -160,24 +167,57 @@ def paged_attention(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """As ``reference.paged_attention``; keys and values are read from the cache alone."""
+    out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+    if inputs.is_decode:
+        _launch(q_TNH, out_TNH, cache, inputs, scale, window, softcap, is_decode=True)
+        return out_TNH
+    is_plain = window is None and softcap is None and inputs.visible_end_T is None
+    hopper = hopper_kernel("paged_hopper", q_TNH.device) if is_plain else None
+    if hopper is not None and hopper.suits(q_TNH, cache):
+        has_singles = 1 in inputs.query_lens
+        if has_singles:
+            _launch(q_TNH, out_TNH, cache, inputs, scale, is_decode=True, has_others=True)
+        hopper.launch(q_TNH, out_TNH, cache, inputs, scale, skips_singles=has_singles)
+    else:
+        _launch(q_TNH, out_TNH, cache, inputs, scale, window, softcap, is_decode=False)
+    return out_TNH
+
+
+def _launch(
+    q_TNH: torch.Tensor,
+    out_TNH: torch.Tensor,
+    cache: LayerCache,
+    inputs: AttentionInputs,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    *,
+    is_decode: bool,
+    has_others: bool = False,
+) -> None:
+    """Attention of all rows.
+
+    Args:
+        is_decode: every row has one token.
+        has_others: or only those that stand before all others have; the others are left out.
+    """
     num_tokens, num_heads, size = q_TNH.shape
     num_kv = cache.key.shape[2]
     group = num_heads // num_kv
     num_rows = len(inputs.query_lens)
-    longest_query = max(inputs.query_lens)
     # Tall blocks for prefill; for decode, no taller than the tensor cores' 16 rows need.
+    longest_query = 1 if is_decode else max(inputs.query_lens)
     block_m = 16 if longest_query * group <= 16 else (64 if size > 128 else 128)
     block_m = max(block_m, triton.next_power_of_2(group))
     block_q = block_m // group
     block_n = 32 if size > 128 or q_TNH.dtype == torch.float32 else 64
-    num_programs = num_rows if inputs.is_decode else num_tokens // block_q + num_rows
+    num_programs = num_rows if is_decode else num_tokens // block_q + num_rows
     num_splits = 1
-    if inputs.is_decode:
+    if is_decode and not has_others:
         wanted = triton.cdiv(_PROGRAMS_WANTED, num_rows * num_kv)
         possible = triton.cdiv(max(inputs.context_lens), _KEYS_PER_SPLIT)
         num_splits = triton.next_power_of_2(max(1, min(wanted, possible, _MAX_SPLITS)))
 
-    out_TNH = torch.empty((num_tokens, num_heads, size), dtype=q_TNH.dtype, device=q_TNH.device)
     partial = lse = out_TNH
     if num_splits > 1:
         shape = (num_tokens, num_heads, num_splits)
@@ -195,7 +235,7 @@ def paged_attention(
         NUM_KV=num_kv, GROUP=group, SIZE=size, PAGE=cache.key.shape[1], BLOCK_Q=block_q,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_H=block_h,
         HAS_WINDOW=window is not None, HAS_VISIBLE=visible is not None, HAS_BEGIN=begin is not None,
-        HAS_CAP=softcap is not None, HAS_SPLITS=num_splits > 1, IS_DECODE=inputs.is_decode,
+        HAS_CAP=softcap is not None, HAS_SPLITS=num_splits > 1, IS_DECODE=is_decode, HAS_OTHERS=has_others,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         PDL=overlaps, launch_pdl=overlaps, num_warps=4 if block_m <= 64 else 8, num_stages=2,
     )  # fmt: skip
@@ -204,4 +244,3 @@ def paged_attention(
             partial, lse, out_TNH, num_splits, SIZE=size, BLOCK_H=block_h, BLOCK_S=max(8, num_splits),
             PDL=overlaps, launch_pdl=overlaps, num_warps=2,
         )  # fmt: skip
-    return out_TNH

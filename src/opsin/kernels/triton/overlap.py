@@ -26,18 +26,12 @@ nobody from running that they wait for.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """A GPU's compute capability; (0, 0) for what is no GPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+from opsin.kernels.triton.device import capability
 
 
 def can_overlap(device: torch.device) -> bool:

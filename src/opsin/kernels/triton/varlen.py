@@ -9,21 +9,16 @@ that reaches 400 TFLOP/s for pictures of 4,000 patches with heads of 80, against
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 import triton
 import triton.language as tl
 
 from opsin.kernels import reference
-from opsin.kernels.triton.overlap import capability
+from opsin.kernels.triton.device import hopper_kernel, num_multiprocessors
 
 _LOG2_E = 1.4426950408889634
 _BLOCK_M, _BLOCK_N = 128, 64
-_HOPPER_SIZES = range(64, 129)  # of heads, that ``hopper_kernel`` was written for
+_HOPPER_SIZES = range(64, 129)  # of heads, that ``varlen_hopper`` was written for
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # it bounds a search
@@ -123,8 +118,8 @@ def varlen_attention(
     assert q_PNH.stride(2) == 1
     main, rest = head_parts(size)
     triton.set_allocator(allocate)  # of this thread
-    hopper = hopper_kernel(q_PNH.device) if size in _HOPPER_SIZES else None
-    if hopper is not None and hopper.suits(num_patches, num_heads, _num_multiprocessors(q_PNH.device)):
+    hopper = hopper_kernel("varlen_hopper", q_PNH.device) if size in _HOPPER_SIZES else None
+    if hopper is not None and hopper.suits(num_patches, num_heads, num_multiprocessors(q_PNH.device)):
         return hopper.launch(q_PNH, k_PNH, v_PNH, cu_seqlens_B1, scale, (main, rest))
     out_PNH = torch.empty((num_patches, num_heads, size), dtype=q_PNH.dtype, device=q_PNH.device)
     num_rows = len(cu_seqlens_B1) - 1
@@ -135,20 +130,6 @@ def varlen_attention(
         num_warps=8, num_stages=3,
     )  # fmt: skip
     return out_PNH
-
-
-@functools.cache
-def hopper_kernel(device: torch.device) -> ModuleType | None:
-    """``varlen_hopper``, on the GPUs that it is for, where Triton is of the version that it has run with."""
-    has_run = triton.__version__.startswith("3.6.")  # Gluon is experimental
-    if capability(device) != (9, 0) or not has_run or not importlib.util.find_spec("triton.experimental.gluon"):
-        return None
-    return importlib.import_module("opsin.kernels.triton.varlen_hopper")
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _is_addressable(x_PNH: torch.Tensor) -> bool:
