@@ -48,6 +48,9 @@ class Tower:
             raise RuntimeError("the tower fell")
         return pixels.data.astype(np.float32)[None]
 
+    def is_loading(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.is_closed = True
         self.gate.release()
@@ -110,7 +113,7 @@ class Process:
         self.is_closed = False
 
     def is_loaded(self) -> bool:
-        return self.loaded.pop(0)
+        return self.loaded.pop(0) if len(self.loaded) > 1 else self.loaded[0]
 
     def encode(self, pixels: Pixels, layout: MediaLayout) -> np.ndarray:
         return np.asarray(pixels.data) + 100.0
@@ -139,9 +142,12 @@ def moving(process: Process, news: list[str], *, is_started: bool = False) -> Mo
 def test_tower_is_here_until_its_process_is_loaded(is_started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opsin.engine.tower, "_WORTH_S", 0.0)
     news: list[str] = []
-    process = Process(False, False, True)
+    process = Process(False, False, False, True)
     tower = moving(process, news, is_started=is_started)
-    features = [tower.encode(Pixels(np.array([n], np.uint8)), LAYOUT).item() for n in range(5)]
+    features = [tower.encode(Pixels(np.array([n], np.uint8)), LAYOUT).item() for n in range(2)]
+    assert tower.is_loading()
+    features += [tower.encode(Pixels(np.array([n], np.uint8)), LAYOUT).item() for n in range(2, 5)]
+    assert not tower.is_loading()
     assert features == [0, 1, 102, 103, 104]
     assert news == (["moved"] if is_started else ["started", "moved"])
     tower.close()

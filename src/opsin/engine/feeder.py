@@ -85,6 +85,11 @@ class MediaFeeder:
         return bool(self._decoding or self._encoding)
 
     @property
+    def takes_cores(self) -> bool:
+        """Others than the steps are at work on a CPU: on pictures, or on the start of what encodes them."""
+        return self.is_waiting or (self._tower is not None and self._tower.is_loading)
+
+    @property
     def num_decoding(self) -> int:
         """Pictures that were asked for and have not come."""
         return len(self._decoding) + len(self._encoding) + len(self._backlog)

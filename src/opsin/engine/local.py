@@ -73,7 +73,7 @@ class LocalEngine:
         self._news.clear()  # before looking, so that news in between is not slept through
         self.feeder.pump(self.core)
         if self._cores is not None:
-            self._cores.share(self.feeder.is_waiting)
+            self._cores.share(self.feeder.takes_cores)
         updates = self.core.step()
         if not self.core.is_stalled or updates or not self.core.has_work:
             self._num_idle_steps = 0

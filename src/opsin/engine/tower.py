@@ -33,6 +33,10 @@ class Encoder(Protocol):
         """Features, float (num_features, feature_width), of one item's pixels; waits for them."""
         ...
 
+    def is_loading(self) -> bool:
+        """Cores are wanted for that beside what ``encode`` does. Any thread may ask."""
+        ...
+
     def close(self) -> None:
         """End: it may encode no more, and need not finish what it is at. Any thread may call it."""
         ...
@@ -72,6 +76,9 @@ class MovingTower:
             self._on_moved()
         return there.encode(pixels, layout)
 
+    def is_loading(self) -> bool:
+        return not self._has_moved and self._there is not None and not self._there.is_loaded()
+
     def close(self) -> None:
         with self._changing:
             self._is_closed = True
@@ -110,3 +117,8 @@ class TowerThread(BesideThread[tuple[Pixels, MediaLayout], Embedding]):
             features.append(Embedding(self._encoder.encode(pixels, layout)))
             self.seconds.observe(time.monotonic() - begun_s)
         return features
+
+    @property
+    def is_loading(self) -> bool:
+        """The encoder is."""
+        return self._encoder.is_loading()
