@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ def jpeg(mode: str = "RGB", size: tuple[int, int] = (WIDTH, HEIGHT), **settings:
     buffer = io.BytesIO()
     Image.fromarray(noise).convert(mode).save(buffer, "JPEG", **settings)
     return buffer.getvalue()
+
+
+def with_codes(name: int, counts: list[int], symbols: bytes) -> bytes:
+    """With one more table of codes; those of the picture's own are defined behind it."""
+    body = bytes([name, *counts]) + symbols
+    return PLAIN[:2] + b"\xff\xc4" + (len(body) + 2).to_bytes(2, "big") + body + PLAIN[2:]
 
 
 def is_plain_here(data: bytes) -> bool:
@@ -73,6 +80,10 @@ def test_jpeg_as_libraries_write_them_is_plain(data: bytes) -> None:
         PLAIN.replace(b"\xff\xda\x00\x0c\x03\x01\x00", b"\xff\xda\x00\x0c\x03\x01\x22"),  # likewise codes
         PLAIN.replace(b"\x00\x3f\x00", b"\x00\x00\x00"),  # one scan of several
         PLAIN.replace(b"\xff\xc4\x00\x1f\x00\x00\x01", b"\xff\xc4\x00\x1f\x00\x03\x01"),  # more codes than there are
+        with_codes(0x10, [0] * 8 + [255] * 8, bytes(range(255)) * 8),  # more than decoders have room for
+        with_codes(0x11, [0] * 7 + [2] + [0] * 8, b"\x21\x21"),
+        with_codes(0x10, [0] * 7 + [2] + [0] * 8, b"\x21\x2b"),  # a coefficient of 11 bits
+        with_codes(0x00, [0] * 7 + [2] + [0] * 8, b"\x01\x0c"),  # a difference of 12
         PLAIN.replace(b"\xff\xc0", b"\xff\xdc"),
         PLAIN[:-2] + b"\xff\xd0" + PLAIN[-2:],  # a restart that nothing announces
         jpeg(restart_marker_blocks=2).replace(b"\xff\xd3", b"\xff\xd4", 1),
@@ -83,7 +94,21 @@ def test_jpeg_of_any_other_form_is_not_plain(data: bytes) -> None:
     assert not is_plain_here(data)
 
 
+def test_scan_of_nothing_but_markers_is_refused_at_the_first() -> None:
+    begin = PLAIN.index(b"\xff\xda") + 14
+    data = PLAIN[:begin] + 100_000 * b"\xff\xd0" + PLAIN[-2:]
+    tracemalloc.start()
+    try:
+        assert not is_plain_here(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000
+
+
 def test_changes_above_change_something() -> None:
+    assert is_plain_here(with_codes(0x11, [0] * 7 + [2] + [0] * 8, b"\x21\x2a"))
+    assert is_plain_here(with_codes(0x00, [0] * 7 + [2] + [0] * 8, b"\x01\x0b"))
     for marks in (
         *(b"\xff\xc0\x00\x11\x08", b"\x01\x22\x00", b"\x03\x11\x01", b"\xff\xda\x00\x0c\x03\x01\x00", b"\x00\x3f\x00"),
         b"\xff\xc4\x00\x1f\x00\x00\x01",

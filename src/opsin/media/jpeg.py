@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 _MAX_SEGMENTS = 4096
 _SCAN_MARKER = re.compile(rb"\xff[^\x00]")  # in a scan, 0xFF 0x00 stands for the byte 0xFF
@@ -101,7 +102,9 @@ def _read_huffman(tables: _Tables, body: bytes) -> None:
         symbols = body[at + 17 : at + 17 + sum(counts)]
         at += 17 + sum(counts)
         _require(name in (0x00, 0x01, 0x10, 0x11) and at <= len(body) and len(symbols) > 0)
-        _require(name > 1 or max(symbols) <= 11)  # bits of a difference between neighbours
+        _require(len(set(symbols)) == len(symbols))  # so 256 at most, which is what decoders have room for
+        # Bits of a difference between neighbours; behind a run of zeros, those of a coefficient.
+        _require(max(symbols) <= 11 if name <= 1 else max(symbol & 15 for symbol in symbols) <= 10)
         # As codes of 16 bits: no more than there are, of which the one of ones alone means nothing.
         _require(sum(count << (15 - i) for i, count in enumerate(counts)) < 1 << 16)
         tables.huffman.add(name)
@@ -140,6 +143,7 @@ def _check_scan(data: bytes, begin: int, tables: _Tables, width: int, height: in
         across, down = tables.components[0][1]
         num_units = -(-width // (8 * across)) * -(-height // (8 * down))
         num_restarts = -(-num_units // tables.restart_interval) - 1
-    found = [marker[1] for marker in _SCAN_MARKER.findall(data, begin)]
-    _require(len(found) == num_restarts + 1)
-    _require(found == [*(0xD0 + i % 8 for i in range(num_restarts)), 0xD9])
+    expected = (*(0xD0 + i % 8 for i in range(num_restarts)), 0xD9)
+    found = (marker[0][1] for marker in _SCAN_MARKER.finditer(data, begin))
+    # As they come, up to the first wrong one: a hostile file may be all markers.
+    _require(all(marker == due for marker, due in zip_longest(found, expected)))
