@@ -64,7 +64,7 @@ def everybody_let_in() -> Iterator[None]:
     from opsin.scheduler import Scheduler
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scheduler, "_room_to_grow", lambda self, num_blocks: 0)
+        patch.setattr(Scheduler, "_room_to_grow", lambda self, seq, num_blocks: 0)
         yield
 
 

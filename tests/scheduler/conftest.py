@@ -8,7 +8,7 @@ a stale, foreign or unwritten cell is caught at once. ``answer`` is the same mod
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -486,3 +486,8 @@ class Rig:
 @pytest.fixture(scope="session")
 def rig_class() -> type[Rig]:
     return Rig
+
+
+@pytest.fixture(scope="session")
+def make(rig_class: type[Rig]) -> Callable[..., EngineRequest]:
+    return rig_class.make_request

@@ -14,11 +14,6 @@ LONG = SamplingParams(max_tokens=40)
 
 
 @pytest.fixture
-def make(rig_class: Any) -> Any:
-    return rig_class.make_request
-
-
-@pytest.fixture
 def picture(rig_class: Any) -> Any:
     return rig_class.make_item("picture", 6, 10, 30)
 
@@ -367,55 +362,6 @@ def test_leases_of_waiting_requests_go_before_anybody_is_preempted(rig_class: An
 
 
 # ------------------------------------------------------------------------------------------ preemption
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_request_waits_while_those_that_run_will_soon_need_its_room(rig_class: Any, make: Any, depth: int) -> None:
-    rig = rig_class(num_blocks=17, pipeline_depth=depth)
-    early = [make(f"{i}", [i] * 8, SamplingParams(max_tokens=16 + i)) for i in range(2)]  # 6 and 7 of 16 blocks each
-    rig.run(*early, make("late", [2] * 20, SamplingParams(max_tokens=4)))  # 5 now, and 6 in the end
-    assert dict(rig.scheduler.stats())["num_preemptions_total"] == 0
-    assert rig.finished == ["0", "1", "late"] or rig.finished == ["0", "late", "1"]
-    opened = [opened.token_ids[0] for plan in rig.plans for opened in plan.opened]
-    assert opened == [0, 1, 2]
-    first = next(i for i, plan in enumerate(rig.plans) for opened in plan.opened if opened.token_ids[0] == 2)
-    assert first >= 16  # it came when the first had ended
-
-
-def test_request_that_waits_for_room_gets_that_of_later_ones_that_only_wait(rig_class: Any, make: Any) -> None:
-    """Blocks leased as hits by requests behind it count as free."""
-    rig = rig_class(num_blocks=17, max_num_seqs=2)
-    rig.run(make("seed", [3] * 33, SamplingParams(max_tokens=1)))
-    rig.add(make("runs", [1] * 4, SamplingParams(max_tokens=20)))
-    rig.add(make("next", [2] * 12, SamplingParams(max_tokens=2)))
-    rig.add(make("last", [3] * 33, SamplingParams(max_tokens=1)))  # holds 8 of 16 blocks
-    rig.drain()
-    assert rig.finished.index("next") < rig.finished.index("runs")
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_preemption_takes_the_last_in_line_and_keeps_its_tokens(rig_class: Any, make: Any, depth: int) -> None:
-    rig = rig_class(num_blocks=9, max_model_len=24, pipeline_depth=depth)
-    rig.run(*(make(f"{i}", [i] * 4, SamplingParams(max_tokens=20)) for i in range(3)))
-    assert dict(rig.scheduler.stats())["num_preemptions_total"] > 0
-    assert rig.finished == ["0", "1", "2"]
-    reopened = [opened for plan in rig.plans for opened in plan.opened if len(opened.token_ids) > 4]
-    assert reopened
-    assert all(opened.token_ids[:4] == [opened.seed] * 4 for opened in reopened)
-    assert all(opened.seed > 0 for opened in reopened)  # the oldest is never preempted
-
-
-def test_request_that_starts_over_is_not_held_up_by_a_token_set_aside_for_itself(rig_class: Any, make: Any) -> None:
-    rig = rig_class(max_num_seqs=2, max_num_batched_tokens=2, policy="priority", enable_prefix_caching=False)
-    rig.add(make("oldest", [0], LONG))
-    rig.add(make("again", [1, 0], SamplingParams(max_tokens=8)))
-    while len(rig.tokens["again"]) < 6:
-        rig.step()
-        rig.commit()
-    rig.add(make("urgent", [1], SamplingParams(max_tokens=1), priority=-1))
-    rig.drain()
-    assert dict(rig.scheduler.stats())["num_preemptions_total"] == 1
-    assert rig.finished == ["urgent", "again", "oldest"]  # its answer is computed again, one token a step, beside LONG
 
 
 def test_oldest_takes_the_slot_of_the_last_when_its_picture_comes(rig_class: Any, make: Any, picture: Any) -> None:

@@ -211,7 +211,7 @@ class Scheduler:
             num_tokens = step.chunk(seq, self._features, step.num_tokens_left)
             # Room for all its tokens, not for this chunk alone: else it would soon be preempted again.
             num_blocks = seq.blocks.num_missing(seq.num_tokens)
-            if num_tokens <= 0 or not self._reserve(step, seq, num_blocks + self._room_to_grow(num_blocks)):
+            if num_tokens <= 0 or not self._reserve(step, seq, num_blocks + self._room_to_grow(seq, num_blocks)):
                 return
             self._open(step, seq)
             self._add_row(step, seq, num_tokens, seq.blocks.num_missing(seq.num_computed + num_tokens))
@@ -367,13 +367,19 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------- blocks
 
-    def _room_to_grow(self, num_blocks: int) -> int:
-        """Blocks that those that run will fill within their next tokens, or beside ``num_blocks`` are free anyway."""
-        running = self._line.running
+    def _room_to_grow(self, seq: Sequence, num_blocks: int) -> int:
+        """Blocks that those that run will fill within their next tokens, or beside ``num_blocks`` are free anyway.
+
+        Those less urgent than ``seq`` do not count: it is for them to make room.
+        """
+        priority, _ = seq.order
+        running = [other for other in self._line.running if other.order[0] <= priority]
         most = len(running) * (-(-_GROWTH // self.limits.block_size) + 1)
         if self._pool.num_free >= num_blocks + most:
             return most
-        return sum([max(0, seq.blocks.num_missing(min(seq.num_tokens + _GROWTH, seq.limit))) for seq in running])
+        return sum(
+            [max(0, other.blocks.num_missing(min(other.num_tokens + _GROWTH, other.limit))) for other in running]
+        )
 
     def _reserve(self, step: Step, seq: Sequence, num_blocks: int) -> bool:
         """Make ``num_blocks`` allocatable for ``seq``, at the cost of those behind it.
