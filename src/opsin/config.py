@@ -138,7 +138,8 @@ class SchedulerConfig:
         None, "Prompt tokens per step while other answers go on; 16 on a CPU that streams, else no fewer, by default."
     )
     max_num_patches_beside_decodes: int | None = setting(
-        None, "Vision patches per step while other answers go on; 256 on a CPU that streams, else no fewer, by default."
+        None,
+        "Vision patches per step while other answers go on; no fewer by default. A CPU that streams has none in steps.",
     )
     pixel_buffer_gb: float = setting(1.0, "GiB of decoded pixels held while they wait for the vision tower.")
     scheduling_policy: Literal["fcfs", "priority"] = setting("fcfs", "Order of waiting requests.")
