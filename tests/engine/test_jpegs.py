@@ -131,7 +131,8 @@ class Gated:
 
     def __init__(self) -> None:
         self.begun, self.gate, self.finished = (threading.Semaphore(0) for _ in range(3))
-        self.inner = JpegDecoder(StandIn(), CPU, None)
+        self.library = StandIn()
+        self.inner = JpegDecoder(self.library, CPU, None)
         self.batches: list[list[int]] = []
         self.error: Exception | None = None
 
@@ -208,12 +209,13 @@ def test_decoder_that_breaks_the_device_ends_the_engine(
     assert "The JPEG decoder failed" in caplog.text
 
 
-def test_decoder_that_does_not_come_back_ends_the_engine(folder: Path):
+def test_decoder_that_does_not_come_back_ends_the_engine_and_is_left_behind(folder: Path):
     decoder: Any = Gated()
     with decoding(folder, decoder, media_workers=0, media_decode_timeout_s=0.05) as llm:
         with pytest.raises(EngineDeadError, match=r"The JPEG decoder has not come back for 0\.05 s"):
             llm.generate([about(encoded(1))], GREEDY, use_tqdm=False)
-        decoder.gate.release()
+    assert decoder.library.open_handles, "freed while it is in use, or waited for"
+    decoder.gate.release()
 
 
 def test_request_that_ends_while_its_picture_is_decoded_leaves_nothing_behind(folder: Path):

@@ -83,17 +83,24 @@ class BesideThread(Generic[T, R]):
             finished, self._finished = self._finished, []
             return finished
 
-    def close(self) -> None:
-        """Forget everything, and wait for the batch that is being done, unless ``end`` cuts it short."""
+    def close(self) -> bool:
+        """Forget everything, and wait for the batch that is being done, unless ``end`` cuts it short.
+
+        Returns:
+            The thread has ended; else its batch is beyond the deadline, and the thread is left at it.
+        """
         with self._changed:
             self._closed = True
             self._waiting.clear()
             self._finished.clear()
+            taken_s = max(0.0, time.monotonic() - self._begun_s)
             self._changed.notify()
         if self._end is not None:
             self._end()
-        if self._thread is not None:
-            self._thread.join()
+        if self._thread is None:
+            return True
+        self._thread.join(min(max(0.0, self._deadline_s - taken_s), threading.TIMEOUT_MAX))
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

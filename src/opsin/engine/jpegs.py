@@ -39,9 +39,11 @@ class JpegThread(BesideThread[EncodedPicture, torch.Tensor | None]):
         super().__init__("JPEG decoder", self._decode, on_finished, max_items=MAX_BATCH, deadline_s=deadline_s)
         self._decoder = decoder
 
-    def close(self) -> None:
-        super().close()
-        self._decoder.close()
+    def close(self) -> bool:
+        has_ended = super().close()
+        if has_ended:  # else the decoder is still at work, and keeps what it holds
+            self._decoder.close()
+        return has_ended
 
     def _decode(self, pictures: Sequence[EncodedPicture]) -> list[torch.Tensor | None]:
         jpegs = {i: Jpeg(picture.data, *picture.size) for i, picture in enumerate(pictures)}
