@@ -186,6 +186,27 @@ def test_engine_whose_tower_was_killed_stops_as_after_a_failed_step(
     assert "The vision tower failed; the engine stops." in caplog.text
 
 
+def test_tower_that_died_while_it_was_loading_is_told_of_by_the_first_picture(
+    llm: LLM, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text, picture = prepared(llm, "text", "Hello there"), prepared(llm, "picture", asked(1))
+    (expected,) = llm.generate(["Hello there"], GREEDY, use_tqdm=False)
+    config = Case(folder, {}).config()
+    engine = build_engine(config, Checkpoint.open(config), encodes_beside=True, serves=True)
+    try:
+        process = process_of(engine)
+        os.kill(process.pid, signal.SIGKILL)
+        wait_for(lambda: not process.is_loading())
+        engine.add([text.request], text.sources)
+        assert answers(engine)["text"] == expected.outputs[0].token_ids
+        engine.add([picture.request], picture.sources)
+        with pytest.raises(EngineDeadError, match=r"The vision tower failed: its process has ended \(signal SIGKILL\)"):
+            answers(engine)
+    finally:
+        engine.close()
+    assert "The vision tower failed; the engine stops." in caplog.text
+
+
 def test_engine_that_cannot_be_built_leaves_no_tower_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pids: list[int] = []
     started = build.RemoteTower

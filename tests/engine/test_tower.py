@@ -115,6 +115,9 @@ class Process:
     def is_loaded(self) -> bool:
         return self.loaded.pop(0) if len(self.loaded) > 1 else self.loaded[0]
 
+    def is_loading(self) -> bool:
+        return not self.is_loaded()
+
     def encode(self, pixels: Pixels, layout: MediaLayout) -> np.ndarray:
         return np.asarray(pixels.data) + 100.0
 

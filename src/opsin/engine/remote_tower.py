@@ -100,9 +100,16 @@ class RemoteTower:
             EngineDeadError: it cannot be loaded, or the process has ended.
         """
         with self._talking:
-            news = select.poll()
-            news.register(self._connection, select.POLLIN)
-            return self._is_loaded or (bool(news.poll(0)) and self._load())
+            return self._is_loaded or (self._has_news() and self._load())
+
+    def is_loading(self) -> bool:
+        """It has not said yet that it is loaded, or cannot be, and has not ended; does not wait. Any thread may ask."""
+        return not self._is_loaded and not self._has_news()
+
+    def _has_news(self) -> bool:
+        news = select.poll()
+        news.register(self._connection, select.POLLIN)
+        return bool(news.poll(0))
 
     def _load(self) -> bool:
         self._receive()

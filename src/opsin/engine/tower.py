@@ -77,7 +77,7 @@ class MovingTower:
         return there.encode(pixels, layout)
 
     def is_loading(self) -> bool:
-        return not self._has_moved and self._there is not None and not self._there.is_loaded()
+        return self._there is not None and self._there.is_loading()
 
     def close(self) -> None:
         with self._changing:
