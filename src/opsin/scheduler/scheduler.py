@@ -372,14 +372,13 @@ class Scheduler:
 
         Those less urgent than ``seq`` do not count: it is for them to make room.
         """
-        priority, _ = seq.order
-        running = [other for other in self._line.running if other.order[0] <= priority]
+        running = self._line.running
         most = len(running) * (-(-_GROWTH // self.limits.block_size) + 1)
         if self._pool.num_free >= num_blocks + most:
             return most
-        return sum(
-            [max(0, other.blocks.num_missing(min(other.num_tokens + _GROWTH, other.limit))) for other in running]
-        )
+        priority, _ = seq.order
+        urgent = [other for other in running if other.order[0] <= priority]
+        return sum([max(0, one.blocks.num_missing(min(one.num_tokens + _GROWTH, one.limit))) for one in urgent])
 
     def _reserve(self, step: Step, seq: Sequence, num_blocks: int) -> bool:
         """Make ``num_blocks`` allocatable for ``seq``, at the cost of those behind it.
