@@ -22,13 +22,12 @@ class Reply(NamedTuple):
     tokens: int
 
 
-def body(model: str, jpeg: bytes, number: int, tokens: int) -> bytes:
-    """A streamed chat request with one picture, ``tokens`` long whatever the model says."""
-    url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    content = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": shapes.question(number)},
-    ]
+def body(model: str, jpeg: bytes | None, number: int, tokens: int) -> bytes:
+    """A streamed chat request with one picture or none, ``tokens`` long whatever the model says."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": shapes.question(number)}]
+    if jpeg is not None:
+        url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     request: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": content}],

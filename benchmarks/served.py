@@ -6,7 +6,8 @@
 ``--load`` is STREAMS:REQUESTS:TOKENS, several of them after one another. Each stream sends one request after another: a
 640x480 picture that nobody else shows as base64 JPEG, a question, a streamed answer. The clock of a request starts when
 it is sent. Servers are warmed up first, have a port of their own and are killed with all that they started; vLLM runs
-as its defaults have it ("vllm") or with four API servers ("vllm-tuned").
+as its defaults have it ("vllm") or with four API servers ("vllm-tuned"). ``--text-only`` leaves the pictures out: the
+difference is what others' pictures cost an answer that goes on.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def _measure(
     numbers = itertools.count()
     for index, item in enumerate([args.warm, *args.load]):
         jpegs = [path.read_bytes() for path in sorted(images.glob(f"w4{index}_*.jpg"))][: item.requests]
-        bodies = [load.body(model, jpeg, next(numbers), item.tokens) for jpeg in jpegs]
+        shown = [None] * item.requests if args.text_only else jpegs
+        bodies = [load.body(model, jpeg, next(numbers), item.tokens) for jpeg in shown]
         left_s = deadline_s - time.monotonic()
         client_s = _cpu_s()
         replies, elapsed_s = asyncio.run(
@@ -188,6 +190,7 @@ def _arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", type=_loads, default=_loads("1:12:128,32:256:64,128:512:64"))
     parser.add_argument("--warm", type=Load.read, default=Load.read(_WARM), help="what is sent before, uncounted")
     parser.add_argument("--limits", type=limits, default=limits("300"), help="seconds: 300, or opsin=120,vllm=300")
+    parser.add_argument("--text-only", action="store_true", help="the questions without pictures, to compare with")
     parser.add_argument("--port", type=int, help="a server that runs already")
     parser.add_argument("--model", default="model", help="its name at that server")
     parser.add_argument("--opsin-flags", type=shlex.split, default=[], help="more of opsin's flags, in one string")
