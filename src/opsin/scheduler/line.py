@@ -134,6 +134,12 @@ class Line:
         """A request without a slot has got blocks, which it need not keep."""
         heapq.heappush(self._block_holders, (-seq.order[0], -seq.order[1]))
 
+    def num_blocks_held_behind(self, seq: Sequence) -> int:
+        """Blocks of those behind ``seq`` who have no slot; shared ones are counted for each."""
+        orders = {(-priority, -number) for priority, number in self._block_holders}
+        behind = [self._alive[order] for order in orders if order > seq.order and order in self._alive]
+        return sum([len(other.blocks) for other in behind if other.slot is None])
+
     def last_block_holder(self) -> Sequence | None:
         """The last in line of those who hold blocks without a slot."""
         while self._block_holders:

@@ -386,6 +386,9 @@ class Scheduler:
         Leases on prefix hits go first. Running requests are preempted for running ones only; rows are planned in the
         line's order, so a victim has none in this step yet.
         """
+        if seq.slot is None and self._pool.num_free < num_blocks:  # leases are not to be given up for nothing
+            if self._pool.num_free + self._line.num_blocks_held_behind(seq) < num_blocks:
+                return False
         while self._pool.num_free < num_blocks:
             holder = self._line.last_block_holder()
             if holder is not None and (seq.slot is not None or holder.order > seq.order):
