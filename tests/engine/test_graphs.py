@@ -49,7 +49,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
                 max_rows=self._max_num_seqs,
                 max_tokens=max_tokens,
                 dtype=self.dtype,
-                recorder=recorder,
+                record=recorder.record,
             )
             self._graphs.capture_first()
 

@@ -18,7 +18,7 @@ from opsin.config import MediaConfig
 from opsin.engine import build, jpegs
 from opsin.engine.jpegs import JpegThread, check_decoder, open_decoder
 from opsin.errors import ConfigError, EngineDeadError, MediaError
-from opsin.kernels.nvjpeg import Jpeg, JpegDecoder
+from opsin.kernels.nvjpeg import WORKSPACE_BYTES, Jpeg, JpegDecoder
 from opsin.media.raw import MAX_RAW_PIXELS
 from opsin.media.source import EncodedPicture, open_encoded
 from tests.engine.conftest import asked, assert_idle, picture
@@ -292,7 +292,7 @@ def test_decoder_that_makes_other_pictures_is_refused(change: Callable[[torch.Te
 
 def test_memory_for_decoded_pictures_is_set_aside(roads: Roads):
     assert roads.by_workers.memory_plan.decoded_bytes == 0
-    assert roads.by_device.memory_plan.decoded_bytes == 2**30 + 2**28
+    assert roads.by_device.memory_plan.decoded_bytes == 2**30 + WORKSPACE_BYTES
 
 
 def test_engine_on_a_cpu_refuses_to_decode_on_a_gpu(folder: Path):

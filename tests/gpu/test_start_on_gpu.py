@@ -20,7 +20,8 @@ pytestmark = pytest.mark.gpu
 def start(folder: Path, cache: Path, way: str) -> tuple[dict[str, Any], str]:
     """What ``start_alone.py`` found, and what was logged."""
     environment = dict(os.environ)
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(ROOT / "tests/gpu/start_alone.py"), str(folder), way]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.layers.staging import num_bytes, refill, views
 from opsin.models.interface import VisionLanguageModel
 from opsin.runner.inputs import RowNumbers, StepArrays, decode_arrays, padded
+from opsin.runner.kept import Graph, Record
 from opsin.runner.slots import SlotTable
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def prefill_sizes(max_tokens: int) -> list[int]:
 class _Captured(NamedTuple):
     """A graph, and the memory outside its pool that it reads; nothing else keeps that alive."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     packed: torch.Tensor
     inputs: list[torch.Tensor]
     starts: torch.Tensor
@@ -100,7 +101,7 @@ class StepGraphs:
         max_rows: int,
         max_tokens: int,
         dtype: torch.dtype,
-        recorder: Recorder,
+        record: Record,
     ) -> None:
         self._model = model
         self._caches = caches
@@ -116,7 +117,7 @@ class StepGraphs:
         self._embedded_TD, self._hidden_TD = torch.zeros(shape, dtype=dtype, device=self._device)
         extra = model.spec.feature_width - width
         self._extra_TE = torch.zeros(shape[1], extra, dtype=dtype, device=self._device) if extra else None
-        self._recorder = recorder
+        self._record = record
         self._decode: dict[int, _Captured] = {}
         self._prefill: dict[tuple[int, int], _Captured] = {}  # by numbers of tokens and rows
         self._captures_more = True
@@ -212,7 +213,7 @@ class StepGraphs:
             hidden_BD = self._model.embed(self._table.tokens_SL.view(-1)[at_B])
             return self._model.forward(hidden_BD, positions_AB, attention, self._caches)
 
-        graph, hidden = self._recorder.record(forward, warm_up=True)
+        graph, hidden = self._record(forward, warm_up=True)
         return _Captured(graph, packed, inputs, starts_B1, hidden)
 
     def _capture_prefill(self, size: int, num_rows: int, *, warm_up: bool) -> _Captured:
@@ -254,5 +255,5 @@ class StepGraphs:
             hidden_TD = self._model.forward(embedded_TD, positions_AT, attention, self._caches, extra_TE)
             return self._hidden_TD[:size].copy_(hidden_TD)
 
-        graph, hidden = self._recorder.record(forward, warm_up=warm_up)
+        graph, hidden = self._record(forward, warm_up=warm_up)
         return _Captured(graph, packed, inputs, query_start_B1, hidden)

@@ -97,7 +97,8 @@ def plan_memory(
                 f"{(per_sequence + 1) * block_bytes / _GIB:.2f} GiB of KV cache and "
                 f"{max(0, available if kv_bytes is None else kv_bytes) / _GIB:.2f} GiB are left "
                 f"(weights {weight_bytes / _GIB:.2f}, activations {peak / _GIB:.2f}, "
-                f"graphs {graph_bytes / _GIB:.2f}, vision features {feature_bytes / _GIB:.2f}). "
+                f"graphs {graph_bytes / _GIB:.2f}, vision features {feature_bytes / _GIB:.2f}, "
+                f"decoded pictures {decoded_bytes / _GIB:.2f}). "
                 "Lower max_model_len or max_num_batched_tokens, or raise gpu_memory_utilization or "
                 "kv_cache_memory_bytes." + (" With enforce_eager there are no graphs." if graph_bytes else "")
             )

@@ -19,6 +19,7 @@ from opsin.params import PoolingParams, SamplingParams
 from opsin.runner.executor import Payload
 from opsin.runner.graphs import Recorder, StepGraphs
 from opsin.runner.inputs import RowNumbers, build_inputs, step_arrays, update_blocks, views_of
+from opsin.runner.kept import Graph, Record
 from opsin.runner.launched import LaunchedStep
 from opsin.runner.pooling import RowValues, pool, read_row
 from opsin.runner.sampler import ParticularRow, SampledTokens, SampleRows, prompt_logprobs, sample
@@ -26,20 +27,6 @@ from opsin.runner.slots import SlotTable
 from opsin.runner.tower import EagerTower, ReplayedTower
 from opsin.runner.vision import VisionStore
 from opsin.types import PositionLogprobs, RowPlan, RowResult, StepPlan
-
-
-class _Rehearsal(Recorder):
-    """Does what is to be captured, and the draws behind it."""
-
-    def __init__(self, model: VisionLanguageModel, kernels: Kernels, max_rows: int) -> None:
-        self._model = model
-        self._kernels = kernels
-        self._max_rows = max_rows
-
-    def record(self, work: Callable[[], torch.Tensor], *, warm_up: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        hidden_TD = work()
-        self._kernels.greedy(self._model.ranking(hidden_TD[: self._max_rows]))
-        return torch.cuda.CUDAGraph(), hidden_TD
 
 
 class ModelRunner:
@@ -106,23 +93,30 @@ class ModelRunner:
             max_patches: likewise, for the vision tower.
         """
         if self.can_replay:
-            recorder = Recorder(self.device)
+            record = Recorder(self.device).record
             tower = EagerTower(self.model, self.device, self._kernels)
-            self.vision.tower = ReplayedTower(tower, recorder.record, max_patches)
-            self._graphs = self._step_graphs(max_tokens, recorder)
+            self.vision.tower = ReplayedTower(tower, record, max_patches)
+            self._graphs = self._step_graphs(max_tokens, record)
             self._graphs.capture_first()
 
     @torch.inference_mode()
     def rehearse_graphs(self, max_tokens: int) -> None:
         """Launch what ``capture_graphs`` captures first, for ``compile_ahead``; it needs a KV cache, and changes none
         but the scratch block."""
-        self._step_graphs(max_tokens, _Rehearsal(self.model, self._kernels, self._max_num_seqs)).capture_first()
+
+        def rehearse(work: Callable[[], torch.Tensor], *, warm_up: bool) -> tuple[Graph, torch.Tensor]:
+            """Do what is to be captured, and the draws behind it."""
+            hidden_TD = work()
+            self._kernels.greedy(self.model.ranking(hidden_TD[: self._max_num_seqs]))
+            return torch.cuda.CUDAGraph(), hidden_TD
+
+        self._step_graphs(max_tokens, rehearse).capture_first()
 
     def compile_ahead(self, *works: Callable[[], None]) -> None:
         """See ``kernels.ops.CompileAhead``."""
         self._kernels.compile_ahead(*works)
 
-    def _step_graphs(self, max_tokens: int, recorder: Recorder) -> StepGraphs:
+    def _step_graphs(self, max_tokens: int, record: Record) -> StepGraphs:
         return StepGraphs(
             self.model,
             self._caches,
@@ -131,7 +125,7 @@ class ModelRunner:
             max_rows=self._max_num_seqs,
             max_tokens=max_tokens,
             dtype=self.dtype,
-            recorder=recorder,
+            record=record,
         )
 
     def put_payload(self, key: bytes, payload: Payload) -> None:

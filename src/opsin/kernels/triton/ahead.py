@@ -70,7 +70,7 @@ def compile_ahead(*works: Callable[[], None]) -> None:
     try:
         with (
             warnings.catch_warnings(),  # of which Triton opens and closes thousands, and its threads each other's
-            _Threads(os.cpu_count()) as threads,
+            _Threads(len(os.sched_getaffinity(0))) as threads,
             # What is compiled stays out of sight until this ends, so nobody launches what is half loaded.
             triton.AsyncCompileMode(threads, ignore_errors=True) as mode,
         ):

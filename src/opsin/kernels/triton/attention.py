@@ -175,7 +175,7 @@ def paged_attention(
     hopper = hopper_kernel("paged_hopper", q_TNH.device) if is_plain else None
     if hopper is not None and hopper.suits(q_TNH, cache):
         has_singles = 1 in inputs.query_lens
-        if has_singles:
+        if has_singles:  # ahead of the others: an empty row may write zeros where the next one begins
             _launch(q_TNH, out_TNH, cache, inputs, scale, is_decode=True, has_others=True)
         hopper.launch(q_TNH, out_TNH, cache, inputs, scale, skips_singles=has_singles)
     else:

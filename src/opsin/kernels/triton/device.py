@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
@@ -26,6 +25,6 @@ def num_multiprocessors(device: torch.device) -> int:
 def hopper_kernel(name: str, device: torch.device) -> ModuleType | None:
     """The module ``name``, on the GPUs that it is for, where Triton is of the version that it has run with."""
     has_run = triton.__version__.startswith("3.6.")  # Gluon is experimental
-    if capability(device) != (9, 0) or not has_run or not importlib.util.find_spec("triton.experimental.gluon"):
+    if capability(device) != (9, 0) or not has_run:
         return None
     return importlib.import_module(f"opsin.kernels.triton.{name}")

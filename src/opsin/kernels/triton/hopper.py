@@ -187,6 +187,7 @@ def attend(
         blocks: how many there are, at least 1; how many of them, from the end, hold keys that some query does not see;
             and how many rows of the last one hold keys at all.
         visible: of each query, how many keys it sees, in the score's layout.
+        KEEP_QUERIES: in registers, rather than to read them for each block.
         CLEANS: memory of the last block that holds no keys is not known to be zero.
 
     Returns:

@@ -1,7 +1,8 @@
 """Attention of prompts over the paged cache on Hopper, with the schedule of ``hopper``.
 
 A tile is one key head and 192 query rows of one request; query heads that share the key head are rows of the same tile,
-as in ``attention``. The copy engine brings keys and values page by page: 16 rows of a block of 64 with a command each.
+as in ``attention``. The copy engine brings keys and values page by page, several to a block of 64.
+
 Programs go from tile to tile, as many as there are multiprocessors: what is found out once about the step's rows then
 serves all tiles of a program, and a step padded with empty rows costs no empty programs, each of which would have had
 a multiprocessor to itself.
