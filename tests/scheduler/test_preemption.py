@@ -74,3 +74,18 @@ def test_request_that_starts_over_is_not_held_up_by_a_token_set_aside_for_itself
     rig.drain()
     assert dict(rig.scheduler.stats())["num_preemptions_total"] == 1
     assert rig.finished == ["urgent", "again", "oldest"]  # its answer is computed again, one token a step, beside LONG
+
+
+@pytest.mark.parametrize("length", [40, 60, 80])
+def test_lease_is_kept_where_giving_it_up_would_not_make_room_enough(rig_class: Any, make: Any, length: int) -> None:
+    """Else the picture in it, whose features are gone, would be decoded and encoded again."""
+    rig = rig_class(num_blocks=33, feature_bytes=60, max_model_len=128, max_num_batched_tokens=64)
+    picture, other = (rig_class.make_item(name, 6, 1, 1) for name in ("picture", "other"))
+    rig.run(make("seed", [picture, *([3] * 26)], SamplingParams(max_tokens=1)))
+    rig.run(make("evicts", [other], SamplingParams(max_tokens=1)))
+    num_encoded = rig.device.num_encoded
+    rig.add(make("runs", [1] * 4, SamplingParams(max_tokens=80)))
+    rig.add(make("next", [2] * length, SamplingParams(max_tokens=2)))
+    rig.add(make("last", [picture, *([3] * 26)], SamplingParams(max_tokens=1)))
+    rig.drain()
+    assert rig.device.num_encoded == num_encoded
