@@ -145,7 +145,8 @@ def _assemble(
     *,
     streams: bool,
 ) -> LocalEngine:
-    """
+    """``build_engine`` on a device that is known.
+
     Args:
         encoder: makes what encodes pictures beside the steps; the engine ends it.
     """

@@ -8,6 +8,7 @@ pass are faster.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +19,11 @@ import numpy as np
 from opsin.engine.beside import BesideThread
 from opsin.engine.histogram import SHORT_SECONDS, Histogram
 from opsin.engine.remote_tower import RemoteTower
+from opsin.errors import EngineDeadError
 from opsin.runner.executor import Embedding, Pixels
 from opsin.types import MediaLayout
+
+logger = logging.getLogger(__name__)
 
 _WORTH_S = 1.0  # for about as long a process that starts keeps a core busy
 
@@ -43,7 +47,7 @@ class Encoder(Protocol):
 
 
 class MovingTower:
-    """An ``Encoder`` on the calling thread, until a process has loaded the same tower.
+    """An ``Encoder`` on the calling thread, until a process has loaded the same tower; for ever if none can.
 
     Args:
         here: encodes on the calling thread.
@@ -58,8 +62,9 @@ class MovingTower:
         self._here = here
         self._start = start
         self._on_moved = on_moved
-        self._changing = threading.Lock()  # guards the next two
+        self._changing = threading.Lock()  # guards the next three
         self._there = there
+        self._may_start = there is None
         self._is_closed = False
         self._has_moved = False
         self._spent_s = 0.0
@@ -91,10 +96,22 @@ class MovingTower:
         if self._has_moved:
             return self._there
         with self._changing:
-            if self._there is None and self._spent_s >= _WORTH_S and not self._is_closed:
+            if self._may_start and self._spent_s >= _WORTH_S and not self._is_closed:
                 self._there = self._start()
+                self._may_start = False
             there = self._there
-        return there if there is not None and there.is_loaded() else None
+        if there is None:
+            return None
+        try:
+            return there if there.is_loaded() else None
+        except EngineDeadError as error:  # for want of memory, above all: what is here is whole
+            with self._changing:
+                if self._is_closed:
+                    raise
+                self._there = None
+            logger.warning("Pictures are encoded on a thread, since the process for them failed: %s", error)
+            there.close()
+            return None
 
 
 class TowerThread(BesideThread[tuple[Pixels, MediaLayout], Embedding]):
