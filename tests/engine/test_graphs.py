@@ -15,7 +15,6 @@ import torch
 from opsin import LLM, AsyncLLM, PoolingParams, SamplingParams
 from opsin.models import load
 from opsin.runner import graphs, runner
-from opsin.runner.graphs import StepGraphs
 from opsin.runner.runner import ModelRunner
 from opsin.runner.tower import EagerTower, ReplayedTower
 from tests.engine.conftest import asked, assert_idle, everybody_let_in, picture
@@ -41,16 +40,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     def capture_graphs(self: ModelRunner, max_tokens: int, max_patches: int) -> None:
         self.vision.tower = ReplayedTower(EagerTower(self.model, self.device), recorder.record, max_patches)
         with torch.inference_mode():
-            self._graphs = StepGraphs(
-                self.model,
-                self._caches,
-                self._slots,
-                block_size=self.block_size,
-                max_rows=self._max_num_seqs,
-                max_tokens=max_tokens,
-                dtype=self.dtype,
-                record=recorder.record,
-            )
+            self._graphs = self._step_graphs(max_tokens, recorder.record)
             self._graphs.capture_first()
 
     for module in (load, runner):
