@@ -37,8 +37,8 @@ from opsin.kernels.triton.hopper import (
     product_layout,
 )
 
-_PART = 64  # columns that the copy engine brings at once
-_SIZES = (64, 128)
+_MAIN = 64  # columns of the first part of a head
+_SIZES = (64, 80, 96, 128)
 _PAGES = (16, 32, 64)
 _MAX_ROWS = 512  # of a step, unless there are more
 
@@ -81,21 +81,36 @@ def _tile(work, tile, NUM_KV: gl.constexpr, GROUP: gl.constexpr, BLOCK_Q: gl.con
 
 
 @gluon.jit
-def _fetch(descriptor, rows, column, bar, buffers, stage, MAIN: gl.constexpr, REST: gl.constexpr, PIECES: gl.constexpr):
+def _fetch(
+    descriptors, rows, column, bar, buffers, stage, MAIN: gl.constexpr, REST: gl.constexpr, PIECES: gl.constexpr
+):
     """Ask for a block of keys or values, ``rows`` being where in the cache its pieces begin."""
+    main, rest = descriptors
     main_to, rest_to = buffers
-    parts: gl.constexpr = 2 if REST > 0 else 1
-    mbarrier.expect(bar, descriptor.block_type.nbytes * PIECES * parts)
+    if REST > 0:
+        mbarrier.expect(bar, (main.block_type.nbytes + rest.block_type.nbytes) * PIECES)
+    else:
+        mbarrier.expect(bar, main.block_type.nbytes * PIECES)
     for piece in gl.static_range(PIECES):
         at = stage * PIECES + piece
-        tma.async_copy_global_to_shared(descriptor, [rows[piece], column], bar, main_to.index(at))
+        tma.async_copy_global_to_shared(main, [rows[piece], column], bar, main_to.index(at))
         if REST > 0:
-            tma.async_copy_global_to_shared(descriptor, [rows[piece], column + MAIN], bar, rest_to.index(at))
+            tma.async_copy_global_to_shared(rest, [rows[piece], column + MAIN], bar, rest_to.index(at))
+
+
+@gluon.jit
+def _pieces(block, PIECES: gl.constexpr, PAGE: gl.constexpr):
+    """Shared memory of blocks as that of their pages."""
+    dtype: gl.constexpr = block.dtype
+    count: gl.constexpr = block.shape[0] * PIECES
+    width: gl.constexpr = block.shape[2]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, width], dtype)
+    return block._reinterpret(dtype, [count, PAGE, width], layout)
 
 
 @gluon.jit
 def _produce(
-    task, memory, key_descriptor, value_descriptor,
+    task, memory, of_keys, of_values,
     NUM_KV: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
     MAIN: gl.constexpr, REST: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -105,11 +120,8 @@ def _produce(
     keys_full, values_full = full
     keys_empty, values_empty = empty
     PIECES: gl.constexpr = BLOCK_N // PAGE
-    dtype: gl.constexpr = keys[0].dtype
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, MAIN], dtype)
-    shape: gl.constexpr = [STAGES * PIECES, PAGE, MAIN]
-    key_pieces = (keys[0]._reinterpret(dtype, shape, layout), keys[1]._reinterpret(dtype, shape, layout))
-    value_pieces = (values[0]._reinterpret(dtype, shape, layout), values[1]._reinterpret(dtype, shape, layout))
+    key_pieces = (_pieces(keys[0], PIECES, PAGE), _pieces(keys[1], PIECES, PAGE))
+    value_pieces = (_pieces(values[0], PIECES, PAGE), _pieces(values[1], PIECES, PAGE))
     stage = 0
     phase = 1  # a wait for the phase before the first one ends at once
     for tile in range(gl.program_id(0), work[4], gl.num_programs(0)):
@@ -125,11 +137,9 @@ def _produce(
             for piece in gl.static_range(PIECES):
                 rows = rows + (gl.load(pages_ptr + gl.minimum(column + piece, last_page)) * PAGE,)  # noqa: RUF005
             mbarrier.wait(keys_empty.index(stage), phase)
-            _fetch(key_descriptor, rows, head * SIZE, keys_full.index(stage), key_pieces, stage, MAIN, REST, PIECES)
+            _fetch(of_keys, rows, head * SIZE, keys_full.index(stage), key_pieces, stage, MAIN, REST, PIECES)
             mbarrier.wait(values_empty.index(stage), phase)
-            _fetch(
-                value_descriptor, rows, head * SIZE, values_full.index(stage), value_pieces, stage, MAIN, REST, PIECES
-            )
+            _fetch(of_values, rows, head * SIZE, values_full.index(stage), value_pieces, stage, MAIN, REST, PIECES)
             stage, phase = following(stage, phase, STAGES)
 
 
@@ -147,12 +157,18 @@ def _consume(
     rest_q = queries[1].index(INDEX)
     warps: gl.constexpr = gl.num_warps()
     rows: gl.constexpr = 16 * warps
-    layout: gl.constexpr = memory_layout(MAIN, warps)
+    main_layout: gl.constexpr = memory_layout(MAIN, warps)
+    rest_layout: gl.constexpr = memory_layout(REST, warps)
     score_layout: gl.constexpr = product_layout(BLOCK_N, warps)
-    h = gl.arange(0, MAIN, gl.SliceLayout(0, layout))[None, :]
-    m = INDEX * rows + gl.arange(0, rows, gl.SliceLayout(1, layout))
-    q_at = ((m // GROUP) * q_stride_t + (m % GROUP) * q_stride_h)[:, None] + h
-    out_at = ((m // GROUP) * (NUM_KV * GROUP * SIZE) + (m % GROUP) * SIZE)[:, None] + h
+    main_m = INDEX * rows + gl.arange(0, rows, gl.SliceLayout(1, main_layout))
+    main_h = gl.arange(0, MAIN, gl.SliceLayout(0, main_layout))[None, :]
+    main_q_at = ((main_m // GROUP) * q_stride_t + (main_m % GROUP) * q_stride_h)[:, None] + main_h
+    main_out_at = ((main_m // GROUP) * (NUM_KV * GROUP * SIZE) + (main_m % GROUP) * SIZE)[:, None] + main_h
+    if REST > 0:
+        rest_m = INDEX * rows + gl.arange(0, rows, gl.SliceLayout(1, rest_layout))
+        rest_h = gl.arange(0, REST, gl.SliceLayout(0, rest_layout))[None, :]
+        rest_q_at = ((rest_m // GROUP) * q_stride_t + (rest_m % GROUP) * q_stride_h)[:, None] + rest_h
+        rest_out_at = ((rest_m // GROUP) * (NUM_KV * GROUP * SIZE) + (rest_m % GROUP) * SIZE)[:, None] + rest_h
     score_m = INDEX * rows + gl.arange(0, rows, gl.SliceLayout(1, score_layout))
     stage = 0
     phase = 0
@@ -165,9 +181,9 @@ def _consume(
             flat = first.to(gl.int64)
             q_here = q_ptr + flat * q_stride_t + head * GROUP * q_stride_h
             num_queries = num_tokens * GROUP  # they are the first rows
-            main_q.store(gl.load(q_here + q_at, mask=(m < num_queries)[:, None], other=0.0))
+            main_q.store(gl.load(q_here + main_q_at, mask=(main_m < num_queries)[:, None], other=0.0))
             if REST > 0:
-                rest_q.store(gl.load(q_here + q_at + MAIN, mask=(m < num_queries)[:, None], other=0.0))
+                rest_q.store(gl.load(q_here + rest_q_at + MAIN, mask=(rest_m < num_queries)[:, None], other=0.0))
             fence_async_shared()
             visible = gl.minimum(seen + score_m // GROUP + 1, context)
             num_masked = num_blocks - (seen + 1) // BLOCK_N
@@ -177,15 +193,15 @@ def _consume(
                 MAIN, REST, BLOCK_N, STAGES, False, True,
             )  # fmt: skip
             out_here = out_ptr + (flat * NUM_KV + head) * (GROUP * SIZE)
-            gl.store(out_here + out_at, main_q.load(layout), mask=(m < num_queries)[:, None])
+            gl.store(out_here + main_out_at, main_q.load(main_layout), mask=(main_m < num_queries)[:, None])
             if REST > 0:
-                gl.store(out_here + out_at + MAIN, rest_q.load(layout), mask=(m < num_queries)[:, None])
+                gl.store(out_here + rest_out_at + MAIN, rest_q.load(rest_layout), mask=(rest_m < num_queries)[:, None])
 
 
 # Numbers that change from step to step are not specialised: else Triton compiles a kernel for each of their kinds.
 @gluon.jit(do_not_specialize=["skips_singles", "num_rows", "table_stride"])
 def _paged_hopper_kernel(
-    q_ptr, key_descriptor, value_descriptor, out_ptr, table_ptr, start_ptr, context_ptr,
+    q_ptr, main_keys, rest_keys, main_values, rest_values, out_ptr, table_ptr, start_ptr, context_ptr,
     skips_singles, num_rows, table_stride, q_stride_t, q_stride_h, scale_log2,
     NUM_KV: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr, PAGE: gl.constexpr, MAX_ROWS: gl.constexpr,
     MAIN: gl.constexpr, REST: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -221,7 +237,7 @@ def _paged_hopper_kernel(
         (_consume, (task, memory, NUM_KV, GROUP, SIZE, BLOCK_Q, MAIN, REST, BLOCK_N, STAGES, 0)),
         (_consume, (task, memory, NUM_KV, GROUP, SIZE, BLOCK_Q, MAIN, REST, BLOCK_N, STAGES, 1)),
         (_consume, (task, memory, NUM_KV, GROUP, SIZE, BLOCK_Q, MAIN, REST, BLOCK_N, STAGES, 2)),
-        (_produce, (task, memory, key_descriptor, value_descriptor,
+        (_produce, (task, memory, (main_keys, rest_keys), (main_values, rest_values),
                     NUM_KV, GROUP, SIZE, PAGE, BLOCK_Q, MAIN, REST, BLOCK_N, STAGES)),
     ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
@@ -246,20 +262,24 @@ def launch(
     num_rows = len(inputs.query_lens)
     most_tiles = (num_tokens // (BLOCK_M // group) + num_rows) * num_kv
     _paged_hopper_kernel[(min(most_tiles, num_multiprocessors(q_TNH.device)),)](
-        q_TNH, _described(cache.key), _described(cache.value), out_TNH,
+        q_TNH, *_described(cache.key), *_described(cache.value), out_TNH,
         inputs.block_tables_BL, inputs.query_start_B1, inputs.context_lens_B,
         int(skips_singles), num_rows, inputs.block_tables_BL.stride(0), q_TNH.stride(0), q_TNH.stride(1),
         scale * LOG2_E,
         NUM_KV=num_kv, GROUP=group, SIZE=size, PAGE=page, MAX_ROWS=max(_MAX_ROWS, triton.next_power_of_2(num_rows)),
-        MAIN=_PART, REST=size - _PART, CONSUMERS=CONSUMERS, BLOCK_N=BLOCK_N, STAGES=STAGES,
+        MAIN=_MAIN, REST=size - _MAIN, CONSUMERS=CONSUMERS, BLOCK_N=BLOCK_N, STAGES=STAGES,
         num_warps=CONSUMER_WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
-def _described(cache: torch.Tensor) -> TensorDescriptor:
-    """A layer's keys or values as rows of all heads, for copies of a page's part of a head."""
+def _described(cache: torch.Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """A layer's keys or values as rows of all heads, for copies of a page's two parts of a head."""
     num_blocks, page, num_kv, size = cache.shape
     dtype = gl.bfloat16 if cache.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([page, _PART], dtype)
     width = num_kv * size
-    return TensorDescriptor(cache, [num_blocks * page, width], [width, 1], [page, _PART], layout)
+
+    def part(columns: int) -> TensorDescriptor:
+        layout = gl.NVMMASharedLayout.get_default_for([page, columns], dtype)
+        return TensorDescriptor(cache, [num_blocks * page, width], [width, 1], [page, columns], layout)
+
+    return part(_MAIN), part(size - _MAIN or _MAIN)
