@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from opsin.config import MediaConfig
 from opsin.errors import MediaError, RequestFailedError
 from opsin.media.pool import INLINE_PIXELS, Finished, MediaPool
 from opsin.media.source import PictureSource, open_picture
+from opsin.media.wire import KEPT_BYTES
 from opsin.types import PixelPlan, View
 
 from .pictures import encode, photo, slow_png, square_plan
@@ -72,6 +75,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def freeze(pid: int) -> None:
@@ -140,12 +147,26 @@ def test_large_result_is_mapped_and_freed_with_its_array(shared_pool: MediaPool)
         return Path("/proc/self/maps").read_text().count("opsin-media")
 
     before = mapped()
-    done = run(shared_pool, {"large": source}, edge=1300)
+    edge = math.isqrt(KEPT_BYTES // 3) + 1
+    done = run(shared_pool, {"large": source}, edge)
     assert done["large"].pixels is not None
-    assert done["large"].pixels.reshape(1300, 1300, 3).any()
+    assert done["large"].pixels.reshape(edge, edge, 3).any()
     assert mapped() == before + 1
     del done
     assert mapped() == before
+
+
+def test_results_outlive_the_jobs_that_go_through_the_same_memory_after_them() -> None:
+    edges = (64, 1700, 32, 8)  # the second one has memory of its own
+    pictures = {edge: photo(40 + edge % 7, 30) for edge in edges}
+    done: dict[str, Finished] = {}
+    with MediaPool(MediaConfig(media_workers=1)) as pool:
+        for edge, picture in pictures.items():
+            done |= run(pool, {str(edge): open_picture(encode(picture), MediaConfig())}, edge)
+    for edge, picture in pictures.items():
+        pixels = done[str(edge)].pixels
+        assert pixels is not None
+        assert np.array_equal(pixels, np.asarray(picture.resize((edge, edge), Image.Resampling.BICUBIC)).reshape(-1))
 
 
 def test_worker_past_its_deadline_is_killed_and_replaced() -> None:
@@ -173,9 +194,10 @@ def test_worker_killed_mid_job_fails_that_job_alone(slow_source: PictureSource) 
     quick = open_picture(photo(8, 8), MediaConfig())
     with MediaPool(MediaConfig(media_workers=1)) as pool:
         pid = warm(pool)
+        idle = resident_bytes(pid)
         pool.submit("dying", slow_source, square_plan(slow_source.size))
         pool.submit("waiting", quick, square_plan(quick.size))
-        wait_until(lambda: "opsin-media" in Path(f"/proc/{pid}/maps").read_text())
+        wait_until(lambda: resident_bytes(pid) > idle + SLOW_EDGE**2)  # it decodes
         os.kill(pid, signal.SIGKILL)
         done: dict[object, Finished] = {}
         while len(done) < 2:

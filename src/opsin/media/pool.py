@@ -8,12 +8,12 @@ an explicit ``media_workers`` they are done on one background thread.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import queue
 import selectors
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -31,7 +31,7 @@ from opsin.media.ops import PixelArray, distinct
 from opsin.media.raw import is_raw
 from opsin.media.source import EncodedPicture, PictureSource
 from opsin.media.spawn import START_TIMEOUT_S, start_worker
-from opsin.media.wire import Job, Reply, allocate, carry_out, receive, send, share
+from opsin.media.wire import KEPT_BYTES, Job, Reply, allocate, carry_out, receive, send, share
 from opsin.types import PixelPlan
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,6 @@ INLINE_PIXELS = 8_000_000
 """Waiting source pixels, some 0.1 s of decoding, that are left to the background thread before processes start."""
 
 MAX_PENDING = 1024
-_COPY_BELOW_BYTES = 2**22
 _MAX_FAILED_STARTS = 3
 
 
@@ -71,11 +70,27 @@ class _Worker:
     deadline: float
     ready: bool = False
     task: _Task | None = None
-    pixels: PixelArray | None = None
+    kept: mmap.mmap | None = None
+    pixels: PixelArray | None = None  # where the task's tiles come to lie
+    is_kept: bool = False  # they do in ``kept``
 
     @property
     def idle(self) -> bool:
         return self.ready and self.task is None
+
+    def lay_out(self, job: Job, data: bytes | bytearray | memoryview, descriptors: list[int]) -> mmap.mmap:
+        """The memory that the job's tiles come to lie in; ``descriptors`` gets those that are to go with the job."""
+        tiles_bytes = job.plan.num_bytes
+        if job.fits:
+            if self.kept is None:
+                descriptor, self.kept = allocate(KEPT_BYTES)
+                descriptors.append(descriptor)
+            self.kept[tiles_bytes : tiles_bytes + job.num_bytes] = data
+            return self.kept
+        descriptors.append(share(data))
+        descriptor, tiles = allocate(tiles_bytes)
+        descriptors.append(descriptor)
+        return tiles
 
 
 def default_num_workers() -> int:
@@ -331,13 +346,11 @@ class MediaPool:
             if is_raw(task.plan):  # nothing is left to do
                 self._finish(task, np.frombuffer(data, np.uint8), None)
                 return
+        alpha = source.alpha if isinstance(source, EncodedPicture) else "white"
+        job = Job(task.plan, picture, video, alpha, len(data))
         descriptors: list[int] = []
         try:
-            descriptors.append(share(data))
-            tiles_descriptor, tiles_memory = allocate(task.plan.num_bytes)
-            descriptors.append(tiles_descriptor)
-            alpha = source.alpha if isinstance(source, EncodedPicture) else "white"
-            job = Job(task.plan, picture, video, alpha, len(data))
+            tiles = worker.lay_out(job, data, descriptors)
             send(worker.connection, job, descriptors)
         except (ConnectionError, TimeoutError):  # it died before it was given the job
             self._discard(selector, worker)
@@ -347,7 +360,8 @@ class MediaPool:
             for descriptor in descriptors:
                 os.close(descriptor)
         worker.task = task
-        worker.pixels = np.frombuffer(tiles_memory, np.uint8)
+        worker.is_kept = job.fits
+        worker.pixels = np.frombuffer(tiles, np.uint8, task.plan.num_bytes)
         worker.deadline = time.monotonic() + self._seconds_for(task)
 
     def _put_back(self, task: _Task) -> None:
@@ -373,8 +387,8 @@ class MediaPool:
         elif worker.task is not None:
             task, pixels = worker.task, worker.pixels
             worker.task = worker.pixels = None
-            if pixels is not None and pixels.nbytes < _COPY_BELOW_BYTES and sys.version_info < (3, 13):
-                pixels = pixels.copy()  # see map_memory(): a thousand waiting pictures would hold as many descriptors
+            if pixels is not None and worker.is_kept:
+                pixels = pixels.copy()
             self._conclude(task, pixels, reply)
 
     def _seconds_for(self, task: _Task) -> float:

@@ -27,11 +27,18 @@ from opsin.types import PixelPlan
 
 T = TypeVar("T")
 
+KEPT_BYTES = 2**23
+"""Memory that the pool and a worker share while the worker lives, and that jobs which fit go through: making pages of
+new memory takes as long as decoding a picture into it."""
+
 _MAX_MESSAGE_BYTES = 2**24
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Make the plan's tiles. Two descriptors come beside it: the source's memory, and the tiles'.
+    """Make the plan's tiles.
+
+    Where it ``fits``, the source lies behind the tiles' place in the memory that is kept, whose descriptor comes beside
+    the first such job. Otherwise two descriptors come beside it: the source's memory, and the tiles'.
 
     Attributes:
         picture: the header of an encoded picture; likewise ``video``. Without either, the source is raw RGB of the
@@ -44,6 +51,10 @@ class Job(msgspec.Struct, frozen=True, array_like=True, tag=True):
     video: VideoHeader | None
     alpha: AlphaMode
     num_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.plan.num_bytes + self.num_bytes <= KEPT_BYTES
 
 
 class Probe(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -7,6 +7,7 @@ socket closes, so it cannot outlive the process that started it.
 from __future__ import annotations
 
 import gc
+import io
 import mmap
 import os
 import resource
@@ -22,7 +23,7 @@ from PIL import Image
 from opsin.media.decode import decode_rgb
 from opsin.media.ops import distinct
 from opsin.media.video import decode_frames, read_video_header
-from opsin.media.wire import Job, Probe, Reply, carry_out, map_memory, receive, replying, send
+from opsin.media.wire import KEPT_BYTES, Job, Probe, Reply, carry_out, map_memory, receive, replying, send
 
 _NICENESS = 5  # above the engine's: where cores are short, answers that go on come before new pictures
 
@@ -41,6 +42,7 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
     gc.freeze()  # what is loaded stays; the collections below then look at one picture's objects alone
     with socket.socket(fileno=descriptor) as connection:
         send(connection, Reply())
+        kept: mmap.mmap | None = None
         while True:
             try:
                 job, descriptors = receive(connection, cast("type[Job | Probe]", Job | Probe), 2)
@@ -48,7 +50,10 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
                 return
             # The pool's own deadline comes first; should the pool be gone, the kernel ends this process.
             signal.setitimer(signal.ITIMER_REAL, 2 * deadline_s)
-            reply = _run(job, descriptors) if isinstance(job, Job) else _probe(job, descriptors)
+            if isinstance(job, Job) and job.fits and descriptors:
+                kept = map_memory(descriptors[0], KEPT_BYTES)
+                os.close(descriptors.pop())
+            reply = _run(job, kept, descriptors) if isinstance(job, Job) else _probe(job, descriptors)
             signal.setitimer(signal.ITIMER_REAL, 0)
             gc.collect()  # Pillow's failures leave cycles that hold whole pictures
             try:
@@ -57,14 +62,19 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
                 return
 
 
-def _run(job: Job, descriptors: list[int]) -> Reply:
-    source_descriptor, tiles_descriptor = descriptors
-    try:
-        source = mmap.mmap(source_descriptor, job.num_bytes, access=mmap.ACCESS_READ)
-        tiles = np.frombuffer(map_memory(tiles_descriptor, job.plan.num_bytes), np.uint8)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+def _run(job: Job, kept: mmap.mmap | None, descriptors: list[int]) -> Reply:
+    tiles_bytes = job.plan.num_bytes
+    if job.fits:
+        assert kept is not None, "it comes with the first job that fits"
+        tiles = np.frombuffer(kept, np.uint8, tiles_bytes)
+        source = io.BytesIO(kept[tiles_bytes : tiles_bytes + job.num_bytes])
+    else:
+        try:
+            source = mmap.mmap(descriptors[0], job.num_bytes, access=mmap.ACCESS_READ)
+            tiles = np.frombuffer(map_memory(descriptors[1], tiles_bytes), np.uint8)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     def decode() -> Iterator[Image.Image]:
         if job.video is not None:
@@ -72,7 +82,8 @@ def _run(job: Job, descriptors: list[int]) -> Reply:
         elif job.picture is not None:
             yield decode_rgb(cast(IO[bytes], source), job.picture, job.alpha)
         else:
-            for frame in np.frombuffer(source, np.uint8).reshape(-1, job.plan.height, job.plan.width, 3):
+            raw = source.getbuffer() if isinstance(source, io.BytesIO) else source
+            for frame in np.frombuffer(raw, np.uint8).reshape(-1, job.plan.height, job.plan.width, 3):
                 yield Image.fromarray(frame)
 
     return carry_out(decode, job.plan, tiles, "picture" if job.video is None else "video")
