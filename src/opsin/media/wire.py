@@ -37,8 +37,8 @@ _MAX_MESSAGE_BYTES = 2**24
 class Job(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Make the plan's tiles.
 
-    Where it ``fits``, the source lies behind the tiles' place in the memory that is kept, whose descriptor comes beside
-    the first such job. Otherwise two descriptors come beside it: the source's memory, and the tiles'.
+    Two descriptors come beside it: the source's memory, and the tiles'. Or else the source lies behind the tiles' place
+    in memory that is kept, and the one descriptor is that memory's, or there is none: it came with an earlier job.
 
     Attributes:
         picture: the header of an encoded picture; likewise ``video``. Without either, the source is raw RGB of the
@@ -54,6 +54,7 @@ class Job(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     @property
     def fits(self) -> bool:
+        """Into memory that is kept."""
         return self.plan.num_bytes + self.num_bytes <= KEPT_BYTES
 
 

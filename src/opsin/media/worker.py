@@ -50,7 +50,7 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
                 return
             # The pool's own deadline comes first; should the pool be gone, the kernel ends this process.
             signal.setitimer(signal.ITIMER_REAL, 2 * deadline_s)
-            if isinstance(job, Job) and job.fits and descriptors:
+            if isinstance(job, Job) and len(descriptors) == 1:
                 kept = map_memory(descriptors[0], KEPT_BYTES)
                 os.close(descriptors.pop())
             reply = _run(job, kept, descriptors) if isinstance(job, Job) else _probe(job, descriptors)
@@ -64,17 +64,17 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
 
 def _run(job: Job, kept: mmap.mmap | None, descriptors: list[int]) -> Reply:
     tiles_bytes = job.plan.num_bytes
-    if job.fits:
-        assert kept is not None, "it comes with the first job that fits"
-        tiles = np.frombuffer(kept, np.uint8, tiles_bytes)
-        source = io.BytesIO(kept[tiles_bytes : tiles_bytes + job.num_bytes])
-    else:
+    if descriptors:
         try:
             source = mmap.mmap(descriptors[0], job.num_bytes, access=mmap.ACCESS_READ)
             tiles = np.frombuffer(map_memory(descriptors[1], tiles_bytes), np.uint8)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+    else:
+        assert kept is not None, "it comes with the first job that is to go through it"
+        tiles = np.frombuffer(kept, np.uint8, tiles_bytes)
+        source = io.BytesIO(kept[tiles_bytes : tiles_bytes + job.num_bytes])
 
     def decode() -> Iterator[Image.Image]:
         if job.video is not None:
