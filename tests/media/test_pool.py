@@ -130,13 +130,15 @@ def test_tiles_are_writable_and_survive_the_pool() -> None:
     assert pixels.shape == (32 * 32 * 3,)
 
 
-def test_results_that_are_kept_hold_no_descriptors(shared_pool: MediaPool) -> None:
-    run(shared_pool, sources())
-    before = len(os.listdir("/proc/self/fd"))
-    source = open_picture(photo(8, 8), MediaConfig())
-    kept = run(shared_pool, {str(i): source for i in range(40)})
-    assert len(os.listdir("/proc/self/fd")) <= before
-    assert len(kept) == 40
+@pytest.mark.parametrize("size", [(8, 8), (2048, 1600)], ids=["kept-memory", "large-source"])
+def test_results_that_wait_hold_no_descriptors(size: tuple[int, int]) -> None:
+    source = open_picture(photo(*size), MediaConfig())
+    with MediaPool(MediaConfig(media_workers=1)) as pool:
+        run(pool, {"first": open_picture(photo(8, 8), MediaConfig())})  # its worker has started, and has its memory
+        before = len(os.listdir("/proc/self/fd"))
+        waiting = run(pool, {str(i): source for i in range(10)})
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(waiting) == 10
 
 
 def test_large_result_is_mapped_and_freed_with_its_array(shared_pool: MediaPool) -> None:

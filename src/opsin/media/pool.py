@@ -72,7 +72,6 @@ class _Worker:
     task: _Task | None = None
     kept: mmap.mmap | None = None
     pixels: PixelArray | None = None  # where the task's tiles come to lie
-    is_kept: bool = False  # they do in ``kept``
 
     @property
     def idle(self) -> bool:
@@ -360,7 +359,6 @@ class MediaPool:
             for descriptor in descriptors:
                 os.close(descriptor)
         worker.task = task
-        worker.is_kept = job.fits
         worker.pixels = np.frombuffer(tiles, np.uint8, task.plan.num_bytes)
         worker.deadline = time.monotonic() + self._seconds_for(task)
 
@@ -387,7 +385,9 @@ class MediaPool:
         elif worker.task is not None:
             task, pixels = worker.task, worker.pixels
             worker.task = worker.pixels = None
-            if pixels is not None and worker.is_kept:
+            # Out of what is kept; and where the source alone was too large for it, because a mapping may hold a
+            # descriptor, as map_memory() says, and a thousand pictures may wait.
+            if pixels is not None and pixels.nbytes <= KEPT_BYTES:
                 pixels = pixels.copy()
             self._conclude(task, pixels, reply)
 
