@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import math
+import mmap
 import os
 import signal
 import subprocess
@@ -298,6 +300,19 @@ def test_workers_that_cannot_start_fail_the_jobs(monkeypatch: pytest.MonkeyPatch
         error = run(pool, {"a": open_picture(photo(8, 8), MediaConfig())})["a"].error
     assert isinstance(error, RequestFailedError)
     assert "do not start" in str(error)
+
+
+def test_job_for_which_no_descriptor_is_left_fails_and_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(num_bytes: int) -> tuple[int, mmap.mmap]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    source = open_picture(encode(photo(8, 8)), MediaConfig())
+    with MediaPool(MediaConfig(media_workers=1)) as pool:
+        with monkeypatch.context() as context:
+            context.setattr("opsin.media.pool.allocate", allocate)
+            refused = run(pool, {"refused": source})["refused"]
+        assert type(refused.error) is RequestFailedError
+        assert run(pool, {"next": source})["next"].error is None
 
 
 def test_close_mid_job_leaves_no_process_thread_or_descriptor(slow_source: PictureSource) -> None:

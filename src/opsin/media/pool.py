@@ -318,7 +318,11 @@ class MediaPool:
                     if not self._queue:
                         return
                     task = self._queue.popleft()
-                self._give(selector, worker, task)
+                try:
+                    self._give(selector, worker, task)
+                except Exception:
+                    self._put_back(task)  # where it is found with the others that fail now
+                    raise
         num_starting = sum(not worker.ready for worker in self._workers)
         num_free = self._max_workers - len(self._workers)
         for _ in range(min(len(self._queue) - num_starting, num_free)):
