@@ -62,7 +62,8 @@ def in_turn(llm: LLM) -> Recorder:
 def test_pictures_that_the_device_decodes_are_counted_among_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = JpegDecoder(StandIn(), torch.device("cpu"), None)
     monkeypatch.setattr(build, "most_raw_pixels", lambda device: MAX_RAW_PIXELS)
-    monkeypatch.setattr(build, "open_decoder", lambda wanted, device, most: decoder)
+    monkeypatch.setattr(build, "find_nvjpeg", lambda wanted, device: wanted)
+    monkeypatch.setattr(build, "open_decoder", lambda library, device, most: decoder)
     with LLM("demo", media_workers=0, jpeg_decoder="gpu") as llm:
         with watching() as recorder:
             ask(llm, range(20, 23))

@@ -16,7 +16,7 @@ from PIL import Image
 from opsin import LLM, SamplingParams
 from opsin.config import MediaConfig
 from opsin.engine import build, jpegs
-from opsin.engine.jpegs import JpegThread, check_decoder, open_decoder
+from opsin.engine.jpegs import JpegThread, check_decoder, find_nvjpeg, open_decoder
 from opsin.errors import ConfigError, EngineDeadError, MediaError
 from opsin.kernels.nvjpeg import WORKSPACE_BYTES, Jpeg, JpegDecoder
 from opsin.media.raw import MAX_RAW_PIXELS
@@ -63,7 +63,8 @@ def decoding(folder: Path, decoder: JpegDecoder, **settings: Any) -> LLM:
     """An engine that takes its device for one that resizes and decodes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "most_raw_pixels", lambda device: MAX_RAW_PIXELS)
-        patch.setattr(build, "open_decoder", lambda wanted, device, most: decoder if wanted == "gpu" else None)
+        patch.setattr(build, "find_nvjpeg", lambda wanted, device: wanted if wanted == "gpu" else None)
+        patch.setattr(build, "open_decoder", lambda library, device, most: decoder)
         return LLM(str(folder), jpeg_decoder="gpu", max_num_batched_patches=1, **settings)
 
 
@@ -248,18 +249,20 @@ def test_decoder_is_opened_where_it_is_asked_for_and_the_device_resizes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     cuda = torch.device("cuda")
-    assert open_decoder("cpu", cuda, MAX_RAW_PIXELS) is None
+    assert find_nvjpeg("cpu", cuda) is None
     with pytest.raises(ConfigError, match=r"jpeg_decoder is 'gpu' and the device 'cpu', which has no nvJPEG"):
-        open_decoder("gpu", CPU, 0)
+        find_nvjpeg("gpu", CPU)
 
     def missing() -> Any:
         raise ConfigError("libnvjpeg is not found")
 
     monkeypatch.setattr(jpegs, "load_library", missing)
     with pytest.raises(ConfigError, match="is not found"):
-        open_decoder("gpu", cuda, 0)
+        find_nvjpeg("gpu", cuda)
     monkeypatch.setattr(jpegs, "load_library", StandIn)
-    assert open_decoder("gpu", cuda, 0) is None
+    library = find_nvjpeg("gpu", cuda)
+    assert library is not None
+    assert open_decoder(library, cuda, 0) is None
     assert "JPEGs are decoded on the CPU" in caplog.text
 
     def on_host(library: Any, device: torch.device, stream: Any) -> JpegDecoder:
@@ -267,7 +270,16 @@ def test_decoder_is_opened_where_it_is_asked_for_and_the_device_resizes(
 
     monkeypatch.setattr(jpegs, "JpegDecoder", on_host)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    assert isinstance(open_decoder("gpu", cuda, MAX_RAW_PIXELS), JpegDecoder)
+    assert isinstance(open_decoder(library, cuda, MAX_RAW_PIXELS), JpegDecoder)
+
+
+def test_decoder_that_cannot_be_had_is_told_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch):
+    def load(*args: Any, **settings: Any) -> None:
+        raise AssertionError("loaded all the same")
+
+    monkeypatch.setattr(build, "load_model", load)
+    with pytest.raises(ConfigError, match="has no nvJPEG"):
+        LLM("demo", device="cpu", jpeg_decoder="gpu")
 
 
 @pytest.mark.parametrize(

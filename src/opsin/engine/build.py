@@ -18,7 +18,7 @@ from opsin.engine.core import EngineCore
 from opsin.engine.engine import EngineFacts
 from opsin.engine.feeder import MediaFeeder
 from opsin.engine.front import Front
-from opsin.engine.jpegs import JpegThread, open_decoder
+from opsin.engine.jpegs import JpegThread, find_nvjpeg, open_decoder
 from opsin.engine.local import LocalEngine
 from opsin.engine.nice import SharedCores
 from opsin.engine.remote_tower import RemoteTower, TowerLoad
@@ -60,7 +60,6 @@ class Budgets:
     max_num_batched_tokens: int
     max_num_batched_patches: int
     max_num_tokens_beside_decodes: int
-    max_num_patches_beside_decodes: int
     pipeline_depth: int
 
     @classmethod
@@ -69,13 +68,12 @@ class Budgets:
         tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
         patches = config.max_num_batched_patches or (16384 if on_gpu else 4096)
         # A CPU's time grows with every token. A GPU has a floor, below which larger steps cost next to nothing.
-        is_bound = streams and not on_gpu
+        tokens_beside = 16 if streams and not on_gpu else tokens
         return cls(
             max_num_seqs=config.max_num_seqs or (256 if on_gpu else 32),
             max_num_batched_tokens=tokens,
             max_num_batched_patches=patches,
-            max_num_tokens_beside_decodes=config.max_num_tokens_beside_decodes or (16 if is_bound else tokens),
-            max_num_patches_beside_decodes=config.max_num_patches_beside_decodes or (256 if is_bound else patches),
+            max_num_tokens_beside_decodes=config.max_num_tokens_beside_decodes or tokens_beside,
             pipeline_depth=config.pipeline_depth or (2 if on_gpu else 1),
         )
 
@@ -151,6 +149,7 @@ def _assemble(
         encoder: makes what encodes pictures beside the steps; the engine ends it.
     """
     files, tokenizer, rule = checkpoint.files, checkpoint.tokenizer, checkpoint.rule
+    nvjpeg = find_nvjpeg(config.media.jpeg_decoder, device)  # before weights are loaded for nothing
     model = load_model(
         files,
         rule.norm,
@@ -189,7 +188,7 @@ def _assemble(
         replays=replays,
     )
     max_raw_pixels = most_raw_pixels(device)
-    decoder = open_decoder(config.media.jpeg_decoder, device, max_raw_pixels)
+    decoder = None if nvjpeg is None else open_decoder(nvjpeg, device, max_raw_pixels)
     pixel_bytes = int(config.scheduler.pixel_buffer_gb * _GIB)
     memory = plan_memory(
         runner,
@@ -221,7 +220,7 @@ def _assemble(
             max_num_batched_tokens=budgets.max_num_batched_tokens,
             max_num_batched_patches=budgets.max_num_batched_patches,
             max_num_tokens_beside_decodes=budgets.max_num_tokens_beside_decodes,
-            max_num_patches_beside_decodes=budgets.max_num_patches_beside_decodes if tower is None else None,
+            max_num_patches_beside_decodes=config.scheduler.max_num_patches_beside_decodes if tower is None else None,
             encodes_beside=tower is not None,
             max_raw_pixels=max_raw_pixels,
             max_model_len=max_model_len,

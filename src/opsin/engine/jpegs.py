@@ -6,6 +6,7 @@ does not take or finds damaged. They have the last word, so errors are the same 
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -58,20 +59,28 @@ class JpegThread(BesideThread[EncodedPicture, torch.Tensor | None]):
         return made
 
 
-def open_decoder(wanted: Literal["cpu", "gpu"], device: torch.device, max_raw_pixels: int) -> JpegDecoder | None:
-    """The device's decoder, tried on one picture; None where the workers decode all.
-
-    Args:
-        max_raw_pixels: of pictures that the device resizes. Where it does not, decoding there saves nothing.
+def find_nvjpeg(wanted: Literal["cpu", "gpu"], device: torch.device) -> ctypes.CDLL | None:
+    """The library, where it is asked for.
 
     Raises:
-        ConfigError: it is asked for and cannot be had.
+        ConfigError: it cannot be had.
     """
     if wanted == "cpu":
         return None
     if device.type != "cuda":
         raise ConfigError(f"jpeg_decoder is 'gpu' and the device {str(device)!r}, which has no nvJPEG; write 'cpu'.")
-    library = load_library()
+    return load_library()
+
+
+def open_decoder(library: ctypes.CDLL, device: torch.device, max_raw_pixels: int) -> JpegDecoder | None:
+    """The device's decoder, tried on one picture; None where the workers are to decode all the same.
+
+    Args:
+        max_raw_pixels: of pictures that the device resizes. Where it does not, decoding there saves nothing.
+
+    Raises:
+        ConfigError: it does not work.
+    """
     if not max_raw_pixels:
         logger.warning("JPEGs are decoded on the CPU, where pictures are resized here, whatever jpeg_decoder says.")
         return None
