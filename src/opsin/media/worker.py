@@ -43,10 +43,11 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
     hush_pillow()
     gc.freeze()  # what is loaded stays; the collections below then look at one picture's objects alone
     with socket.socket(fileno=descriptor) as connection:
-        send(connection, Reply())
+        reply = Reply()
         kept: mmap.mmap | None = None
         while True:
             try:
+                send(connection, reply)
                 job, descriptors = receive(connection, cast("type[Job | Probe]", Job | Probe), 2)
             except (EOFError, ConnectionError):
                 return
@@ -58,10 +59,6 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
             reply = _run(job, kept, descriptors) if isinstance(job, Job) else _probe(job, descriptors)
             signal.setitimer(signal.ITIMER_REAL, 0)
             gc.collect()  # Pillow's failures leave cycles that hold whole pictures
-            try:
-                send(connection, reply)
-            except ConnectionError:
-                return
 
 
 def _run(job: Job, kept: mmap.mmap | None, descriptors: list[int]) -> Reply:
