@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Iterator
 
@@ -62,6 +63,26 @@ def test_one_who_leaves_does_not_take_the_others_picture_away(host: PictureHost,
         return await staying
 
     assert asyncio.run(ask()) == BODY
+
+
+def test_error_that_comes_after_who_asked_has_left_is_not_logged(host: PictureHost, fetcher: Fetcher):
+    logged: list[object] = []
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+        host.gate.clear()
+        leaving = asyncio.create_task(fetcher.fetch(f"{host.url}/missing"))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        host.gate.set()
+        await asyncio.to_thread(wait_until, lambda: fetcher._running == {})
+        await asyncio.sleep(0)  # the loop is told
+        gc.collect()
+
+    asyncio.run(ask())
+    assert logged == []
 
 
 def test_everybody_gets_an_error_of_his_own(host: PictureHost, fetcher: Fetcher):

@@ -23,6 +23,7 @@ from opsin.config import MediaConfig
 from opsin.errors import MediaError, RequestFailedError
 from opsin.media.pool import INLINE_PIXELS, Finished, MediaPool
 from opsin.media.source import PictureSource, open_picture
+from opsin.media.spawn import start_worker
 from opsin.media.wire import KEPT_BYTES
 from opsin.types import PixelPlan, View
 
@@ -332,6 +333,12 @@ def test_close_mid_job_leaves_no_process_thread_or_descriptor(slow_source: Pictu
     assert threading.active_count() == threads
     assert pids
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_worker_whose_pool_has_gone_meanwhile_ends_quietly() -> None:
+    process, connection = start_worker(MediaConfig())
+    connection.close()
+    assert process.wait(20) == 0
 
 
 def test_workers_end_when_the_parent_is_killed() -> None:

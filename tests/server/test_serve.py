@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from opsin.cli import flags, serve
 from opsin.cli.main import build_parser, main
@@ -226,3 +229,22 @@ def test_drain_timeout_that_passes_ends_streams_with_an_error(tiny_llava: Callab
                 rest = [line for line in events if line]
         assert '"code":"engine_stopped"' in rest[-1]
         assert server.wait(20) == 0
+
+
+def test_what_pillow_finds_odd_in_pictures_is_not_logged(tiny_llava: Callable[[LlavaShape], Path]):
+    odd = Image.Exif()
+    odd[0x0110] = "a camera"  # its text, cut off here, lies behind the table of tags
+    file = io.BytesIO()
+    Image.new("RGB", (50, 40)).save(file, "JPEG", exif=odd.tobytes()[:-8])
+    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    with process(*served(tiny_llava), "--port", "0") as (server, lines):
+        found = re.search(r"at (http://\S+)", "".join(lines))
+        assert found is not None
+        with httpx.Client(base_url=found[1], timeout=30, trust_env=False) as client:
+            body = chat({"type": "image_url", "image_url": {"url": url}})
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            assert client.post("/page/seen", json={"image_url": url}).status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        assert server.stderr is not None
+        assert "PIL" not in server.stderr.read()

@@ -65,8 +65,11 @@ class Fetcher:
                 job = self._begin(url, modality)
                 self._running[url, modality] = job
                 job.add_done_callback(lambda _: self._running.pop((url, modality), None))
+        awaited = asyncio.wrap_future(job)
+        awaited.add_done_callback(_look)
+        await asyncio.wait((awaited,))  # who goes away while waiting cancels nothing
         try:
-            return await asyncio.shield(asyncio.wrap_future(job))
+            return awaited.result()
         except MediaError as error:
             raise MediaError(str(error), code=error.code) from None
 
@@ -122,6 +125,12 @@ class Fetcher:
             wanted.job.set_exception(error)
         else:
             wanted.job.set_result(data)
+
+
+def _look(awaited: asyncio.Future[bytes]) -> None:
+    """Ask for an error that perhaps nobody is there to be told any more: asyncio would log it."""
+    if not awaited.cancelled():
+        awaited.exception()
 
 
 def _host(url: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from typing import IO, Literal, get_args
 
 import msgspec
@@ -103,6 +104,13 @@ def open_lazily(data: bytes | IO[bytes], format: ImageFormat) -> ImageFile.Image
     if isinstance(stream, _HeaderFile):
         stream.end_header()
     return image
+
+
+def hush_pillow() -> None:
+    """Let this process not warn of what Pillow finds odd in pictures: strangers' would fill a server's log, and
+    Python's record of the warnings that it has given, of which it forgets none.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class _HeaderFile(io.BytesIO):

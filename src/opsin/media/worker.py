@@ -22,6 +22,7 @@ from PIL import Image
 
 from opsin.media.decode import decode_rgb
 from opsin.media.ops import distinct
+from opsin.media.sniff import hush_pillow
 from opsin.media.video import decode_frames, read_video_header
 from opsin.media.wire import KEPT_BYTES, Job, Probe, Reply, carry_out, map_memory, receive, replying, send
 
@@ -39,12 +40,14 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)
+    hush_pillow()
     gc.freeze()  # what is loaded stays; the collections below then look at one picture's objects alone
     with socket.socket(fileno=descriptor) as connection:
-        send(connection, Reply())
+        reply = Reply()
         kept: mmap.mmap | None = None
         while True:
             try:
+                send(connection, reply)
                 job, descriptors = receive(connection, cast("type[Job | Probe]", Job | Probe), 2)
             except (EOFError, ConnectionError):
                 return
@@ -56,10 +59,6 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
             reply = _run(job, kept, descriptors) if isinstance(job, Job) else _probe(job, descriptors)
             signal.setitimer(signal.ITIMER_REAL, 0)
             gc.collect()  # Pillow's failures leave cycles that hold whole pictures
-            try:
-                send(connection, reply)
-            except ConnectionError:
-                return
 
 
 def _run(job: Job, kept: mmap.mmap | None, descriptors: list[int]) -> Reply:

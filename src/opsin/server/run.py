@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from opsin.errors import ConfigError
+from opsin.media.sniff import hush_pillow
 from opsin.server.config import ServerConfig
 from opsin.server.doorway import Doorway, UnderPath
 from opsin.server.protocol import BoundedProtocol
@@ -119,6 +120,7 @@ def run(listener: socket.socket, load: Load, announce: Callable[[FastAPI], None]
         ConfigError: a certificate cannot be used.
         EngineDeadError: the engine has stopped for good; everybody was told. And whatever ``load`` raises.
     """
+    hush_pillow()
     doorway = Doorway()
     settings = uvicorn_config(doorway, config)  # first: a wrong certificate should not cost the loading of a model
     loading = _Loading(load)
