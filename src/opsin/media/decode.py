@@ -63,7 +63,7 @@ def to_rgb(image: Image.Image, alpha: AlphaMode) -> Image.Image:
         if has_key:  # Pillow warns of palettes whose transparency it drops, which is what is asked for here
             image = image.copy()
             del image.info["transparency"]
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would be a copy
     except (ValueError, OSError):
         raise MediaError(
             f"A picture of Pillow's mode {image.mode!r} cannot be converted to RGB.", code="invalid_image_format"
