@@ -144,6 +144,18 @@ def test_results_that_wait_hold_no_descriptors(size: tuple[int, int]) -> None:
         assert len(waiting) == 10
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_picture_closed_too_early_fails_alone(workers: int) -> None:
+    pictures = {name: photo(40, 30) for name in ("before", "closed", "behind")}
+    jobs: dict[str, PictureSource] = {name: open_picture(one, MediaConfig()) for name, one in pictures.items()}
+    pictures["closed"].close()
+    with MediaPool(MediaConfig(media_workers=workers)) as pool:
+        done = run(pool, jobs)
+    assert isinstance(done["closed"].error, MediaError)
+    assert "was closed" in str(done["closed"].error)
+    assert done["before"].error is done["behind"].error is None
+
+
 def test_large_result_is_mapped_and_freed_with_its_array(shared_pool: MediaPool) -> None:
     source = open_picture(photo(8, 8), MediaConfig())
 

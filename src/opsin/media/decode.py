@@ -52,7 +52,7 @@ def to_rgb(image: Image.Image, alpha: AlphaMode) -> Image.Image:
     16-bit and float modes are clipped to 8 bits, not scaled, as Pillow (and so every Hugging Face processor) does.
 
     Raises:
-        MediaError: ``invalid_image_format``: Pillow cannot convert the mode.
+        MediaError: ``invalid_image_format``: Pillow cannot convert the mode, or the picture was closed.
     """
     has_key = image.info.get("transparency") is not None  # PNG's tRNS, GIF's transparent index
     try:
@@ -63,10 +63,14 @@ def to_rgb(image: Image.Image, alpha: AlphaMode) -> Image.Image:
         if has_key:  # Pillow warns of palettes whose transparency it drops, which is what is asked for here
             image = image.copy()
             del image.info["transparency"]
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would be a copy
+        if image.mode == "RGB":  # converting would be a copy
+            image.load()
+            return image
+        return image.convert("RGB")
     except (ValueError, OSError):
         raise MediaError(
-            f"A picture of Pillow's mode {image.mode!r} cannot be converted to RGB.", code="invalid_image_format"
+            f"A picture of Pillow's mode {image.mode!r} cannot be converted to RGB, or was closed before it was.",
+            code="invalid_image_format",
         ) from None
 
 
