@@ -31,6 +31,7 @@ from opsin.media.ops import PixelArray, distinct
 from opsin.media.raw import is_raw
 from opsin.media.source import EncodedPicture, PictureSource
 from opsin.media.spawn import START_TIMEOUT_S, start_worker
+from opsin.media.turbo import Turbo, open_turbo
 from opsin.media.wire import KEPT_BYTES, Job, Reply, allocate, carry_out, receive, send, share
 from opsin.types import PixelPlan
 
@@ -274,10 +275,11 @@ class MediaPool:
 
     def _run_inline(self) -> None:
         assert self._inline_queue is not None
+        turbo = open_turbo()
         while (task := self._inline_queue.get()) is not None:
             if self._tasks.get(task.job_id) is task:
                 try:
-                    self._conclude(task, *_carried_out(task.source, task.plan))
+                    self._conclude(task, *_carried_out(task.source, task.plan, turbo))
                 except Exception:
                     logger.exception("A picture could not be processed")
                     self._finish(task, None, RequestFailedError("The picture could not be processed."))
@@ -436,6 +438,9 @@ class MediaPool:
             self._finish(task, None, RequestFailedError(reason))
 
 
-def _carried_out(source: PictureSource | VideoSource, plan: PixelPlan) -> tuple[PixelArray, Reply]:
+def _carried_out(source: PictureSource | VideoSource, plan: PixelPlan, turbo: Turbo | None) -> tuple[PixelArray, Reply]:
     pixels = np.empty(plan.num_bytes, np.uint8)
+    if turbo is not None and isinstance(source, EncodedPicture) and is_raw(plan):
+        if turbo.fill(source.data, source.header, pixels):
+            return pixels, Reply()
     return pixels, carry_out(lambda: source.frames(distinct(plan.frames)), plan, pixels, source.noun)

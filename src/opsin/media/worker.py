@@ -22,7 +22,9 @@ from PIL import Image
 
 from opsin.media.decode import decode_rgb
 from opsin.media.ops import distinct
+from opsin.media.raw import is_raw
 from opsin.media.sniff import hush_pillow
+from opsin.media.turbo import Turbo, open_turbo
 from opsin.media.video import decode_frames, read_video_header
 from opsin.media.wire import KEPT_BYTES, Job, Probe, Reply, carry_out, map_memory, receive, replying, send
 
@@ -41,6 +43,7 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)
     hush_pillow()
+    turbo = open_turbo()
     gc.freeze()  # what is loaded stays; the collections below then look at one picture's objects alone
     with socket.socket(fileno=descriptor) as connection:
         reply = Reply()
@@ -56,12 +59,12 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
             if isinstance(job, Job) and len(descriptors) == 1:
                 kept = map_memory(descriptors[0], KEPT_BYTES)
                 os.close(descriptors.pop())
-            reply = _run(job, kept, descriptors) if isinstance(job, Job) else _probe(job, descriptors)
+            reply = _run(job, kept, descriptors, turbo) if isinstance(job, Job) else _probe(job, descriptors)
             signal.setitimer(signal.ITIMER_REAL, 0)
             gc.collect()  # Pillow's failures leave cycles that hold whole pictures
 
 
-def _run(job: Job, kept: mmap.mmap | None, descriptors: list[int]) -> Reply:
+def _run(job: Job, kept: mmap.mmap | None, descriptors: list[int], turbo: Turbo | None) -> Reply:
     tiles_bytes = job.plan.num_bytes
     if descriptors:
         try:
@@ -74,6 +77,9 @@ def _run(job: Job, kept: mmap.mmap | None, descriptors: list[int]) -> Reply:
         assert kept is not None, "it comes with the first job that is to go through it"
         tiles = np.frombuffer(kept, np.uint8, tiles_bytes)
         source = io.BytesIO(kept[tiles_bytes : tiles_bytes + job.num_bytes])
+    data = source.getbuffer() if isinstance(source, io.BytesIO) else memoryview(source)
+    if turbo is not None and job.picture is not None and is_raw(job.plan) and turbo.fill(data, job.picture, tiles):
+        return Reply()
 
     def decode() -> Iterator[Image.Image]:
         if job.video is not None:
@@ -81,8 +87,7 @@ def _run(job: Job, kept: mmap.mmap | None, descriptors: list[int]) -> Reply:
         elif job.picture is not None:
             yield decode_rgb(cast(IO[bytes], source), job.picture, job.alpha)
         else:
-            raw = source.getbuffer() if isinstance(source, io.BytesIO) else source
-            for frame in np.frombuffer(raw, np.uint8).reshape(-1, job.plan.height, job.plan.width, 3):
+            for frame in np.frombuffer(data, np.uint8).reshape(-1, job.plan.height, job.plan.width, 3):
                 yield Image.fromarray(frame)
 
     return carry_out(decode, job.plan, tiles, "picture" if job.video is None else "video")
