@@ -154,6 +154,13 @@ def test_tower_ends_with_its_engine_though_it_is_at_work(folder: Path) -> None:
     tower.close()
 
 
+def test_tower_that_another_thread_has_closed_is_not_loading(folder: Path) -> None:
+    tower = RemoteTower(Case(folder, {}).load())
+    assert tower.is_loading()
+    tower.close()
+    assert not tower.is_loading()
+
+
 def test_tower_that_cannot_be_loaded_tells_why(folder: Path, tmp_path: Path) -> None:
     elsewhere = msgspec.structs.replace(Case(folder, {}).load(), folder=str(tmp_path))
     tower = RemoteTower(elsewhere)

@@ -107,8 +107,11 @@ class RemoteTower:
         return not self._is_loaded and not self._has_news()
 
     def _has_news(self) -> bool:
+        descriptor = self._connection.fileno()
+        if descriptor < 0:  # another thread has closed it
+            return True
         news = select.poll()
-        news.register(self._connection, select.POLLIN)
+        news.register(descriptor, select.POLLIN)
         return bool(news.poll(0))
 
     def _load(self) -> bool:

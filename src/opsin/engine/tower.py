@@ -82,7 +82,8 @@ class MovingTower:
         return there.encode(pixels, layout)
 
     def is_loading(self) -> bool:
-        return self._there is not None and self._there.is_loading()
+        there = self._there  # looked at once: the encoding thread gives up one that failed
+        return there is not None and there.is_loading()
 
     def close(self) -> None:
         with self._changing:
