@@ -29,6 +29,7 @@ from opsin.media.ops import make_frames
 from opsin.media.pool import MediaPool
 from opsin.media.raw import raw_plan
 from opsin.media.source import EncodedPicture, open_encoded
+from opsin.media.turbo import open_turbo
 from opsin.types import PixelPlan, Resize, View
 
 _NUM_PICTURES = 16
@@ -57,7 +58,7 @@ def stages(sources: list[EncodedPicture], datas: list[bytes], plan: PixelPlan) -
     raw = as_it_is(plan)
     out, raw_out = np.empty(plan.num_bytes, np.uint8), np.empty(raw.num_bytes, np.uint8)
     resized = [picture.resize((view.width, view.height), Image.Resampling.BICUBIC) for picture in decoded]
-    return {
+    found = {
         "open (header, digest)": _least_ms([lambda data=data: open_encoded(data, config) for data in datas]),
         "decode": _least_ms([source.decode for source in sources]),
         "resize": _least_ms(
@@ -67,6 +68,11 @@ def stages(sources: list[EncodedPicture], datas: list[bytes], plan: PixelPlan) -
         "all": _least_ms([lambda s=s: make_frames([s.decode()], plan, out) for s in sources]),
         "decode only": _least_ms([lambda s=s: make_frames([s.decode()], raw, raw_out) for s in sources]),
     }
+    turbo = open_turbo()
+    if turbo is not None:
+        fill = turbo.fill
+        found["decode only, simplejpeg"] = _least_ms([lambda s=s: fill(s.data, s.header, raw_out) for s in sources])
+    return found
 
 
 def on_device(source: EncodedPicture, plan: PixelPlan) -> dict[str, float] | None:

@@ -14,7 +14,17 @@ from typing import Any
 
 import opsin
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "msgspec", "huggingface_hub")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "msgspec",
+    "huggingface_hub",
+)
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "HF_ENDPOINT",

@@ -207,9 +207,9 @@ class _Pictures:
             self._given[task.job_id] = time.monotonic(), f"{MEDIA} worker {worker.process.pid}"
             give(media, selector, worker, task)
 
-        def noted_carry(source: Any, plan: Any) -> Any:
+        def noted_carry(source: Any, plan: Any, turbo: Any) -> Any:
             self._inline_s = time.monotonic()  # one thread does these, one after the other
-            return carry(source, plan)
+            return carry(source, plan, turbo)
 
         def noted_finish(media: MediaPool, task: Any, pixels: Any, error: Any) -> None:
             end_s = time.monotonic()
