@@ -143,13 +143,21 @@ def test_decoder_with_other_bytes_than_pillows_is_not_used(
     assert "decoded by Pillow" in caplog.text
 
 
-def test_without_the_library_pillow_decodes(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ModuleNotFoundError("no simplejpeg"), False), (ValueError("numpy.dtype size changed"), True)],
+    ids=["missing", "broken"],
+)
+def test_without_the_library_pillow_decodes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, told: bool
+):
     find = importlib.import_module
 
-    def missing(name: str, *args: Any) -> Any:
+    def failing(name: str, *args: Any) -> Any:
         if name == "simplejpeg":
-            raise ModuleNotFoundError(name)
+            raise error
         return find(name, *args)
 
-    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", failing)
     assert open_turbo() is None
+    assert ("does not work here" in caplog.text) == told
