@@ -35,12 +35,13 @@ import torch
 from opsin.cli import environment
 from opsin.engine.core import EngineCore
 from opsin.engine.messages import News
-from opsin.kernels import select
+from opsin.kernels import reference, select
 from opsin.kernels.inputs import AttentionInputs, LayerCache
 from opsin.params import SamplingParams
 from opsin.runner.executor import Embedding, MemoryPlan
 from opsin.runner.graphs import StepGraphs
 from opsin.runner.inline import InlineExecutor
+from opsin.runner.kept import Graph
 from opsin.runner.launched import LaunchedStep
 from opsin.runner.runner import ModelRunner
 from opsin.scheduler import Scheduler, SchedulerLimits
@@ -97,11 +98,9 @@ class _Nothing:
     def replay(self) -> None: ...
 
 
-class NoRecorder:
-    """A ``Recorder`` whose graphs do nothing."""
-
-    def record(self, work: Callable[[], torch.Tensor], *, warm_up: bool) -> tuple[Any, torch.Tensor]:
-        return _Nothing(), work()
+def record_nothing(work: Callable[[], torch.Tensor], *, warm_up: bool) -> tuple[Graph, torch.Tensor]:
+    """A ``Record`` whose graphs do nothing."""
+    return _Nothing(), work()
 
 
 class Clock:
@@ -135,7 +134,7 @@ def make_core(num_rows: int, device: torch.device, clock: Clock) -> EngineCore:
         pixel_bytes=2**30,
         pipeline_depth=2,
     )
-    kernels = replace(select(device), greedy=lambda logits_BV: (logits_BV.argmax(-1), logits_BV[:, 0] == 0))
+    kernels = replace(select(device), greedy=reference.greedy)
     runner = ModelRunner(
         NoModel(device),
         max_num_seqs=num_rows,
@@ -156,7 +155,7 @@ def make_core(num_rows: int, device: torch.device, clock: Clock) -> EngineCore:
             max_rows=num_rows,
             max_tokens=limits.max_num_batched_tokens,
             dtype=torch.float32,
-            recorder=NoRecorder(),  # type: ignore[arg-type]
+            record=record_nothing,
         )
         graphs.capture_first()
         runner._graphs = graphs
@@ -262,7 +261,7 @@ def replace_tokens(params: SamplingParams, number: int) -> SamplingParams:
     return msgspec.structs.replace(params, max_tokens=_ANSWER // 2 + 37 * number % _ANSWER)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=[1, 32, 128, 256])
     parser.add_argument("--runs", type=int, default=5)
@@ -272,7 +271,7 @@ def main() -> None:
     parser.add_argument("--profile", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     torch.set_num_threads(1)
     report: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "rows": {}}
     names = [*_STAGES, "total", "p50", "p99"]

@@ -26,7 +26,7 @@ from opsin.cli import environment
 from opsin.cli.synthetic import photo
 from opsin.config import MediaConfig
 from opsin.media.ops import make_frames
-from opsin.media.pool import MediaPool
+from opsin.media.pool import MAX_PENDING, MediaPool
 from opsin.media.raw import raw_plan
 from opsin.media.source import EncodedPicture, open_encoded
 from opsin.media.turbo import open_turbo
@@ -105,10 +105,11 @@ def on_device(source: EncodedPicture, plan: PixelPlan) -> dict[str, float] | Non
 
 def pictures_per_second(pool: MediaPool, sources: list[EncodedPicture], plan: PixelPlan, count: int) -> float:
     begun_s = time.perf_counter()
-    for job_id in range(count):
-        pool.submit(job_id, sources[job_id % len(sources)], plan)
-    done = 0
+    given = done = 0
     while done < count:
+        for job_id in range(given, min(count, done + MAX_PENDING)):
+            pool.submit(job_id, sources[job_id % len(sources)], plan)
+        given = min(count, done + MAX_PENDING)
         finished = pool.wait()
         assert all(item.error is None for item in finished)
         done += len(finished)

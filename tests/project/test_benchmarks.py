@@ -151,3 +151,15 @@ def test_gpu_decode_tells_rates_and_errors_of_each_sampling_in_lines(benchmark: 
     assert gpu_decode.pixel_error(decoder, photo._replace(width=63)) == "not taken"
     assert gpu_decode.rate(lambda round: 4).keys() == {"pictures_per_s", "ms_per_picture"}
     assert gpu_decode.in_lines({"a": {"x": 1, "y": 2}, "b": "none"}) == {"a": "x 1, y 2", "b": "none"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--mixed"], ["--sampled"], ["--first"]])
+def test_host_step_times_every_stage(
+    benchmark: Callable[[str], Any], flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+    benchmark("host_step").main(["--rows", "2", "--runs", "1", "--json", str(report), *flags])
+    figures = json.loads(report.read_text())["rows"]["2"]
+    assert figures["launch"] > 0
+    assert figures["total"] >= figures["plan"] + figures["launch"]
+    assert capsys.readouterr().out.startswith("rows")
