@@ -199,6 +199,42 @@ def test_bad_picture_fails_with_code(picture: Any, code: str) -> None:
     assert code_of(picture) == code
 
 
+@pytest.mark.parametrize(
+    ("data", "likely"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, as phones make it"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", "AVIF"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2", "a video"),
+        (b"\xff\x4f\xff\x51\0\x2f", "JPEG 2000"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (b'<?xml version="1.0"?>\n<svg width="4">', "SVG"),
+        (b"\n<!DOCTYPE html><title>404</title>", "a web page"),
+        (b"iVBORw0KGgoAAAANSUhEUg", "base64 text that was not decoded"),
+        (b"data:image/jpeg;base64,/9j/4AAQ", "base64 text that was not decoded"),
+        (b"junk", None),
+    ],
+)
+def test_what_is_taken_for_a_picture_is_told_by_its_name(data: bytes, likely: str | None) -> None:
+    with pytest.raises(MediaError) as caught:
+        open_picture(data, CONFIG)
+    assert str(caught.value).endswith(f"; it looks like {likely}." if likely else "TIFF).")
+
+
+def test_errors_of_a_path_name_it_and_urls_are_known_for_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    for path, words in (
+        (tmp_path / "cat.jpg", ("No such file", "cat.jpg'.")),
+        (str(tmp_path / "notes.txt"), ("not a picture", "notes.txt'.")),
+        ("https://example.com/cat.jpg", ("'https://example.com/cat.jpg', a URL: give those to chat",)),
+        ("data:image/png;base64," + "A" * 10_000, ("a URL: give those to chat",)),
+    ):
+        with pytest.raises(MediaError) as caught:
+            open_picture(path, CONFIG)
+        assert all(word in str(caught.value) for word in words)
+        assert len(str(caught.value)) < 500
+        assert caught.value.code in ("invalid_image_url", "invalid_image_format")
+
+
 def test_limits_are_checked_before_anything_is_parsed_or_decoded(tmp_path: Path) -> None:
     data = encode(photo(20, 20))
     path = tmp_path / "p.png"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -24,6 +26,8 @@ from opsin.media.decode import AlphaMode, check_size, decode_rgb, to_rgb
 from opsin.media.sniff import ImageHeader, check_num_bytes, check_num_pixels, read_header
 
 Noun = Literal["picture", "video"]
+
+_URL = re.compile(r"(?:https?|data|file|s3|gs):", re.IGNORECASE)
 
 _LOADING = threading.Lock()
 """Pillow reads a lazily opened file without a lock, and several requests may show one and the same ``Image``."""
@@ -121,7 +125,9 @@ def open_picture(picture: object, config: MediaConfig) -> PictureSource:
     if isinstance(picture, bytes | bytearray):
         return open_encoded(bytes(picture), config)
     if isinstance(picture, str | os.PathLike):
-        return open_encoded(read_regular_file(cast(str | os.PathLike[str], picture), config.max_media_bytes), config)
+        path = cast(str | os.PathLike[str], picture)
+        with naming(path):
+            return open_encoded(read_regular_file(path, config.max_media_bytes), config)
     raise MediaError(
         f"A picture may be a PIL.Image, a NumPy array, encoded bytes or a path; got {type(picture).__name__}.",
         code="invalid_image_format",
@@ -137,6 +143,18 @@ def open_encoded(data: bytes, config: MediaConfig) -> EncodedPicture:
     header = read_header(data, max_pixels=config.max_image_pixels, max_bytes=config.max_media_bytes)
     digest = hashlib.blake2b(data, digest_size=32, person=b"encoded").digest()
     return EncodedPicture(data, header, digest, config.image_alpha)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Generator[None]:
+    """The errors of a file that the caller named: they tell its name, and of a URL what takes those."""
+    try:
+        yield
+    except MediaError as error:
+        told = f"{error} The path was {os.fspath(path)!r:.200}"
+        if _URL.match(str(path)):
+            told += ", a URL: give those to chat, as image_url or video_url, or fetch them first"
+        raise MediaError(f"{told}.", code=error.code, param=error.param) from None
 
 
 def _open_pillow(image: Image.Image, config: MediaConfig) -> PixelPicture:
