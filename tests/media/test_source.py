@@ -13,14 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import BmpImagePlugin, Image, ImageOps
 
 from opsin.config import MediaConfig
-from opsin.errors import MediaError
+from opsin.errors import MediaError, RequestError
+from opsin.media.clips import FrameChoice
+from opsin.media.decode import decode_rgb
 from opsin.media.source import EncodedPicture, open_picture, read_regular_file
-from opsin.media.wire import carry_out
+from opsin.media.wire import Job, carry_out
 from opsin.types import PixelPlan
 
 from .pictures import encode, photo, png_chunk
@@ -111,6 +114,36 @@ def test_transparency_is_white_or_dropped(mode: str) -> None:
     dropped = open_picture(image, MediaConfig(image_alpha="drop")).decode()
     assert dropped.getpixel((0, 0)) == image.convert("RGBA").getpixel((0, 0))[:3]  # type: ignore[index]
     assert open_picture(image, CONFIG).decode().getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("form", ["pillow", "array", "bytes", "worker"])
+def test_transparency_shows_the_background_that_was_asked_for(form: str) -> None:
+    image = Image.new("RGBA", (1, 1), (10, 10, 10, 51))  # a fifth of it shows
+    config = MediaConfig(media_io_kwargs={"image": {"rgba_background_color": [0, 100, 200]}}, image_alpha="drop")
+    picture: Any = {"pillow": image, "array": np.asarray(image)}.get(form, encode(image))
+    source = open_picture(picture, config)
+    if form == "worker":
+        assert isinstance(source, EncodedPicture)
+        job = msgspec.msgpack.decode(
+            msgspec.msgpack.encode(Job(PixelPlan(1, 1, ()), source.header, None, source.alpha, 1)), type=Job
+        )
+        assert decode_rgb(source.data, source.header, job.alpha).getpixel((0, 0)) == (2, 82, 162)
+    else:
+        assert source.decode().getpixel((0, 0)) == (2, 82, 162)
+    assert open_picture(photo(4, 4), config).decode().tobytes() == photo(4, 4).tobytes()
+
+
+@pytest.mark.parametrize("colour", ["black", [0, 0], [0, 0, 256], [0, 0, 0.5], 7])
+def test_background_that_is_no_colour_is_refused(colour: Any) -> None:
+    with pytest.raises(RequestError, match="rgba_background_color"):
+        FrameChoice.of({"image": {"rgba_background_color": colour}})
+
+
+def test_background_is_the_engines_not_a_requests() -> None:
+    settings = {"image": {"rgba_background_color": [0, 0, 0]}}
+    assert FrameChoice.of(settings, {"video": {"num_frames": 3}}).num_frames == 3
+    with pytest.raises(RequestError, match="a request has no settings for pictures"):
+        FrameChoice.of({}, settings)
 
 
 def test_path_bytes_and_str_share_one_digest(tmp_path: Path) -> None:
@@ -252,7 +285,9 @@ def test_header_of_a_huge_picture_costs_no_memory(edge: int, expected: str) -> N
 import resource, sys
 sys.path[:] = {sys.path!r}
 from opsin.config import MediaConfig
-from opsin.errors import MediaError
+from opsin.errors import MediaError, RequestError
+from opsin.media.clips import FrameChoice
+from opsin.media.decode import decode_rgb
 from opsin.media.source import open_picture
 data = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -22,7 +22,7 @@ from PIL import Image
 from opsin.config import MediaConfig
 from opsin.errors import MediaError, RequestError
 from opsin.media.sniff import check_num_bytes
-from opsin.media.source import Noun, PictureSource, naming, open_picture, read_regular_file
+from opsin.media.source import Noun, PictureSource, background_of, naming, open_picture, read_regular_file
 from opsin.media.video import (
     VideoFormat,
     VideoHeader,
@@ -108,19 +108,19 @@ class FrameChoice(NamedTuple):
 
     @classmethod
     def of(cls, *layers: Mapping[str, Any] | None) -> FrameChoice:
-        """Read ``media_io_kwargs``, the later over the earlier.
+        """Read ``media_io_kwargs``, the engine's and a request's over it. Those of pictures are checked.
 
         Raises:
             RequestError: an unknown key or a value that is no number.
         """
         merged: dict[str, Any] = {}
-        for layer in layers:
+        for i, layer in enumerate(layers):
             if layer is None:
                 continue
             if not isinstance(layer, Mapping) or not set(layer) <= {"image", "video"}:
                 raise _wrong(f"it is {layer!r}; it must be {{'video': {{'num_frames': n, 'fps': f}}}}.")
-            if layer.get("image"):
-                raise _wrong("pictures have no settings there; see image_alpha for transparent ones.")
+            if background_of(layer) and i > 0:
+                raise _wrong("a request has no settings for pictures; those of the engine hold.")
             video = layer.get("video") or {}
             if not isinstance(video, Mapping) or not set(video) <= {"num_frames", "fps"}:
                 raise _wrong(f"its video settings are {video!r}; there are 'num_frames' and 'fps'.")
