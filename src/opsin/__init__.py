@@ -20,8 +20,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WeightError,
     )
-    from opsin.llm import LLM
-    from opsin.params import BeamSearchParams, PoolingParams, SamplingParams
+    from opsin.inputs import PromptType, TextPrompt, TokensPrompt
+    from opsin.llm import LLM, EngineArgs
+    from opsin.outputs import CompletionOutput, RequestOutput
+    from opsin.params import BeamSearchParams, PoolingParams, SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0.dev0"
 
@@ -29,15 +31,22 @@ _HOMES = {
     "LLM": "opsin.llm",
     "AsyncLLM": "opsin.async_llm",
     "BeamSearchParams": "opsin.params",
+    "CompletionOutput": "opsin.outputs",
     "ConfigError": "opsin.errors",
     "ContextLengthError": "opsin.errors",
+    "EngineArgs": "opsin.llm",
     "EngineDeadError": "opsin.errors",
     "MediaError": "opsin.errors",
     "OpsinError": "opsin.errors",
     "PoolingParams": "opsin.params",
+    "PromptType": "opsin.inputs",
     "RequestError": "opsin.errors",
     "RequestFailedError": "opsin.errors",
+    "RequestOutput": "opsin.outputs",
     "SamplingParams": "opsin.params",
+    "StructuredOutputsParams": "opsin.params",
+    "TextPrompt": "opsin.inputs",
+    "TokensPrompt": "opsin.inputs",
     "UnsupportedModelError": "opsin.errors",
     "WeightError": "opsin.errors",
 }
@@ -46,15 +55,22 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "BeamSearchParams",
+    "CompletionOutput",
     "ConfigError",
     "ContextLengthError",
+    "EngineArgs",
     "EngineDeadError",
     "MediaError",
     "OpsinError",
     "PoolingParams",
+    "PromptType",
     "RequestError",
     "RequestFailedError",
+    "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "UnsupportedModelError",
     "WeightError",
     "__version__",

@@ -5,11 +5,14 @@ Names, defaults and results are vLLM's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal, NoReturn, Self, TypeVar, Unpack, cast
 
 import msgspec
 
+from opsin import vllm_settings
 from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.build import build_front
 from opsin.engine.front import template_text
@@ -38,22 +41,43 @@ from opsin.types import ModelSpec
 P = TypeVar("P", SamplingParams, PoolingParams)
 Message = Mapping[str, Any]
 
+logger = logging.getLogger(__name__)
+
+
+class EngineArgs(SimpleNamespace):
+    """The settings of an engine that is made later, by ``LLM.from_engine_args``: what vLLM's examples hand about.
+
+    Every setting is an attribute, None where it was not given.
+    """
+
+    def __init__(self, model: str = "demo", **settings: Unpack[EngineSettings]) -> None:
+        super().__init__(**{**dict.fromkeys(EngineSettings.__annotations__), "model": model, **settings})
+
 
 class LLM:
     """A vision-language model, ready to answer.
 
     Args:
         model: a Hugging Face id, a local folder, or "demo" for the model inside the package.
-        settings: any field of ``opsin.config``'s groups, by name.
+        settings: any field of ``opsin.config``'s groups, by name. Of those that vLLM alone has, the ones that would
+            change no answer are accepted, and a line in the log says so.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
     """
 
     def __init__(self, model: str = "demo", **settings: Unpack[EngineSettings]) -> None:
-        self.config = EngineConfig.from_flat({"model": model, **settings})
+        own, notices = vllm_settings.without(cast("Mapping[str, Any]", settings))
+        self.config = EngineConfig.from_flat({"model": model, **own})
+        for notice in notices:
+            logger.warning(notice)
         self._front = build_front(self.config, streams=False)
         self._calls = OfflineCalls(self._front)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> Self:
+        """The engine that these settings describe."""
+        return cls(**vars(engine_args))
 
     def __enter__(self) -> Self:
         return self
@@ -69,6 +93,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: None = None,
         priority: Sequence[int] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         return_exceptions: bool = False,
@@ -78,6 +103,7 @@ class LLM:
         Args:
             prompts: one, or several to be batched.
             sampling_params: for all, or one per prompt; the checkpoint's generation_config.json by default.
+            lora_request: None, as vLLM's examples pass it: there are no adapters.
             priority: one per prompt, lower first; matters with ``scheduling_policy="priority"``.
             mm_processor_kwargs: settings of the picture processor for this call.
             return_exceptions: put a failed request's error in its place in the list, instead of raising it and
@@ -90,6 +116,7 @@ class LLM:
             RequestError, MediaError: a prompt, a parameter or a picture that cannot be used. The engine stays usable.
             KeyboardInterrupt: Ctrl-C; every request of this call is aborted and the engine stays usable.
         """
+        _refuse_adapters(lora_request)
         items = _as_list(prompts)
         readers = [lambda item=item: self._front.read_prompt(item, mm_processor_kwargs) for item in items]
         params = _paired(sampling_params, len(items), SamplingParams, self.get_default_sampling_params)
@@ -103,6 +130,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: None = None,
         chat_template: str | None = None,
         chat_template_content_format: Literal["auto"] | ContentFormat = "auto",
         add_generation_prompt: bool = True,
@@ -121,12 +149,14 @@ class LLM:
 
         Args:
             messages: one conversation, or several to be batched.
+            lora_request: None; see ``generate``.
             chat_template: jinja text or a path, instead of the model's own template.
             media_io_kwargs: which frames of the videos to take: ``{"video": {"num_frames": 16}}``, or by ``fps``.
 
         Returns, Raises:
             As ``generate``.
         """
+        _refuse_adapters(lora_request)
         conversations = _conversations(messages)
         options = ChatOptions(
             chat_template=template_text(chat_template),
@@ -342,6 +372,11 @@ class LLM:
         if conversation is None:
             return self._front.read_prompt(item, mm_processor_kwargs)
         return self._front.read_chat(conversation, mm_processor_kwargs, add_generation_prompt=False)
+
+
+def _refuse_adapters(lora_request: object) -> None:
+    if lora_request is not None and lora_request != []:
+        raise RequestError(f"lora_request must be None: {vllm_settings.ADAPTERS}.", param="lora_request")
 
 
 def _conversations(messages: Any) -> list[Sequence[Message]]:

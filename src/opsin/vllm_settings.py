@@ -1,6 +1,6 @@
 """What becomes of vLLM's settings that opsin has not under the same name. The documentation prints this table.
 
-They are spelt as flags here; as keywords of ``LLM`` all of them are refused, and the same is said of each.
+They are spelt as flags here; ``without`` reads them as keywords of ``LLM``.
 
 A flag that would change what clients get is refused, with what to use instead. One that is about speed, memory or logs
 alone is accepted, and a line says what opsin does. A few stand for flags of opsin's.
@@ -8,7 +8,8 @@ alone is accepted, and a line says what opsin does. A few stand for flags of ops
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, cast
 
 
 class Foreign(NamedTuple):
@@ -51,7 +52,7 @@ _SPECULATION = "every step makes one token of each answer"
 _FORMS = "llguidance holds answers to forms; a request says itself how its JSON is spaced"
 _LOADING = "weights are read from safetensors files, one after the other"
 _SERVERS = "run one server per GPU, and a load balancer before them"
-_ADAPTERS = "opsin has no adapters; merge them into the checkpoint (peft's merge_and_unload)"
+ADAPTERS = "opsin has no adapters; merge them into the checkpoint (peft's merge_and_unload)"
 _REASONING = "opsin leaves what a model thinks in the answer's content"
 _PLUGINS = "opsin loads no code by name"
 _FP8 = "opsin quantizes to FP8 and INT8 (--quantization), and takes checkpoints that are FP8"
@@ -204,17 +205,17 @@ TABLE: tuple[Foreign, ...] = (
         "enable-lora enable-lora-bias fully-sharded-loras enable-tower-connector-lora enable-mixed-moe-lora-format "
         "enable-moe-shared-loras specialize-active-lora enable-prompt-adapter",
         "nothing",
-        _ADAPTERS,
+        ADAPTERS,
         "",
     ),
     Foreign(
         "max-loras max-lora-rank max-cpu-loras lora-extra-vocab-size lora-dtype default-mm-loras "
         "long-lora-scaling-factors max-prompt-adapters max-prompt-adapter-token",
         "value",
-        _ADAPTERS,
+        ADAPTERS,
         "",
     ),
-    Foreign("lora-modules lora-target-modules prompt-adapters", "values", _ADAPTERS, ""),
+    Foreign("lora-modules lora-target-modules prompt-adapters", "values", ADAPTERS, ""),
     Foreign("enable-reasoning", "nothing", _REASONING, ""),
     Foreign("reasoning-parser reasoning-parser-plugin reasoning-config", "value", _REASONING, ""),
     Foreign("middleware logits-processors", "values", _PLUGINS, ""),
@@ -266,3 +267,31 @@ def find(name: str) -> Foreign | None:
         if name in row.names or (row.takes == "nothing" and "--" + name.removeprefix("--no-") in row.names):
             return row
     return None
+
+
+def without(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Keywords as callers of vLLM's ``LLM`` write them, less those that change nothing here.
+
+    None is the default, whatever the setting. Modalities of vLLM's that opsin has not may be limited to 0.
+
+    Returns:
+        What is left, for ``EngineConfig`` to take or refuse; and what is to be told of the rest.
+    """
+    left: dict[str, Any] = {}
+    notices: list[str] = []
+    for name, value in settings.items():
+        row = find("--" + name.replace("_", "-"))
+        if value is None or (row is not None and row.takes == "nothing" and not row.becomes and value is False):
+            continue
+        if row is not None and not row.becomes and (row.only is None or str(value) in row.only.split()):
+            if row.only is None:
+                notices.append(f"{name} changes nothing here: {row.told}.")
+            continue
+        if name == "limit_mm_per_prompt" and isinstance(value, Mapping):
+            limits = cast("Mapping[str, Any]", value)
+            value = {key: limit for key, limit in limits.items() if key not in _NO_MODALITIES or limit != 0}
+        left[name] = value
+    return left, notices
+
+
+_NO_MODALITIES = ("audio", "vision_chunk")

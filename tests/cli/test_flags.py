@@ -10,7 +10,7 @@ import pytest
 
 from opsin.cli import flags, main
 from opsin.config import EngineConfig
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, RequestError
 
 
 def parser() -> flags.Parser:
@@ -160,3 +160,18 @@ def test_flags_spelt_with_underscores_are_the_same() -> None:
     parser = main.build_parser()
     args = flags.parse(parser, ["serve", "a_b", "--max_model_len", "64", "--limit_mm_per_prompt=image=2", "--host=a_b"])
     assert (args.model, args.max_model_len, args.limit_mm_per_prompt, args.host) == ("a_b", 64, {"image": 2}, "a_b")
+
+
+def test_limits_of_modalities_that_opsin_has_not_may_be_nought() -> None:
+    limits = '{"image": 2, "audio": 0, "vision_chunk": 0}'
+    assert settings("--limit-mm-per-prompt", limits) == {"limit_mm_per_prompt": {"image": 2}}
+    with pytest.raises(ConfigError, match="audio"):
+        settings("--limit-mm-per-prompt", "audio=1")
+
+
+def test_settings_of_media_are_checked_before_anything_is_loaded() -> None:
+    fine = '{"image": {"rgba_background_color": [0, 0, 0]}, "video": {"num_frames": 4}}'
+    assert settings("--media-io-kwargs", fine)["media_io_kwargs"]["video"] == {"num_frames": 4}
+    for wrong in ('{"image": {"image_mode": "L"}}', '{"video": {"frames": 4}}'):
+        with pytest.raises(RequestError, match="media_io_kwargs"):
+            settings("--media-io-kwargs", wrong)

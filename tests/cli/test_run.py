@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,21 @@ def test_run_interrupted_aborts_and_exits_130(
     assert (code, out) == (130, "A ")
     assert fake_llm.last.aborted == ["cli-0"]
     assert fake_llm.last.is_shut_down
+
+
+def test_run_interrupted_while_it_loads_loads_no_further(
+    fake_llm: type[FakeLLM], opsin_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached: list[str] = []
+
+    def load(**settings: object) -> None:
+        reached.append("begin")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("end")
+
+    monkeypatch.setattr(opsin, "AsyncLLM", load)
+    assert opsin_command("run", "What?")[0] == 130
+    assert reached == ["begin"]
 
 
 def test_no_command_prints_help(opsin_command: Command) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from opsin import LLM, BeamSearchParams, PoolingParams, RequestError, SamplingParams
+from opsin import LLM, BeamSearchParams, ConfigError, EngineArgs, PoolingParams, RequestError, SamplingParams
 from opsin.engine.feeder import MediaFeeder
 from opsin.types import MediaNeed
 from tests.engine.conftest import asked, assert_idle
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+FOREIGN: dict[str, Any] = {  # as vLLM's vision examples and the users' own scripts give them
+    "enable_mm_embeds": True,
+    "mm_processor_cache_gb": 4,
+    "compilation_config": {"level": 3},
+    "disable_log_stats": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +54,59 @@ def test_chat_messages_that_are_no_list_are_refused(llm: LLM, messages: Any):
 def test_generate_processor_options_of_another_kind_are_refused(llm: LLM, options: Any):
     with pytest.raises(RequestError, match="mm_processor_kwargs must be"):
         llm.generate(asked(1), GREEDY, use_tqdm=False, mm_processor_kwargs=options)
+
+
+def test_settings_that_vllm_alone_has_and_that_change_no_answer_are_told_of(
+    make_llm: Callable[..., LLM], caplog: pytest.LogCaptureFixture
+):
+    off: dict[str, Any] = {"enable_lora": False, "enable_chunked_prefill": False, "tokenizer_mode": "auto"}
+    with caplog.at_level(logging.WARNING, "opsin"):
+        llm = make_llm(**FOREIGN, **off)
+    told = [record.getMessage().partition(" ")[0] for record in caplog.records]
+    assert told == list(FOREIGN)
+    assert len(llm.generate("Hello", GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    "setting", [{"enable_lora": True}, {"convert": "classify"}, {"data_parallel_size": 2}, {"reasoning_parser": "x"}]
+)
+def test_settings_that_vllm_alone_has_and_that_matter_are_refused(
+    make_llm: Callable[..., LLM], setting: dict[str, Any]
+):
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        make_llm(**setting)
+
+
+def test_settings_that_are_none_are_left_at_their_defaults(make_llm: Callable[..., LLM]):
+    given = make_llm(seed=None, mm_processor_kwargs=None, limit_mm_per_prompt=None, hf_overrides=None, dtype=None)
+    assert given.config == make_llm().config
+
+
+def test_modalities_that_opsin_has_not_may_be_limited_to_none(make_llm: Callable[..., LLM]):
+    limits = {"image": 1, "video": 0, "audio": 0, "vision_chunk": 0}
+    assert make_llm(limit_mm_per_prompt=limits).config.media.limit_mm_per_prompt == {"image": 1, "video": 0}
+    with pytest.raises(ConfigError, match="audio"):
+        make_llm(limit_mm_per_prompt={"audio": 1})
+
+
+def test_engine_args_are_gathered_changed_and_made_an_engine_of(make_llm: Callable[..., LLM]):
+    reference = make_llm()
+    args = EngineArgs(model=reference.config.model.model, device="cpu")
+    args.limit_mm_per_prompt = {"image": 0, "audio": 0} | dict(args.limit_mm_per_prompt or {"image": 2})
+    args.mm_processor_cache_gb = 0
+    args.seed = 7
+    with LLM.from_engine_args(args) as llm:
+        assert (llm.config.model.seed, llm.config.media.limit_mm_per_prompt) == (7, {"image": 2})
+        assert llm.config.cache == reference.config.cache
+
+
+def test_lora_request_may_be_none_alone(llm: LLM):
+    given: dict[str, Any] = {"use_tqdm": False, "lora_request": None}
+    llm.generate("Hello", GREEDY, **given)
+    llm.chat([{"role": "user", "content": "Hello"}], GREEDY, **given)
+    for call, prompt in ((llm.generate, "Hello"), (llm.chat, [{"role": "user", "content": "Hello"}])):
+        with pytest.raises(RequestError, match="merge them into the checkpoint"):
+            call(prompt, GREEDY, lora_request=object())  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("return_exceptions", [False, True])

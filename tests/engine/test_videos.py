@@ -225,10 +225,14 @@ def test_frames_are_sampled_as_the_processor_is_told(llm: LLM, served: Served) -
 def test_frames_in_one_tensor_answer_as_pictures(llm: LLM, served: Served) -> None:
     video, prompt = frames(4, seed=6), served.prompt("[video] And?")
     pixels = np.stack([np.asarray(frame) for frame in video])
-    answers = [ask(llm, prompt, video=form).outputs[0].token_ids for form in (video, pixels, torch.from_numpy(pixels))]
-    assert answers[0] == answers[1] == answers[2]
+    tensor = torch.from_numpy(pixels)
+    as_processors_have_it = tensor.permute(0, 3, 1, 2).float()
+    first, *others = (
+        ask(llm, prompt, video=form).outputs[0].token_ids for form in (video, pixels, tensor, as_processors_have_it)
+    )
+    assert all(answer == first for answer in others)
     with pytest.raises(MediaError, match="uint8"):
-        ask(llm, prompt, video=torch.from_numpy(pixels).float())
+        ask(llm, prompt, video=tensor.float() / 255)
 
 
 def test_equal_videos_are_decoded_once_and_share_features(served: Served) -> None:

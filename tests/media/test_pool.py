@@ -386,6 +386,26 @@ time.sleep(60)
     wait_until(is_gone)
 
 
+def test_workers_start_where_memory_is_limited_below_their_own_limit() -> None:
+    program = """
+import resource
+import numpy as np
+from opsin.config import MediaConfig
+from opsin.media.pool import MediaPool
+from opsin.media.source import open_picture
+from opsin.types import PixelPlan, View
+resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+with MediaPool(MediaConfig(media_workers=1)) as pool:
+    plan = PixelPlan(width=4, height=4, views=(View(ops=(), height=4, width=4),))
+    pool.submit("a", open_picture(np.zeros((4, 4, 3), np.uint8), MediaConfig()), plan)
+    pool.wait()
+    print(len(pool.worker_pids))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
 def test_decoded_pictures_that_fail_or_need_no_worker_leave_it_to_the_next_in_line() -> None:
     shrunk = photo(30, 20)
     source = open_picture(shrunk, MediaConfig())

@@ -13,14 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import BmpImagePlugin, Image, ImageOps
 
 from opsin.config import MediaConfig
-from opsin.errors import MediaError
+from opsin.errors import MediaError, RequestError
+from opsin.media.clips import FrameChoice
+from opsin.media.decode import decode_rgb
 from opsin.media.source import EncodedPicture, open_picture, read_regular_file
-from opsin.media.wire import carry_out
+from opsin.media.wire import Job, carry_out
 from opsin.types import PixelPlan
 
 from .pictures import encode, photo, png_chunk
@@ -113,6 +116,36 @@ def test_transparency_is_white_or_dropped(mode: str) -> None:
     assert open_picture(image, CONFIG).decode().getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("form", ["pillow", "array", "bytes", "worker"])
+def test_transparency_shows_the_background_that_was_asked_for(form: str) -> None:
+    image = Image.new("RGBA", (1, 1), (10, 10, 10, 51))  # a fifth of it shows
+    config = MediaConfig(media_io_kwargs={"image": {"rgba_background_color": [0, 100, 200]}}, image_alpha="drop")
+    picture: Any = {"pillow": image, "array": np.asarray(image)}.get(form, encode(image))
+    source = open_picture(picture, config)
+    if form == "worker":
+        assert isinstance(source, EncodedPicture)
+        job = msgspec.msgpack.decode(
+            msgspec.msgpack.encode(Job(PixelPlan(1, 1, ()), source.header, None, source.alpha, 1)), type=Job
+        )
+        assert decode_rgb(source.data, source.header, job.alpha).getpixel((0, 0)) == (2, 82, 162)
+    else:
+        assert source.decode().getpixel((0, 0)) == (2, 82, 162)
+    assert open_picture(photo(4, 4), config).decode().tobytes() == photo(4, 4).tobytes()
+
+
+@pytest.mark.parametrize("colour", ["black", [0, 0], [0, 0, 256], [0, 0, 0.5], 7])
+def test_background_that_is_no_colour_is_refused(colour: Any) -> None:
+    with pytest.raises(RequestError, match="rgba_background_color"):
+        FrameChoice.of({"image": {"rgba_background_color": colour}})
+
+
+def test_background_is_the_engines_not_a_requests() -> None:
+    settings = {"image": {"rgba_background_color": [0, 0, 0]}}
+    assert FrameChoice.of(settings, {"video": {"num_frames": 3}}).num_frames == 3
+    with pytest.raises(RequestError, match="a request has no settings for pictures"):
+        FrameChoice.of({}, settings)
+
+
 def test_path_bytes_and_str_share_one_digest(tmp_path: Path) -> None:
     data = encode(photo(8, 8))
     path = tmp_path / "picture.jpg"  # a name that lies
@@ -199,6 +232,42 @@ def test_bad_picture_fails_with_code(picture: Any, code: str) -> None:
     assert code_of(picture) == code
 
 
+@pytest.mark.parametrize(
+    ("data", "likely"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, as phones make it"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", "AVIF"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2", "a video"),
+        (b"\xff\x4f\xff\x51\0\x2f", "JPEG 2000"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (b'<?xml version="1.0"?>\n<svg width="4">', "SVG"),
+        (b"\n<!DOCTYPE html><title>404</title>", "a web page"),
+        (b"iVBORw0KGgoAAAANSUhEUg", "base64 text that was not decoded"),
+        (b"data:image/jpeg;base64,/9j/4AAQ", "base64 text that was not decoded"),
+        (b"junk", None),
+    ],
+)
+def test_what_is_taken_for_a_picture_is_told_by_its_name(data: bytes, likely: str | None) -> None:
+    with pytest.raises(MediaError) as caught:
+        open_picture(data, CONFIG)
+    assert str(caught.value).endswith(f"; it looks like {likely}." if likely else "TIFF).")
+
+
+def test_errors_of_a_path_name_it_and_urls_are_known_for_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    for path, words in (
+        (tmp_path / "cat.jpg", ("No such file", "cat.jpg'.")),
+        (str(tmp_path / "notes.txt"), ("not a picture", "notes.txt'.")),
+        ("https://example.com/cat.jpg", ("'https://example.com/cat.jpg', a URL: give those to chat",)),
+        ("data:image/png;base64," + "A" * 10_000, ("a URL: give those to chat",)),
+    ):
+        with pytest.raises(MediaError) as caught:
+            open_picture(path, CONFIG)
+        assert all(word in str(caught.value) for word in words)
+        assert len(str(caught.value)) < 500
+        assert caught.value.code in ("invalid_image_url", "invalid_image_format")
+
+
 def test_limits_are_checked_before_anything_is_parsed_or_decoded(tmp_path: Path) -> None:
     data = encode(photo(20, 20))
     path = tmp_path / "p.png"
@@ -216,7 +285,9 @@ def test_header_of_a_huge_picture_costs_no_memory(edge: int, expected: str) -> N
 import resource, sys
 sys.path[:] = {sys.path!r}
 from opsin.config import MediaConfig
-from opsin.errors import MediaError
+from opsin.errors import MediaError, RequestError
+from opsin.media.clips import FrameChoice
+from opsin.media.decode import decode_rgb
 from opsin.media.source import open_picture
 data = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

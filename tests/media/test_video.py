@@ -191,6 +191,37 @@ def test_forms_of_one_video_have_one_digest_and_clip(tmp_path: Path) -> None:
     assert clip.chosen_fps == pytest.approx(16.0)
 
 
+class Tensor:
+    """What of a torch tensor is looked at."""
+
+    def __init__(self, array: Any) -> None:
+        self._array, self.ndim = array, array.ndim
+
+    def numpy(self, *, force: bool) -> Any:
+        return self._array
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32", "float64"])
+@pytest.mark.parametrize("wrap", [np.asarray, Tensor])
+def test_frames_as_transformers_has_them_are_the_same_video(kind: str, wrap: Callable[[Any], Any]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (4, 24, 32, 3), np.uint8)
+    expected = opened(frames)
+    for array in (frames, frames.transpose(0, 3, 1, 2)):
+        source = opened(wrap(array.astype(kind)))
+        assert (source.digest, source.clip) == (expected.digest, expected.clip)
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (-1.0, 200.0), (0.0, 256.0), (float("nan"), 200.0)])
+def test_frames_of_floats_that_are_no_pixels_are_refused(values: tuple[float, float]) -> None:
+    with pytest.raises(MediaError, match="must hold uint8"):
+        opened(np.resize(np.array(values, np.float32), (2, 24, 32, 3)))
+
+
+def test_path_of_a_video_is_named_as_it_was_given(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"Cannot open the video's file.*pictures/clip\.mp4'"):
+        opened(tmp_path / "pictures" / "clip.mp4")
+
+
 def test_frames_are_told_apart_by_every_pixel_and_their_order() -> None:
     shown = clips.frames(4)
     changed = [*shown[:3], shown[3].copy()]

@@ -136,11 +136,15 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The engine settings that were given, as keywords of ``LLM``.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError, RequestError: a value is out of range.
     """
     known = {field.name for group in config_groups() for field in dataclasses.fields(group.cls)}
-    settings = {name: value for name, value in vars(args).items() if name in known}
-    EngineConfig.from_flat(settings)  # fails here, before anything heavy is loaded
+    settings, _ = vllm_settings.without({name: value for name, value in vars(args).items() if name in known})
+    media = EngineConfig.from_flat(settings).media  # fails here, before anything heavy is loaded
+    if media.media_io_kwargs:
+        from opsin.media.clips import FrameChoice
+
+        FrameChoice.of(media.media_io_kwargs)
     return settings
 
 

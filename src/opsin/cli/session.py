@@ -72,13 +72,9 @@ class Session:
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._runner = asyncio.Runner()
         self._ids = itertools.count()
-        try:
-            self.llm = self._runner.run(_start(settings))
-        except BaseException:
-            self._runner.close()
-            raise
+        self.llm = opsin.AsyncLLM(**settings)  # on no event loop, which would hold Ctrl-C back until it is loaded
+        self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:
         return self
@@ -145,10 +141,6 @@ class Session:
 def print_piece(text: str) -> None:
     """Print a part of an answer at once; on a terminal, without control characters."""
     print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
-
-
-async def _start(settings: Mapping[str, Any]) -> opsin.AsyncLLM:
-    return opsin.AsyncLLM(**settings)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from opsin.config import MediaConfig
 from opsin.errors import MediaError, RequestError
 from opsin.media.sniff import check_num_bytes
-from opsin.media.source import Noun, PictureSource, open_picture, read_regular_file
+from opsin.media.source import Noun, PictureSource, background_of, naming, open_picture, read_regular_file
 from opsin.media.video import (
     VideoFormat,
     VideoHeader,
@@ -107,19 +108,19 @@ class FrameChoice(NamedTuple):
 
     @classmethod
     def of(cls, *layers: Mapping[str, Any] | None) -> FrameChoice:
-        """Read ``media_io_kwargs``, the later over the earlier.
+        """Read ``media_io_kwargs``, the engine's and a request's over it. Those of pictures are checked.
 
         Raises:
             RequestError: an unknown key or a value that is no number.
         """
         merged: dict[str, Any] = {}
-        for layer in layers:
+        for i, layer in enumerate(layers):
             if layer is None:
                 continue
             if not isinstance(layer, Mapping) or not set(layer) <= {"image", "video"}:
                 raise _wrong(f"it is {layer!r}; it must be {{'video': {{'num_frames': n, 'fps': f}}}}.")
-            if layer.get("image"):
-                raise _wrong("pictures have no settings there; see image_alpha for transparent ones.")
+            if background_of(layer) and i > 0:
+                raise _wrong("a request has no settings for pictures; those of the engine hold.")
             video = layer.get("video") or {}
             if not isinstance(video, Mapping) or not set(video) <= {"num_frames", "fps"}:
                 raise _wrong(f"its video settings are {video!r}; there are 'num_frames' and 'fps'.")
@@ -142,6 +143,9 @@ class FrameChoice(NamedTuple):
 def open_video(video: Any, config: MediaConfig, choice: FrameChoice, probe: Probe) -> VideoSource:
     """Take a list of pictures, a (frames, height, width, 3) uint8 array, ``(either, metadata)``, bytes or a path.
 
+    Arrays and torch tensors may also be as transformers' processors have them: (frames, 3, height, width), and floats
+    of 0 to 255, which are rounded.
+
     Reads a path's file; decodes nothing of it.
 
     Raises:
@@ -151,14 +155,14 @@ def open_video(video: Any, config: MediaConfig, choice: FrameChoice, probe: Prob
     if is_described(video):
         video, metadata = video
     if isinstance(video, str | os.PathLike):
-        with said_of_videos():
+        with naming(video), said_of_videos():
             video = read_regular_file(video, config.max_media_bytes)
     if isinstance(video, bytes | bytearray):
         return _open_encoded(bytes(video), config, choice, probe)
     if hasattr(video, "numpy") and getattr(video, "ndim", None) == 4:
         video = video.numpy(force=True)  # a torch tensor, wherever it is
     if isinstance(video, np.ndarray) and video.ndim == 4:
-        video = list(video)
+        video = list(_as_pictures(video))
     if isinstance(video, list | tuple):
         return _open_frames(video, metadata, config)
     shape = f" of shape {video.shape}" if isinstance(video, np.ndarray) else ""
@@ -185,6 +189,16 @@ def _open_encoded(data: bytes, config: MediaConfig, choice: FrameChoice, probe: 
     clip = Clip(header.width, header.height, header.num_frames, frames, header.fps)
     digest = hashlib.blake2b(data, digest_size=32, person=b"video").digest()
     return EncodedVideo(data, header, clip, digest)
+
+
+def _as_pictures(frames: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(frames, height, width, channels) of uint8; what cannot be made that is left for ``open_picture`` to refuse."""
+    if frames.shape[1] == 3 and frames.shape[3] not in (1, 3, 4):
+        frames = np.moveaxis(frames, 1, 3)
+    if frames.dtype.kind == "f" and frames.size:
+        if frames.min() >= 0 and 1 < frames.max() <= 255:  # up to 1, they are fractions
+            frames = np.rint(frames).astype(np.uint8)
+    return frames
 
 
 def _open_frames(frames: Sequence[Any], metadata: Mapping[str, Any] | None, config: MediaConfig) -> FrameSequence:

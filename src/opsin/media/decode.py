@@ -9,7 +9,8 @@ from PIL import Image
 from opsin.errors import MediaError
 from opsin.media.sniff import ImageHeader, open_lazily
 
-AlphaMode = Literal["white", "drop"]
+AlphaMode = Literal["white", "drop"] | tuple[int, int, int]
+"""What shows where a picture is transparent: white, whatever colour hides there, or this one (red, green, blue)."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +48,7 @@ def decode_rgb(data: bytes | IO[bytes], header: ImageHeader, alpha: AlphaMode) -
 
 
 def to_rgb(image: Image.Image, alpha: AlphaMode) -> Image.Image:
-    """Convert any Pillow mode to RGB; transparent parts show white, or whatever colour hides under them.
+    """Convert any Pillow mode to RGB; transparent parts show what ``alpha`` says.
 
     16-bit and float modes are clipped to 8 bits, not scaled, as Pillow (and so every Hugging Face processor) does.
 
@@ -56,8 +57,8 @@ def to_rgb(image: Image.Image, alpha: AlphaMode) -> Image.Image:
     """
     has_key = image.info.get("transparency") is not None  # PNG's tRNS, GIF's transparent index
     try:
-        if alpha == "white" and (has_key or image.mode in ("RGBA", "LA", "PA")):
-            canvas = Image.new("RGBA", image.size, "white")
+        if alpha != "drop" and (has_key or image.mode in ("RGBA", "LA", "PA")):
+            canvas = Image.new("RGBA", image.size, (*background(alpha), 255))
             canvas.alpha_composite(image.convert("RGBA"))
             return canvas.convert("RGB")
         if has_key:  # Pillow warns of palettes whose transparency it drops, which is what is asked for here
@@ -72,6 +73,11 @@ def to_rgb(image: Image.Image, alpha: AlphaMode) -> Image.Image:
             f"A picture of Pillow's mode {image.mode!r} cannot be converted to RGB, or was closed before it was.",
             code="invalid_image_format",
         ) from None
+
+
+def background(alpha: Literal["white"] | tuple[int, int, int]) -> tuple[int, int, int]:
+    """The colour behind transparent parts."""
+    return (255, 255, 255) if alpha == "white" else alpha
 
 
 def check_size(picture: Image.Image, width: int, height: int) -> None:

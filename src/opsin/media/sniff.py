@@ -35,6 +35,17 @@ _MAX_HEADER_BYTES = 2**23  # phones put depth maps of some megabytes before the 
 _MAX_PNG_CHUNKS = 2**16
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_OTHERS = {  # what people take for pictures, to be told of and never parsed
+    "AVIF": re.compile(rb"....ftypavi[fs]", re.DOTALL),
+    "HEIC, as phones make it": re.compile(rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL),
+    "a video": re.compile(rb"....ftyp|\x1aE\xdf\xa3", re.DOTALL),
+    "JPEG 2000": re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    "JPEG XL": re.compile(rb"\0\0\0\x0cJXL |\xff\x0a"),
+    "a PDF": re.compile(rb"%PDF-"),
+    "SVG": re.compile(rb"\s*(?:<\?xml[^>]{,200}>\s*)?<svg", re.IGNORECASE),
+    "a web page": re.compile(rb"\s*<(?:!doctype )?html", re.IGNORECASE),
+    "base64 text that was not decoded": re.compile(rb"(?:data:image/[^,]{,100},)?(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)"),
+}
 
 # The plugin classes rather than Image.open(): no other parser can run, and the limits are ours, not those of a
 # module-level variable that any library in the process may change.
@@ -83,8 +94,11 @@ def detect_format(data: bytes) -> ImageFormat:
         return "BMP"
     if data.startswith(_TIFF_MAGICS):
         return "TIFF"
+    likely = next((name for name, pattern in _OTHERS.items() if pattern.match(data)), None)
     raise MediaError(
-        f"The data is not a picture in a format that opsin reads ({', '.join(FORMATS)}).", code="invalid_image_format"
+        f"The data is not a picture in a format that opsin reads ({', '.join(FORMATS)})"
+        + (f"; it looks like {likely}." if likely else "."),
+        code="invalid_image_format",
     )
 
 

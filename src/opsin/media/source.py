@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -19,11 +21,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from opsin.config import MediaConfig
-from opsin.errors import MediaError
-from opsin.media.decode import AlphaMode, check_size, decode_rgb, to_rgb
+from opsin.errors import MediaError, RequestError
+from opsin.media.decode import AlphaMode, background, check_size, decode_rgb, to_rgb
 from opsin.media.sniff import ImageHeader, check_num_bytes, check_num_pixels, read_header
 
 Noun = Literal["picture", "video"]
+
+_URL = re.compile(r"(?:https?|data|file|s3|gs):", re.IGNORECASE)
 
 _LOADING = threading.Lock()
 """Pillow reads a lazily opened file without a lock, and several requests may show one and the same ``Image``."""
@@ -121,7 +125,9 @@ def open_picture(picture: object, config: MediaConfig) -> PictureSource:
     if isinstance(picture, bytes | bytearray):
         return open_encoded(bytes(picture), config)
     if isinstance(picture, str | os.PathLike):
-        return open_encoded(read_regular_file(cast(str | os.PathLike[str], picture), config.max_media_bytes), config)
+        path = cast(str | os.PathLike[str], picture)
+        with naming(path):
+            return open_encoded(read_regular_file(path, config.max_media_bytes), config)
     raise MediaError(
         f"A picture may be a PIL.Image, a NumPy array, encoded bytes or a path; got {type(picture).__name__}.",
         code="invalid_image_format",
@@ -136,7 +142,47 @@ def open_encoded(data: bytes, config: MediaConfig) -> EncodedPicture:
     """
     header = read_header(data, max_pixels=config.max_image_pixels, max_bytes=config.max_media_bytes)
     digest = hashlib.blake2b(data, digest_size=32, person=b"encoded").digest()
-    return EncodedPicture(data, header, digest, config.image_alpha)
+    return EncodedPicture(data, header, digest, alpha_of(config))
+
+
+def alpha_of(config: MediaConfig) -> AlphaMode:
+    """What transparent parts of pictures show."""
+    return background_of(config.media_io_kwargs) or config.image_alpha
+
+
+def background_of(media_io_kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """vLLM's setting for transparent pictures, where it is given.
+
+    Raises:
+        RequestError: another setting of pictures, or no colour.
+    """
+    settings: Any = media_io_kwargs.get("image") or {}
+    if not isinstance(settings, Mapping) or any(key != "rgba_background_color" for key in cast("Any", settings)):
+        raise _wrong_setting(f"its image settings are {settings!r:.200}; there is 'rgba_background_color'")
+    colour = cast("Mapping[str, Any]", settings).get("rgba_background_color")
+    if colour is None:
+        return None
+    values = list(cast("Sequence[Any]", colour)) if isinstance(colour, list | tuple) else []
+    if len(values) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in values):
+        raise _wrong_setting(f"rgba_background_color is {colour!r:.200}; it must be [red, green, blue], each 0 to 255")
+    red, green, blue = values
+    return red, green, blue
+
+
+def _wrong_setting(what: str) -> RequestError:
+    return RequestError(f"media_io_kwargs: {what}.", param="media_io_kwargs")
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Generator[None]:
+    """The errors of a file that the caller named: they tell its name, and of a URL what takes those."""
+    try:
+        yield
+    except MediaError as error:
+        told = f"{error} The path was {os.fspath(path)!r:.200}"
+        if _URL.match(str(path)):
+            told += ", a URL: give those to chat, as image_url or video_url, or fetch them first"
+        raise MediaError(f"{told}.", code=error.code, param=error.param) from None
 
 
 def _open_pillow(image: Image.Image, config: MediaConfig) -> PixelPicture:
@@ -156,7 +202,7 @@ def _open_pillow(image: Image.Image, config: MediaConfig) -> PixelPicture:
         image.tobytes(),
     ):
         _add_part(digest, part)
-    return PixelPicture(image, image.size, digest.digest(), config.image_alpha)
+    return PixelPicture(image, image.size, digest.digest(), alpha_of(config))
 
 
 def _open_array(array: npt.NDArray[Any], config: MediaConfig) -> PixelPicture:
@@ -177,7 +223,7 @@ def _open_array(array: npt.NDArray[Any], config: MediaConfig) -> PixelPicture:
     digest = hashlib.blake2b(digest_size=32, person=b"array")
     _add_part(digest, repr(shape).encode())
     _add_part(digest, np.ascontiguousarray(array).data.cast("B"))
-    return PixelPicture(array, (width, height), digest.digest(), config.image_alpha)
+    return PixelPicture(array, (width, height), digest.digest(), alpha_of(config))
 
 
 def _add_part(digest: hashlib.blake2b, part: bytes | memoryview) -> None:
@@ -192,9 +238,9 @@ def _array_to_rgb(array: npt.NDArray[np.uint8], alpha: AlphaMode) -> npt.NDArray
     channels = array.shape[2]
     if channels == 1:
         array = np.repeat(array, 3, axis=2)
-    elif channels == 4 and alpha == "white":
+    elif channels == 4 and alpha != "drop":
         opacity = array[:, :, 3:] / 255
-        array = np.rint(opacity * array[:, :, :3] + (1 - opacity) * 255).astype(np.uint8)
+        array = np.rint(opacity * array[:, :, :3] + (1 - opacity) * background(alpha)).astype(np.uint8)
     return np.ascontiguousarray(array[:, :, :3])
 
 

@@ -39,7 +39,9 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
         deadline_s: the pool kills the worker when a job takes longer.
         max_memory_bytes: limit of address space; a picture that needs more fails with ``image_too_large``.
     """
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)  # batch systems set one, which cannot be raised
+    limit = max_memory_bytes if hard == resource.RLIM_INFINITY else min(max_memory_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)
     hush_pillow()
