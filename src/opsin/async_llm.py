@@ -1,7 +1,8 @@
 """``AsyncLLM``: the same engine for asyncio programs, on a thread of its own.
 
 Calls post work to the engine's thread; outputs come back to the event loop that asked. Templates, fetching, opening
-pictures and tokenising happen on threads of their own, so neither the event loop nor a step ever waits for them.
+pictures and tokenising happen on threads of their own, so neither the event loop nor a step ever waits for them; only
+brief conversations are read on the loop, one in each of its turns.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.engine import EngineFacts
 from opsin.engine.front import Front, is_at_hand, template_text
 from opsin.engine.histogram import Histogram
-from opsin.engine.reading import ReadingThreads
+from opsin.engine.reading import ReadingThreads, is_brief
 from opsin.engine.remote import Watch
 from opsin.engine.spawn import spawn_front
 from opsin.engine.thread import FrontThread, Output
@@ -250,7 +251,8 @@ class AsyncLLM:
             chat = front.inputs.prompts.render_chat(messages, **options)
             return finish(chat, front.fetch(chat.media)) if is_at_hand(chat.media) else chat
 
-        begun = await self._reading.run(begin)
+        reads_here = not mm_processor_kwargs and front.inputs.prompts.is_ready and is_brief(messages, params, options)
+        begun = await (self._reading.run_here(begin) if reads_here else self._reading.run(begin))
         if isinstance(begun, ProcessedRequest):
             return begun
         fetched = await self._reading.fetch(begun.media)

@@ -41,6 +41,10 @@ class ModelTemplates:
         """The text of the model's own."""
         return self._sources[tools]
 
+    def is_kept(self, *, tools: bool) -> bool:
+        """Whether the model's own was compiled already."""
+        return (self._sources[tools], False) in self._kept
+
     def choose(self, given: str | None, *, tools: bool, isolate: bool) -> Template:
         """A caller's template (jinja text), or the model's own.
 
