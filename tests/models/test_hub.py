@@ -65,6 +65,12 @@ def test_find_model_bad_name_is_refused(name, message):
         find_model(name)
 
 
+def test_find_model_folder_of_an_adapter_says_what_it_is(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    with pytest.raises(ConfigError, match="holds an adapter, not a model: merge it"):
+        find_model(str(tmp_path))
+
+
 def test_find_model_folder_without_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         find_model(str(tmp_path))

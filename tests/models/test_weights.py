@@ -171,6 +171,13 @@ def test_load_truncated_file_is_named(folder):
         load(folder)
 
 
+def test_load_pointer_of_git_lfs_says_what_to_do(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(WeightError, match="git lfs pull"):
+        load(folder)
+
+
 def test_load_broken_index_is_named(folder):
     shard(folder)
     (folder / "model.safetensors.index.json").write_text("[]")

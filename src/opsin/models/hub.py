@@ -68,6 +68,11 @@ def find_model(
     folder = _find_folder(model, revision, weights)
     config = _read_json(folder / "config.json")
     if config is None:
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{folder} holds an adapter, not a model: merge it into its model (peft's merge_and_unload) and give "
+                "that one's folder."
+            )
         raise ConfigError(f"{folder} has no config.json, so it is not a model folder in Hugging Face layout.")
     processor = _read_json(folder / "preprocessor_config.json") or {}
     joint = _read_json(folder / "processor_config.json") or {}

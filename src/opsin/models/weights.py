@@ -29,6 +29,7 @@ from opsin.models.quantization import STORED_DTYPE, quantized_linears
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
+_LFS = b"version https://git-lfs.github.com/spec/"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_NAMES = 12
 _ROWS_AT_ONCE = 2048
@@ -198,7 +199,18 @@ def _open(path: Path, device: torch.device) -> Iterator[tuple[str, Any]]:
             for name in file.keys():
                 yield name, file.get_slice(name)
     except (SafetensorError, OSError) as error:
+        if _is_pointer(path):
+            raise WeightError(f"{path} is a pointer of Git LFS, not the weights: run 'git lfs pull' there.") from None
         raise WeightError(f"{path} cannot be read as safetensors: {error}. Download it again.") from error
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a clone without Git LFS left the address of a file in its place."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 def _copy(slot: _Slot, stored: Any, name: str, path: Path) -> None:
