@@ -6,6 +6,7 @@ Names, defaults and results are vLLM's.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, NoReturn, Self, TypeVar, Unpack, cast
@@ -73,6 +74,8 @@ class LLM:
             logger.warning(notice)
         self._front = build_front(self.config, streams=False)
         self._calls = OfflineCalls(self._front)
+        self._close = weakref.finalize(self, self._front.close)  # `del llm`, too, ends threads and processes
+        self._close.atexit = False  # then they end by themselves
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
@@ -350,7 +353,7 @@ class LLM:
 
     def shutdown(self) -> None:
         """Stop the media workers and free the device's memory."""
-        self._front.close()
+        self._close()
 
     # ------------------------------------------------------------------------------------- inside
 

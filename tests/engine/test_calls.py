@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +100,19 @@ def test_engine_args_are_gathered_changed_and_made_an_engine_of(make_llm: Callab
     with LLM.from_engine_args(args) as llm:
         assert (llm.config.model.seed, llm.config.media.limit_mm_per_prompt) == (7, {"image": 2})
         assert llm.config.cache == reference.config.cache
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_engine_that_nobody_holds_leaves_no_thread_and_no_process(folder: Path, workers: int):
+    before = set(threading.enumerate())
+    llm = LLM(str(folder), media_workers=workers)
+    llm.generate(asked(1), GREEDY, use_tqdm=False)
+    pids = llm._front.engine.feeder._pool.worker_pids  # pyright: ignore
+    assert len(pids) == workers
+    assert set(threading.enumerate()) - before
+    del llm
+    assert not set(threading.enumerate()) - before
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_lora_request_may_be_none_alone(llm: LLM):

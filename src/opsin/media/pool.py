@@ -216,7 +216,8 @@ class MediaPool:
                 os.eventfd_write(self._wake, 1)
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # where an engine that nobody held was found by the collector
+                thread.join()
         if self._wake is not None:
             os.close(self._wake)
             self._wake = None
