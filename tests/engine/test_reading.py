@@ -19,7 +19,15 @@ from opsin.engine.reading import is_brief
 from opsin.params import PoolingParams, StructuredOutputsParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-JPEG = "data:image/jpeg;base64,/9j/"
+
+
+def jpeg_url(**settings: Any) -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 30, 60)).save(file, "JPEG", **settings)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+JPEG = jpeg_url()
 
 
 def user(content: Any, **rest: Any) -> list[dict[str, Any]]:
@@ -50,10 +58,14 @@ def test_conversation_of_few_words_and_small_pictures_is_brief(messages: Any):
         user([{"type": "text", "text": "word " * 500}] * 2),
         user("") * 4000,
         user([""] * 4000),
-        user([{"type": "text", "text": "data:image/jpeg;base64,/9j/" + "A" * 60_000}]),
+        user([{"type": "text", "text": JPEG + "A" * 60_000}]),
         user([picture(JPEG + "A" * 200_000)]),
         user([picture(JPEG + "A" * 70_000)] * 2),
-        user([picture("data:image/tiff;base64,SUkqAA")]),
+        user([picture(jpeg_url(exif=b"Exif\0\0II*\0" + bytes(100)))]),
+        user([picture("data:image/jpeg;base64,SUkqAA==")]),
+        user([picture(JPEG[:60] + "%0a" + JPEG[60:])]),
+        user([picture("data:image/jpeg;base64,\u00e9")]),
+        user([picture("data:image/png;base64," + JPEG[23:])]),
         user([picture("https://example.com/picture.jpg")]),
         user([picture(JPEG, mm_processor_kwargs={"max_pixels": 1})]),
         user([{"type": "video_url", "video_url": {"url": JPEG}}]),
@@ -63,7 +75,6 @@ def test_conversation_of_few_words_and_small_pictures_is_brief(messages: Any):
         "hello",
         None,
     ],
-    ids=str,
 )
 def test_conversation_that_may_take_long_to_read_is_not_brief(messages: Any):
     assert not is_brief(messages, GREEDY, {})
@@ -81,7 +92,6 @@ def test_conversation_that_may_take_long_to_read_is_not_brief(messages: Any):
         (SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+")), {}),
         (PoolingParams(task="pick", choices=["yes", "no"]), {}),
     ],
-    ids=str,
 )
 def test_conversation_with_more_to_read_beside_it_is_not_brief(params: Any, options: Any):
     assert not is_brief(user("hello"), params, options)
@@ -108,15 +118,9 @@ def readers(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def jpeg_url() -> str:
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), (200, 30, 60)).save(file, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def test_brief_conversation_is_read_on_the_loop_once_the_template_is_compiled(engine: AsyncLLM, readers: list[str]):
-    messages = user([picture(jpeg_url()), {"type": "text", "text": "What is this?"}])
-    long = user([picture(jpeg_url()), *[""] * 64])
+    messages = user([picture(JPEG), {"type": "text", "text": "What is this?"}])
+    long = user([picture(JPEG), *[""] * 64])
     engine._front.inputs.prompts.templates._kept.clear()
 
     async def run():
@@ -151,7 +155,7 @@ def test_many_brief_conversations_leave_the_loop_a_turn_between_two(engine: Asyn
 def test_brief_conversation_that_is_wrong_is_refused_and_the_next_is_read(engine: AsyncLLM, readers: list[str]):
     async def run():
         await engine.prepare_chat(user("first"), GREEDY)
-        wrong = engine.prepare_chat(user([picture(JPEG)]), GREEDY)
+        wrong = engine.prepare_chat(user([picture(JPEG[:-4] + "!!!!")]), GREEDY)
         return await asyncio.gather(wrong, engine.prepare_chat(user("hello"), GREEDY), return_exceptions=True)
 
     wrong, right = asyncio.run(run())

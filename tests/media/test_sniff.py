@@ -43,7 +43,7 @@ def said(data: bytes) -> ImageHeader | tuple[str | None, str]:
 
 
 def said_by_pillow(data: bytes) -> ImageHeader | tuple[str | None, str]:
-    with mock.patch.object(sniff, "_plain_jpeg_size", return_value=None):
+    with mock.patch.object(sniff, "plain_jpeg_size", return_value=None):
         return said(data)
 
 

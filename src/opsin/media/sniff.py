@@ -158,7 +158,7 @@ def read_header(data: bytes, *, max_pixels: int, max_bytes: int) -> ImageHeader:
     """
     check_num_bytes(len(data), max_bytes)
     format = detect_format(data)
-    if format == "JPEG" and (size := _plain_jpeg_size(data)) is not None:
+    if format == "JPEG" and (size := plain_jpeg_size(data)) is not None:
         check_num_pixels(*size, max_pixels)
         return ImageHeader(format, *size)
     with open_lazily(data, format) as image:
@@ -170,10 +170,13 @@ def read_header(data: bytes, *, max_pixels: int, max_bytes: int) -> ImageHeader:
     return ImageHeader(format, width, height, orientation)
 
 
-def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Width and height of an upright JPEG whose header needs no Pillow, as most libraries write it; None of all others.
 
     Pillow would say the same, but takes as long as the digest of the picture.
+
+    Args:
+        data: the picture, or the beginning that holds its header.
     """
     size, at = None, 2
     for _ in range(_MAX_PLAIN_SEGMENTS):
