@@ -21,10 +21,10 @@ from opsin.params import PoolingParams, StructuredOutputsParams
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 
-def jpeg_url(**settings: Any) -> str:
+def jpeg_url(num_more: int = 0, **settings: Any) -> str:
     file = io.BytesIO()
     Image.new("RGB", (40, 30), (200, 30, 60)).save(file, "JPEG", **settings)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue() + bytes(num_more)).decode()
 
 
 JPEG = jpeg_url()
@@ -42,7 +42,7 @@ def picture(url: str, **rest: Any) -> dict[str, Any]:
     "messages",
     [
         user("What is this?"),
-        user(["What", {"type": "text", "text": "is this?"}, picture(JPEG + "A" * 60_000)]),
+        user(["What", {"type": "text", "text": "is this?"}, picture(jpeg_url(40_000))]),
         [{"role": "system", "content": "Be brief."}, *user([picture(JPEG), picture(JPEG)])],
     ],
     ids=["text", "picture", "pictures"],
@@ -59,8 +59,8 @@ def test_conversation_of_few_words_and_small_pictures_is_brief(messages: Any):
         user("") * 4000,
         user([""] * 4000),
         user([{"type": "text", "text": JPEG + "A" * 60_000}]),
-        user([picture(JPEG + "A" * 200_000)]),
-        user([picture(JPEG + "A" * 70_000)] * 2),
+        user([picture(jpeg_url(150_000))]),
+        user([picture(jpeg_url(50_000))] * 2),
         user([picture(jpeg_url(exif=b"Exif\0\0II*\0" + bytes(100)))]),
         user([picture("data:image/jpeg;base64,SUkqAA==")]),
         user([picture(JPEG[:60] + "%0a" + JPEG[60:])]),
@@ -155,7 +155,7 @@ def test_many_brief_conversations_leave_the_loop_a_turn_between_two(engine: Asyn
 def test_brief_conversation_that_is_wrong_is_refused_and_the_next_is_read(engine: AsyncLLM, readers: list[str]):
     async def run():
         await engine.prepare_chat(user("first"), GREEDY)
-        wrong = engine.prepare_chat(user([picture(JPEG[:-4] + "!!!!")]), GREEDY)
+        wrong = engine.prepare_chat(user([picture(jpeg_url(3000)[:-4] + "!!!!")]), GREEDY)
         return await asyncio.gather(wrong, engine.prepare_chat(user("hello"), GREEDY), return_exceptions=True)
 
     wrong, right = asyncio.run(run())
