@@ -21,8 +21,9 @@ from transformers.video_utils import VideoMetadata
 
 from opsin.errors import MediaError, RequestError, UnsupportedModelError
 from opsin.layers.rope import axis_of_frequency
-from opsin.models.qwen3_vl.rule import Qwen3VLRule, resize_video
+from opsin.models.qwen3_vl.rule import Qwen3VLRule
 from opsin.models.rule import Positions, TokenRun
+from opsin.models.smart_resize import resize_video
 from opsin.types import Clip, MediaItem
 from tests.factories import hub_configs
 from tests.factories.families import QWEN3_VL

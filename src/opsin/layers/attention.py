@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ class Attention(nn.Module):
         scale: what scores are multiplied by; head_dim**-0.5 by default.
         softcap: scores are bent into (-softcap, softcap).
         head_norm: makes the norms that each head of queries and keys goes through before it is rotated.
+        neighbours: how many values of each head checkpoints rotate with the one beside them, rather than half a
+            rotation away; they are the first.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Attention(nn.Module):
         scale: float | None = None,
         softcap: float | None = None,
         head_norm: Callable[[], RMSNorm] | None = None,
+        neighbours: int | None = None,
     ) -> None:
         super().__init__()
         self.kernels = place.kernels
@@ -46,7 +49,10 @@ class Attention(nn.Module):
         self.window = window
         self.softcap = softcap
         pieces = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
-        self.qkv_proj = MergedLinear(place, hidden_size, pieces, bias=qkv_bias)
+        if neighbours is None:
+            self.qkv_proj = MergedLinear(place, hidden_size, pieces, bias=qkv_bias)
+        else:
+            self.qkv_proj = NeighbourLinear(place, hidden_size, pieces, bias=qkv_bias, head=(head_dim, neighbours))
         self.o_proj = Linear(place, num_heads * head_dim, hidden_size, bias=output_bias, shard="in")
         self.q_norm, self.k_norm = (None, None) if head_norm is None else (head_norm(), head_norm())
 
@@ -70,6 +76,38 @@ class Attention(nn.Module):
             q_TNH, k_TKH, v_TKH, cache, attention, self.scale, self.window, self.softcap
         )
         return self.o_proj(out_TNH.flatten(1)), sum_TD
+
+
+class NeighbourLinear(MergedLinear):
+    """Queries, keys and values of checkpoints that rotate each even value of a head with the odd one behind it, as
+    GPT-J does, where kernels rotate the first half with the second. When the weights are packed, each head's even rows
+    are put before its odd ones; queries and keys alike, so their products stay what they were.
+
+    Args:
+        head: (values of a head, how many of them are rotated).
+    """
+
+    def __init__(
+        self, place: Placement, in_features: int, pieces: Mapping[str, int], *, bias: bool, head: tuple[int, int]
+    ) -> None:
+        super().__init__(place, in_features, pieces, bias=bias)
+        self.head = head
+
+    def pack(self) -> None:
+        order_O = self._order().to(self.weight.device)
+        for name, parameter in tuple(self.named_parameters(recurse=False)):  # scales of rows go with them
+            bits = parameter.data.view(torch.uint8) if parameter.element_size() == 1 else parameter.data
+            ordered = bits.index_select(0, order_O).view(parameter.dtype)
+            setattr(self, name, nn.Parameter(ordered, requires_grad=False))
+        super().pack()
+
+    def _order(self) -> torch.Tensor:
+        """int64 (O,): the rows of checkpoints as kernels want them."""
+        head_dim, rotated = self.head
+        rows_NH = torch.arange(sum(self.pieces.values())).view(-1, head_dim)
+        halved_NH = torch.cat([rows_NH[:, 0:rotated:2], rows_NH[:, 1:rotated:2], rows_NH[:, rotated:]], dim=1)
+        *_, values = self.pieces.values()
+        return torch.cat([halved_NH.flatten()[:-values], rows_NH.flatten()[-values:]])
 
 
 def _each_head(norm: RMSNorm, x_TNH: torch.Tensor) -> torch.Tensor:

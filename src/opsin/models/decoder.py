@@ -46,6 +46,7 @@ class DecoderConfig:
         norms_from_one: weights of norms are kept as differences from 1.
         norms_outputs: attention and MLP are normed behind as well as before.
         norms_heads: each head of queries and keys is normed before it is rotated.
+        rotates_neighbours: in checkpoints, values of a head are rotated with the one beside them.
         attention_scale: what scores are multiplied by; head_dim**-0.5 by default.
         attention_softcap: scores are bent into (-softcap, softcap).
         logit_softcap: the same for logits.
@@ -69,6 +70,7 @@ class DecoderConfig:
     norms_from_one: bool = False
     norms_outputs: bool = False
     norms_heads: bool = False
+    rotates_neighbours: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -141,6 +143,7 @@ class DecoderLayer(nn.Module):
             scale=config.attention_scale,
             softcap=config.attention_softcap,
             head_norm=partial(norm, spec.head_dim) if config.norms_heads else None,
+            neighbours=config.rope.size if config.rotates_neighbours else None,
         )
         self.post_attention_layernorm = norm(config.hidden_size)
         self.norms_outputs = config.norms_outputs

@@ -42,6 +42,12 @@ def _one_attention_bias(config: StrictConfig) -> tuple[bool, bool]:
     return bias, bias
 
 
+def _qkv_bias(config: StrictConfig) -> tuple[bool, bool]:
+    """GLM-4.1V: HF's code has it whatever the config says."""
+    config.choose("attention_bias", (True,), True)
+    return True, False
+
+
 def _no_windows(config: StrictConfig, num_layers: int) -> Sequence[int | None]:
     return [None] * num_layers
 
@@ -182,6 +188,17 @@ DIALECTS: Mapping[str, Dialect] = {
         hidden_act=_gemma_act,
         ropes=_gemma3_ropes,
         more=_gemma3,
+    ),
+    "glm4v_text": Dialect(
+        vocab_size=151552,
+        intermediate_size=13696,
+        num_layers=40,
+        max_position=32768,
+        norm_eps=1e-5,
+        num_kv_heads=2,
+        attention_bias=_qkv_bias,
+        windows=_no_windows,
+        more=lambda config, hidden_size: {"norms_outputs": True, "rotates_neighbours": True},
     ),
     "llama": Dialect(
         intermediate_size=11008, max_position=2048, attention_bias=_one_attention_bias, windows=_no_windows

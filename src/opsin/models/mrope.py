@@ -56,6 +56,12 @@ def counted(grid: Sequence[int], merge: int, tokens_per_second: float | None = N
     return counted_3M
 
 
+def steps_counted(grid: Sequence[int], merge: int) -> list[np.ndarray]:
+    """``counted`` of each step in time by itself, for prompts that have text between them."""
+    steps, *sides = grid
+    return [counted((1, *sides), merge)] * steps
+
+
 def given_grid(modality: Modality, num_features: int, extras: Mapping[str, Any], merge: int) -> MediaLayout:
     """The layout of features that the caller computed, with the grid (time, rows, columns) in patches that positions
     need: ``merge`` x ``merge`` patches are one feature.

@@ -120,6 +120,15 @@ def no_videos() -> RequestError:
     return RequestError("This model takes images only, not video.", param="multi_modal_data")
 
 
+def no_video_embeddings() -> RequestError:
+    """What is raised where features of a video come to a model whose prompts say when its frames were taken."""
+    return RequestError(
+        "This model takes no embeddings of videos, since its prompts hold the time of every frame; give the video "
+        "itself, or its frames as pictures.",
+        param="multi_modal_data",
+    )
+
+
 def given_features(num_features: int, numbers: tuple[int, ...] = ()) -> MediaLayout:
     """The layout of features that the caller computed: no pixels, nothing for the tower."""
     return MediaLayout(PixelPlan(width=0, height=0, views=()), num_features, num_patches=0, numbers=numbers)

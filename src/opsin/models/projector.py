@@ -37,20 +37,31 @@ class PatchMerger(nn.Module):
 
     def __init__(self, place: Placement, width: int, merge: int) -> None:
         super().__init__()
-        self.merging_layer = MergingLinear(place, width * merge**2, width, bias=False)
+        self.merging_layer = MergingLinear(place, width, merge, width, bias=False)
 
     def forward(self, x_ME: torch.Tensor) -> torch.Tensor:
         return self.merging_layer(x_ME)
 
 
 class MergingLinear(Linear):
-    """Checkpoints hold the weight for blocks that are laid out value by value, a block's patches within each; it is
-    turned once, when the weights are packed, to take them patch by patch."""
+    """Checkpoints hold the weight for blocks that are laid out value by value, a block's patches within each, as for a
+    convolution; it is turned once, when the weights are packed, to take them patch by patch.
+
+    Args:
+        width: of a patch, of which ``merge`` x ``merge`` are a block.
+        is_convolution: checkpoints spell it as one.
+    """
 
     may_be_quantized = False
 
+    def __init__(
+        self, place: Placement, width: int, merge: int, out_features: int, *, bias: bool, is_convolution: bool = False
+    ) -> None:
+        shape = (out_features, width, merge, merge) if is_convolution else None
+        super().__init__(place, width * merge**2, out_features, bias=bias, checkpoint_shape=shape)
+        self.width = width
+
     def pack(self) -> None:
-        width = self.weight.shape[0]
-        turned = self.weight.view(width, width, -1).transpose(1, 2).flatten(1)
+        turned = self.weight.view(len(self.weight), self.width, -1).transpose(1, 2).flatten(1)
         self.weight = nn.Parameter(turned.contiguous(), requires_grad=False)
         super().pack()

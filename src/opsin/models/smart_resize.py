@@ -1,6 +1,7 @@
 """Pictures and videos at sizes of their own, in whole units, their pixels within bounds: "smart resize". No torch.
 
-Source: Hugging Face ``smart_resize`` of ``Qwen2VLImageProcessor`` and of ``Qwen3VLVideoProcessor``; arXiv:2409.12191.
+Source: Hugging Face ``smart_resize`` of ``Qwen2VLImageProcessor``, of ``Qwen3VLVideoProcessor`` and of GLM-4.1V's
+processors; arXiv:2409.12191.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ def pixel_bounds(settings: Mapping[str, Any]) -> dict[str, int]:
     """{"shortest_edge", "longest_edge"}: despite their names, areas. ``ValueError`` where they are not."""
     size = dict(settings["size"]) if isinstance(settings["size"], Mapping) else {}
     for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
-        if settings[name] is not None:
+        if settings.get(name) is not None:
             size[edge] = settings[name]
             size.pop(name, None)
     if set(size) != {"shortest_edge", "longest_edge"} or not all(type(v) is int and v >= 1 for v in size.values()):
         raise ValueError(
-            f"size is {settings['size']!r}, min_pixels {settings['min_pixels']!r} and max_pixels "
-            f"{settings['max_pixels']!r}; the least and the most pixels must be whole numbers of at least 1, as "
+            f"size is {settings['size']!r}, min_pixels {settings.get('min_pixels')!r} and max_pixels "
+            f"{settings.get('max_pixels')!r}; the least and the most pixels must be whole numbers of at least 1, as "
             "size = {'shortest_edge': least, 'longest_edge': most} or by their names."
         )
     return size
@@ -81,3 +82,13 @@ def smart_resize(
         grow = math.sqrt(min_pixels / (num_frames * height * width))
         return math.ceil(width * grow / unit) * unit, math.ceil(height * grow / unit) * unit
     return round(width / unit) * unit, round(height / unit) * unit
+
+
+def resize_video(
+    width: int, height: int, num_frames: int, step: int, unit: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """As ``smart_resize``, once the shorter side is at least one unit."""
+    if min(width, height) < unit:
+        scale = max(unit / height, unit / width)
+        width, height = int(width * scale), int(height * scale)
+    return smart_resize(width, height, unit, min_pixels, max_pixels, num_frames=num_frames, step=step)

@@ -40,9 +40,8 @@ from opsin.models.videos import (
 )
 from opsin.types import Clip, MediaItem, MediaLayout, Modality, PixelPlan
 
-_IMAGE_TOKEN, _VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 GEOMETRY = ("patch_size", "merge_size", "temporal_patch_size")
-_PROCESSORS: dict[str, dict[str, Any]] = {
+_PROCESSORS: Mapping[str, Mapping[str, Any]] = {
     "Qwen2VLImageProcessor": {**CLIP_PIXELS, **own_size(14, 56 * 56, 28 * 28 * 1280)}
 }
 VIDEO_DEFAULTS: Mapping[str, Any] = {
@@ -64,13 +63,19 @@ class Qwen2VLRule(PictureRule):
 
     Attributes:
         family: its name, for errors.
-        video_processors: those it takes, as ``read_video_settings`` wants them; the first is the default.
+        image_processors: those it takes, as ``read_settings`` wants them; the first is the default.
+        video_processors: likewise, as ``read_video_settings`` wants them.
+        image_sign: what prompts hold for a picture: a token that expands, between two that stay; likewise
+            ``video_sign``.
         frames_per_patch: along time; an odd number of frames is made even by repeating the last.
         tokens_per_second: how fast a video's positions count; None counts the grid's steps.
     """
 
     family: ClassVar[str] = "Qwen2-VL and Qwen2.5-VL"
+    image_processors: ClassVar[Mapping[str, Mapping[str, Any]]] = _PROCESSORS
     video_processors: ClassVar[Mapping[str, Mapping[str, Any]]] = {"Qwen2VLVideoProcessor": VIDEO_DEFAULTS}
+    image_sign: ClassVar[Sequence[str]] = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    video_sign: ClassVar[Sequence[str]] = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
     default_patch_size: ClassVar[int] = 14
 
     patch_size: int
@@ -81,9 +86,10 @@ class Qwen2VLRule(PictureRule):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer: TokenIds) -> Self:
-        name, settings = read_settings(processor, _PROCESSORS, default="Qwen2VLImageProcessor", family=cls.family)
+        kind, video_kind = cls.default_processors(config, processor)
+        name, settings = read_settings(processor, cls.image_processors, default=kind, family=cls.family)
         video_name, video_settings = read_video_settings(
-            processor, cls.video_processors, default=next(iter(cls.video_processors)), family=cls.family
+            processor, cls.video_processors, default=video_kind, family=cls.family
         )
         vision = config.get("vision_config") or {}
         with checkpoint_settings(name):
@@ -96,12 +102,13 @@ class Qwen2VLRule(PictureRule):
         for of, made in ((name, settings), (video_name, video_settings)):
             with checkpoint_settings(of):
                 made["size"] = pixel_bounds(made)
-            made["min_pixels"] = made["max_pixels"] = None  # said by size from here on, which options may override
+            for bound in {"min_pixels", "max_pixels"} & set(made):
+                made[bound] = None  # said by size from here on, which options may override
         norm = check_pixels(name, settings, read_resample)
         check_video_pixels(video_name, video_settings, settings, *GEOMETRY)
-        (token_id,) = token_ids(tokenizer, _IMAGE_TOKEN)
-        agreed_id(tokenizer, _IMAGE_TOKEN, config, "image_token_id")
-        video_id = agreed_id(tokenizer, _VIDEO_TOKEN, config, "video_token_id")
+        (token_id,) = token_ids(tokenizer, cls.image_sign[1])
+        agreed_id(tokenizer, cls.image_sign[1], config, "image_token_id")
+        video_id = agreed_id(tokenizer, cls.video_sign[1], config, "video_token_id")
         counts_time = config.get("model_type") == "qwen2_5_vl"
         return cls(
             patch_size=settings["patch_size"],
@@ -109,12 +116,17 @@ class Qwen2VLRule(PictureRule):
             frames_per_patch=settings["temporal_patch_size"],
             video_settings=video_settings,
             tokens_per_second=vision.get("tokens_per_second", 4) if counts_time else None,
-            mark=_mark(_IMAGE_TOKEN, token_id),
-            video_mark=None if video_id is None else _mark(_VIDEO_TOKEN, video_id),
+            mark=_mark(cls.image_sign, token_id),
+            video_mark=None if video_id is None else _mark(cls.video_sign, video_id),
             image_token_id=token_id,
             norm=norm,
             settings=settings,
         )
+
+    @classmethod
+    def default_processors(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[str, str]:
+        """Those for pictures and for videos of a folder that names none."""
+        return next(iter(cls.image_processors)), next(iter(cls.video_processors))
 
     def layout(
         self, modality: Modality, width: int, height: int, num_frames: int, options: Mapping[str, Any]
@@ -192,6 +204,5 @@ class Qwen2VLRule(PictureRule):
         return token_id, counted(item.layout.numbers, self.merge_size, pace, *item.layout.times)
 
 
-def _mark(token: str, token_id: int) -> Placeholder:
-    """Prompts hold the pad between two tags that stay; the pad alone is what expands."""
-    return Placeholder(f"<|vision_start|>{token}<|vision_end|>", token_id, re.escape(token))
+def _mark(sign: Sequence[str], token_id: int) -> Placeholder:
+    return Placeholder("".join(sign), token_id, re.escape(sign[1]))

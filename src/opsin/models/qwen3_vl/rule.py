@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Self
 import msgspec
 import numpy as np
 
-from opsin.errors import RequestError
-from opsin.models.mrope import counted, mrope_positions
+from opsin.models.mrope import mrope_positions, steps_counted
+from opsin.models.picture_rule import no_video_embeddings
 from opsin.models.picture_settings import SIGLIP_NORM, with_options
 from opsin.models.placeholders import token_ids
 from opsin.models.qwen2_vl.rule import GEOMETRY, VIDEO_DEFAULTS, Qwen2VLRule
 from opsin.models.rule import Placeholder, Positions, TokenIds, TokenRun
-from opsin.models.smart_resize import own_size, requested_bounds, smart_resize
+from opsin.models.smart_resize import own_size, requested_bounds, resize_video
 from opsin.models.videos import check_enough, sample, whole_steps
 from opsin.types import Clip, MediaItem, MediaLayout, Modality
 
@@ -84,11 +84,7 @@ class Qwen3VLRule(Qwen2VLRule):
 
     def embedding_layout(self, modality: Modality, num_features: int, extras: Mapping[str, Any]) -> MediaLayout:
         if modality == "video" and self.video_token_id is not None:
-            raise RequestError(
-                "This model takes no embeddings of videos, since its prompts hold the time of every frame; give the "
-                "video itself, or its frames as pictures.",
-                param="multi_modal_data",
-            )
+            raise no_video_embeddings()
         return super().embedding_layout(modality, num_features, extras)
 
     def expand(self, modality: Modality, index: int, layout: MediaLayout) -> Sequence[TokenRun | str]:
@@ -106,18 +102,7 @@ class Qwen3VLRule(Qwen2VLRule):
     def _runs(self, item: MediaItem) -> list[tuple[int, np.ndarray]]:
         token_id = self.image_token_id if item.modality == "image" else self.video_token_id
         assert token_id is not None
-        steps, *sides = item.layout.numbers
-        return [(token_id, counted((1, *sides), self.merge_size))] * steps
-
-
-def resize_video(
-    width: int, height: int, num_frames: int, step: int, unit: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """As ``smart_resize``, once the shorter side is at least one unit."""
-    if min(width, height) < unit:
-        scale = max(unit / height, unit / width)
-        width, height = int(width * scale), int(height * scale)
-    return smart_resize(width, height, unit, min_pixels, max_pixels, num_frames=num_frames, step=step)
+        return [(token_id, step_3M) for step_3M in steps_counted(item.layout.numbers, self.merge_size)]
 
 
 def _sampled(clip: Clip, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Sequence[int]:

@@ -1,5 +1,5 @@
 """The vision towers of Qwen2-VL (arXiv:2409.12191), Qwen2.5-VL (arXiv:2502.13923) and Qwen3-VL (arXiv:2511.21631):
-pictures of any size, packed.
+pictures of any size, packed; and what GLM-4.1V's (``glm_vit.py``) shares with them.
 
 A video is a row of pictures that do not see one another, each of ``num_frames`` frames. Patches run in merge order: the
 ``merge_size`` x ``merge_size`` patches that become one feature are neighbours. So a picture is first cut into the
@@ -9,8 +9,10 @@ blocks of pixels that become features, and each block into its patches.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,6 @@ from opsin.models.towers.attention import PatchAttention, Segments
 from opsin.models.towers.packing import pack
 from opsin.models.towers.patches import Patches, cut_blocks, in_passes
 
-_NORM_EPS = 1e-6
 RENAMES = (  # of what checkpoints of all three families call the tower's parts, once it is ``tower``
     (r"^tower\.patch_embed\.proj\.", "tower.patch_embed."),
     (r"^tower\.pos_embed\.", "tower.positions."),
@@ -58,6 +59,8 @@ class QwenViTConfig:
         full_layers: with windows, the layers that see the whole picture all the same.
         position_edge: of the square of learned positions (Qwen3-VL), beside the rotary ones.
         deep_layers: layers whose outputs become columns of the features, too, behind the last layer's.
+        qkv_bias: queries, keys and values have biases; ``output_bias``: what follows attention, and the MLP.
+        merger_size: the width inside of a gated merger (GLM-4.1V).
     """
 
     hidden_size: int
@@ -76,6 +79,10 @@ class QwenViTConfig:
     patch_bias: bool = False
     position_edge: int | None = None
     deep_layers: tuple[int, ...] = ()
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    output_bias: bool = True
+    merger_size: int | None = None
 
     @classmethod
     def from_qwen2_vl(cls, config: StrictConfig) -> QwenViTConfig:
@@ -143,6 +150,37 @@ class QwenViTConfig:
         return replace(shape, patch_bias=True, position_edge=edge, deep_layers=deep_layers)
 
     @classmethod
+    def from_glm4v(cls, config: StrictConfig) -> QwenViTConfig:
+        """Read GLM-4.1V's vision_config, in which the blocks' inner width is called that of the features.
+
+        Raises:
+            UnsupportedModelError: an unknown key or value.
+        """
+        config.skip("hidden_dropout_prob")
+        image_size, patch_size = config.take("image_size", 336), config.take("patch_size", 14)
+        if not all(type(size) is int and size > 0 for size in (image_size, patch_size)):
+            raise UnsupportedModelError(
+                f"vision_config has image_size {image_size} and patch_size {patch_size}; only squares are implemented."
+            )
+        out_size = config.take("out_hidden_size", 4096)
+        more: dict[str, Any] = {
+            "norm_eps": config.take("rms_norm_eps", 1e-5),
+            "qkv_bias": bool(config.take("attention_bias", False)),
+            "merger_size": config.take("intermediate_size", 13696),
+        }
+        shape = cls._read(
+            config,
+            hidden_size=config.take("hidden_size", 1536),
+            intermediate_size=out_size,
+            out_size=out_size,
+            hidden_act=config.choose("hidden_act", tuple(ACTIVATIONS), "silu"),
+            is_gated=True,
+            num_layers=24,
+            num_heads=12,
+        )
+        return replace(shape, patch_bias=True, position_edge=image_size // patch_size, output_bias=False, **more)
+
+    @classmethod
     def _read(
         cls,
         config: StrictConfig,
@@ -155,6 +193,7 @@ class QwenViTConfig:
         window: int | None = None,
         full_layers: frozenset[int] = frozenset(),
         num_layers: int = 32,
+        num_heads: int = 16,
         patch_size: int = 14,
     ) -> QwenViTConfig:
         """Add what all name alike, with the defaults given for it, and refuse what is left."""
@@ -165,7 +204,7 @@ class QwenViTConfig:
         for name in ("in_channels", "in_chans"):
             config.choose(name, (3,), 3)
         config.choose("spatial_patch_size", (patch_size,), patch_size)
-        num_layers, num_heads = config.take("depth", num_layers), config.take("num_heads", 16)
+        num_layers, num_heads = config.take("depth", num_layers), config.take("num_heads", num_heads)
         if hidden_size % (4 * num_heads):
             raise UnsupportedModelError(
                 f"The vision tower has {num_heads} heads over {hidden_size} values; heads must be multiples of 4 wide."
@@ -196,8 +235,8 @@ class QwenViTConfig:
             )
 
 
-class QwenTower(nn.Module):
-    """Pictures to features, merger included."""
+class MergingTower(nn.Module, ABC):
+    """Pictures to features, merger included; of that, a family brings what is behind the embedded patches."""
 
     unused_weights = (r"rotary_pos_emb\.inv_freq",)
 
@@ -210,11 +249,6 @@ class QwenTower(nn.Module):
         self.inverse_frequencies = (1.0 / config.rope_theta**exponents).to(place.device)
         self.patch_embed = PatchEmbedding(place, config)
         self.blocks = nn.ModuleList(QwenViTBlock(place, config) for _ in range(config.num_layers))
-        self.positions = None
-        if config.position_edge is not None:
-            self.positions = PositionGrid(place, config.position_edge, config.hidden_size)
-        self.merger = PatchMerger(place, config)
-        self.deep_mergers = nn.ModuleList(PatchMerger(place, config, norms_whole=True) for _ in config.deep_layers)
 
     def forward(self, pictures: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Pictures, sides in whole features, to (M, out_size * (1 + deep layers)), one after the other.
@@ -230,30 +264,19 @@ class QwenTower(nn.Module):
         if packing.order_M is not None and packing.places_M is not None:
             lens.append(packing.window_lens)
             numbers += [packing.order_M, packing.places_M]
-        if self.positions is not None:
+        if config.position_edge is not None:
             numbers.append(np.repeat(np.array(grids, dtype=np.int32), packing.full_lens, axis=0))
         return trunk.run(self._trunk, self._embed(pictures), lens, numbers)
 
+    @abstractmethod
     def _trunk(self, x_PD: torch.Tensor, segments: Sequence[Segments], numbers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Patches in the pictures' own order to features in that order, whatever the order of the packing between."""
-        config = self.config
-        positions_P2, *others = numbers
-        places_M = None
-        if config.window is not None:
-            order_M, places_M, *others = others
-            x_PD = x_PD.unflatten(0, (-1, config.merge_size**2)).index_select(0, order_M).flatten(0, 1)
-        if self.positions is not None:
-            x_PD = x_PD + self.positions(positions_P2, *others).to(x_PD.dtype)
-        rotary = self._rotary(positions_P2)
-        residual_PD = None
-        deep: list[torch.Tensor] = []
-        for number, block in enumerate(self.blocks):
-            sees = segments[0 if number in config.full_layers else -1]
-            x_PD, residual_PD = block(x_PD, residual_PD, rotary, sees)
-            if number in config.deep_layers:
-                deep.append(self.deep_mergers[len(deep)](x_PD, residual_PD))
-        features_MD = torch.cat([self.merger(x_PD, residual_PD), *deep], dim=1)
-        return features_MD if places_M is None else features_MD.index_select(0, places_M)
+        """Patches in the pictures' own order to features in that order.
+
+        Args:
+            segments: pictures; windows, where there are any.
+            numbers: row and column of each patch in its picture, in the packing's order; with windows, the features'
+                order in the packing, and their places in it; with learned positions, rows and columns of that picture.
+        """
 
     def in_passes(self, items: Sequence[Sequence[torch.Tensor]], steps: Sequence[int]) -> torch.Tensor:
         """The features of all items, in as few passes as can be.
@@ -292,6 +315,39 @@ class QwenTower(nn.Module):
         """The first half of each head's pairs turns with the row, the second with the column."""
         angles_PR = (positions_P2.unsqueeze(-1) * self.inverse_frequencies).flatten(1)
         return Rotary(angles_PR.cos(), angles_PR.sin())
+
+
+class QwenTower(MergingTower):
+    """Positions and windows where the config has them, a merger of two layers, and another for each deep layer."""
+
+    def __init__(self, place: Placement, config: QwenViTConfig, norm: PixelNorm) -> None:
+        super().__init__(place, config, norm)
+        self.positions = None
+        if config.position_edge is not None:
+            self.positions = PositionGrid(place, config.position_edge, config.hidden_size)
+        self.merger = PatchMerger(place, config)
+        self.deep_mergers = nn.ModuleList(PatchMerger(place, config, norms_whole=True) for _ in config.deep_layers)
+
+    def _trunk(self, x_PD: torch.Tensor, segments: Sequence[Segments], numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The order of the packing is undone behind the merger."""
+        config = self.config
+        positions_P2, *others = numbers
+        places_M = None
+        if config.window is not None:
+            order_M, places_M, *others = others
+            x_PD = x_PD.unflatten(0, (-1, config.merge_size**2)).index_select(0, order_M).flatten(0, 1)
+        if self.positions is not None:
+            x_PD = x_PD + self.positions(positions_P2, *others).to(x_PD.dtype)
+        rotary = self._rotary(positions_P2)
+        residual_PD = None
+        deep: list[torch.Tensor] = []
+        for number, block in enumerate(self.blocks):
+            sees = segments[0 if number in config.full_layers else -1]
+            x_PD, residual_PD = block(x_PD, residual_PD, rotary, sees)
+            if number in config.deep_layers:
+                deep.append(self.deep_mergers[len(deep)](x_PD, residual_PD))
+        features_MD = torch.cat([self.merger(x_PD, residual_PD), *deep], dim=1)
+        return features_MD if places_M is None else features_MD.index_select(0, places_M)
 
 
 class PositionGrid(nn.Module):
@@ -353,10 +409,12 @@ class QwenViTBlock(nn.Module):
         super().__init__()
         size, inner = config.hidden_size, config.intermediate_size
         self.norm1 = _norm(place, config)
-        self.attn = PatchAttention(place, size, config.num_heads)
+        self.attn = PatchAttention(
+            place, size, config.num_heads, qkv_bias=config.qkv_bias, output_bias=config.output_bias
+        )
         self.norm2 = _norm(place, config)
         if config.is_gated:
-            self.mlp = GatedMLP(place, size, inner, config.hidden_act, bias=True)
+            self.mlp = GatedMLP(place, size, inner, config.hidden_act, bias=config.output_bias)
         else:
             self.mlp = MLP(place, size, inner, config.hidden_act)
 
@@ -380,7 +438,7 @@ class PatchMerger(nn.Module):
         self.norms_whole = norms_whole
         self.area = config.merge_size**2
         width = config.hidden_size * self.area
-        self.ln_q = LayerNorm(place, width, _NORM_EPS) if norms_whole else _norm(place, config)
+        self.ln_q = LayerNorm(place, width, config.norm_eps) if norms_whole else _norm(place, config)
         self.linear_1 = Linear(place, width, width, bias=True)
         self.linear_2 = Linear(place, width, config.out_size, bias=True)
 
@@ -395,4 +453,4 @@ class PatchMerger(nn.Module):
 
 def _norm(place: Placement, config: QwenViTConfig) -> LayerNorm | RMSNorm:
     kind = RMSNorm if config.is_gated else LayerNorm
-    return kind(place, config.hidden_size, _NORM_EPS)
+    return kind(place, config.hidden_size, config.norm_eps)
