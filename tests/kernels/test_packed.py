@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -52,6 +53,7 @@ def _step(lens: list[tuple[int, int]], num_kv_heads: int, dtype: torch.dtype) ->
         [(1, 64), (1, 64)],
         [(600, 600)],
         [(200, 300), (1, 7), (192, 192), (9, 9)],
+        [(1, 90), (1, 30), (16, 80), (8, 8), (1, 50), (5, 90)],
     ],
     ids=str,
 )
@@ -110,7 +112,7 @@ def test_a_cache_of_8_bits_is_indexed_as_bytes(lens):
 def test_paged_attention_sees_nothing_of_what_lies_behind_a_shorter_row_s_context(dtype):
     # A block's former tenant may have left what is not a number; it would reach everybody who multiplies it, by 0 too.
     torch.manual_seed(0)
-    lens = [(1, 5), (1, 64), (1, 17)]
+    lens = [(1, 5), (1, 64), (1, 17), (3, 20)]
     cache, inputs = _step(lens, 2, dtype)
     seen = torch.zeros(cache.key.shape[:2], dtype=torch.bool).flatten()
     for row_L, (_, context) in zip(inputs.block_tables_BL, lens, strict=True):
@@ -118,10 +120,41 @@ def test_paged_attention_sees_nothing_of_what_lies_behind_a_shorter_row_s_contex
         seen[row_L[at // BLOCK] * BLOCK + at % BLOCK] = True
     for stored in cache:
         stored.flatten(0, 1)[~seen] = torch.nan
-    q_TNH, kv_TKH = torch.randn(3, 2, HEAD_DIM).to(dtype), torch.empty(3, 2, HEAD_DIM)
+    q_TNH, kv_TKH = torch.randn(6, 2, HEAD_DIM).to(dtype), torch.empty(6, 2, HEAD_DIM)
     arguments = (q_TNH, kv_TKH, kv_TKH, cache, inputs, 0.25)
     expected = reference.paged_attention(*arguments)
     torch.testing.assert_close(packed.KERNELS.paged_attention(*arguments), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 20])
+def test_paged_attention_of_tokens_that_see_one_another_equals_reference(window, dtype):
+    torch.manual_seed(0)
+    lens = [(1, 33), (24, 40), (1, 9), (200, 230)]
+    cache, inputs = _step(lens, 2, dtype)
+    index_T = torch.cat([torch.arange(context - query, context) for query, context in lens]).int()
+    begin_T, end_T = index_T.clone(), index_T + 1
+    for first, last, span in ((4, 14, (19, 29)), (30, 90, (34, 94))):  # tokens of the step, positions of their row
+        begin_T[first:last], end_T[first:last] = span
+    inputs = dataclasses.replace(inputs, visible_begin_T=begin_T, visible_end_T=end_T)
+    q_TNH = torch.randn(len(index_T), 6, HEAD_DIM).to(dtype)
+    k_TKH, v_TKH = (stored.flatten(0, 1)[inputs.slot_mapping_T] for stored in cache)
+    arguments = (q_TNH, k_TKH, v_TKH, cache, inputs, 0.25, window)
+    expected = reference.paged_attention(*arguments)
+    torch.testing.assert_close(packed.KERNELS.paged_attention(*arguments), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_layers_of_a_step_see_each_by_its_own_window_and_heads():
+    torch.manual_seed(0)
+    lens = [(1, 90), (1, 30), (16, 80)]
+    inputs = _step(lens, 2, torch.float32)[1]
+    for num_heads, num_kv_heads, window in ((6, 2, None), (6, 2, 40), (2, 2, None), (8, 1, 40), (6, 2, None)):
+        cache = LayerCache(*(torch.randn(16, BLOCK, num_kv_heads, HEAD_DIM) for _ in "kv"))
+        q_TNH = torch.randn(18, num_heads, HEAD_DIM)
+        k_TKH, v_TKH = (stored.flatten(0, 1)[inputs.slot_mapping_T] for stored in cache)
+        arguments = (q_TNH, k_TKH, v_TKH, cache, inputs, 0.25, window)
+        expected = reference.paged_attention(*arguments)
+        torch.testing.assert_close(packed.KERNELS.paged_attention(*arguments), expected, atol=1e-5, rtol=0)
 
 
 @DTYPES

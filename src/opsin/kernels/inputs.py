@@ -7,8 +7,9 @@ S slots per cache block, L blocks in a table, A rotary axes. ``B1`` is B + 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +37,7 @@ class AttentionInputs:
         visible_end_T: int32; token t sees positions below visible_end_T[t]. None is causal: own position + 1.
         visible_begin_T: int32; token t sees positions from visible_begin_T[t] on although a layer's window ends later.
             None leaves it to the window.
+        kept: what kernels make of all this for one layer and read again in those behind it.
     """
 
     query_start_B1: torch.Tensor
@@ -46,6 +48,12 @@ class AttentionInputs:
     context_lens: tuple[int, ...]
     visible_end_T: torch.Tensor | None = None
     visible_begin_T: torch.Tensor | None = None
+    kept: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], repr=False, compare=False)
+
+    @property
+    def is_causal(self) -> bool:
+        """No token sees anything behind itself, nor beyond a window."""
+        return self.visible_end_T is None and self.visible_begin_T is None
 
     @property
     def is_decode(self) -> bool:

@@ -2,12 +2,17 @@
 
 torch's own attention runs both of its products at a fraction of what oneDNN's linear layers reach: 1024 tokens of one
 64-wide head take 3.4 ms in bfloat16 and 3.2 in float32, here 1.5 and 1.7 (one Zen 5 core, torch 2.13). Scores and
-softmax are float32 whatever the dtype. Few tokens leave too little work to gain from, so they stay with torch's; the
-rows of a short decode step in one call, rather than a call each.
+softmax are float32 whatever the dtype. Few tokens leave too little work to gain from, so they stay with torch's, in as
+few calls as can be, and all that says what they see is made once for the layers of a step.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +25,31 @@ _FEW_TOKENS = 192  # sequences that torch's own attention takes as fast
 _ONE_CALL_VALUES = 2**19  # gathered values of keys up to which one call is faster; with more, rows evict one another
 
 
+class _Part(NamedTuple):
+    """Tokens [begin, end) of a step that are attended to in one call: one row's, or those of rows of one token each.
+
+    Attributes:
+        places: one row's blocks; of several rows slots, as many for each: those behind a row's last key hold it once
+            more, since what lies behind it may be no number.
+        span: which of the blocks' slots hold the row's keys; None where ``places`` are slots.
+        mask: what is added to scores; None adds nothing. For many tokens a boolean (T, C), or None, each sees up to
+            itself.
+    """
+
+    begin: int
+    end: int
+    num_rows: int
+    places: torch.Tensor
+    span: slice | None
+    mask: torch.Tensor | None
+
+    def take(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of one side of a cache: (keys of all rows, K, H)."""
+        if self.span is None:
+            return reference.take(stored.flatten(0, 1), self.places, dtype)
+        return reference.take(stored, self.places, dtype).flatten(0, 1)[self.span]
+
+
 def paged_attention(
     q_TNH: torch.Tensor,
     k_TKH: torch.Tensor,
@@ -30,20 +60,13 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    if softcap is None and _fits_one_call(inputs, window, cache.key[0, 0].numel()):
-        return _decode(q_TNH, cache, inputs, scale)
-
-    def attend(
-        q_TNH: torch.Tensor, k_CKH: torch.Tensor, v_CKH: torch.Tensor, mask_TC: torch.Tensor | None
-    ) -> torch.Tensor:
-        if len(q_TNH) < _FEW_TOKENS:
-            is_single = len(q_TNH) == 1 and q_TNH.shape[1] == k_CKH.shape[1]
-            if is_single:  # of one query per key head torch's bfloat16 takes 1.8 ms where casting and float32 take 0.3
-                q_TNH, k_CKH, v_CKH = q_TNH.float(), k_CKH.float(), v_CKH.float()
-            return reference.row_attention(q_TNH, k_CKH, v_CKH, mask_TC, scale, softcap)
-        return _by_blocks(q_TNH, k_CKH, v_CKH, mask_TC, scale, softcap, is_causal=mask_TC is None)
-
-    return reference.attend_rows(q_TNH, k_TKH, v_TKH, cache, inputs, window, attend)
+    group = q_TNH.shape[1] // k_TKH.shape[1]
+    kind = (window, group, k_TKH.shape[1:])
+    parts: list[_Part] | None = inputs.kept.get(kind)
+    if parts is None:
+        parts = inputs.kept[kind] = list(_parts(inputs, cache, window, group))
+    outs = [_attend(q_TNH[part.begin : part.end], cache, part, scale, softcap) for part in parts]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def varlen_attention(
@@ -61,32 +84,99 @@ def varlen_attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _fits_one_call(inputs: AttentionInputs, window: int | None, values_per_key: int) -> bool:
-    if not inputs.is_decode or inputs.visible_end_T is not None or inputs.visible_begin_T is not None:
-        return False
-    longest = max(inputs.context_lens)
-    has_edge = window is not None and longest > window
-    return not has_edge and longest * len(inputs.context_lens) * values_per_key <= _ONE_CALL_VALUES
+def _attend(q_TNH: torch.Tensor, cache: LayerCache, part: _Part, scale: float, softcap: float | None) -> torch.Tensor:
+    num_rows, (num_tokens, num_heads, head_dim), num_kv_heads = part.num_rows, q_TNH.shape, cache.key.shape[2]
+    k_CKH, v_CKH = (part.take(stored, q_TNH.dtype) for stored in cache)
+    if num_rows == 1 and num_tokens >= _FEW_TOKENS:
+        return _by_blocks(q_TNH, k_CKH, v_CKH, part.mask, scale, softcap, is_causal=part.mask is None)
+    k_BKCH, v_BKCH = (x_CKH.view(num_rows, -1, num_kv_heads, head_dim).transpose(1, 2) for x_CKH in (k_CKH, v_CKH))
+    # The G query heads that share keys, of all of a row's tokens, are the rows of one matrix, so no key is repeated.
+    group = num_heads // num_kv_heads
+    if num_rows == num_tokens:
+        q_BKQH = q_TNH.view(num_rows, num_kv_heads, group, head_dim)
+    else:
+        q_BKQH = q_TNH.view(-1, num_kv_heads, group, head_dim).permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(0)
+    if softcap is not None:
+        out_BKQH = _capped_attention(q_BKQH, k_BKCH, v_BKCH, part.mask, scale, softcap).to(q_TNH.dtype)
+    elif q_BKQH.shape[2] > 1:
+        out_BKQH = F.scaled_dot_product_attention(q_BKQH, k_BKCH, v_BKCH, part.mask, scale=scale)
+    else:  # of one query per key head torch's bfloat16 takes 1.8 ms where casting and float32 take 0.3
+        q_BKQH, k_BKCH, v_BKCH = q_BKQH.float(), k_BKCH.float(), v_BKCH.float()
+        out_BKQH = F.scaled_dot_product_attention(q_BKQH, k_BKCH, v_BKCH, part.mask, scale=scale).to(q_TNH.dtype)
+    if num_rows == num_tokens:
+        return out_BKQH.reshape(q_TNH.shape)
+    return out_BKQH.view(num_kv_heads, group, -1, head_dim).permute(2, 0, 1, 3).reshape(q_TNH.shape)
 
 
-def _decode(q_BNH: torch.Tensor, cache: LayerCache, inputs: AttentionInputs, scale: float) -> torch.Tensor:
-    """One token per row. The query heads that share keys are the rows of one small matrix, so no key is repeated."""
-    num_rows, num_heads, head_dim = q_BNH.shape
-    block_size, num_kv_heads = cache.key.shape[1:3]
-    longest = max(inputs.context_lens)
-    blocks = inputs.block_tables_BL[:, : -(-longest // block_size)].reshape(-1)
-    shape = (num_rows, -1, num_kv_heads, head_dim)
-    gathered = [reference.take_blocks(stored, blocks).to(q_BNH.dtype).view(shape) for stored in cache]
+def _parts(inputs: AttentionInputs, cache: LayerCache, window: int | None, group: int) -> Iterator[_Part]:
+    """The rows in order: neighbours of one token together where that is faster, and any other by itself."""
+    block_size, *shape = cache.key.shape[1:]
+    most_keys = _ONE_CALL_VALUES // math.prod(shape)
+    row = begin = 0
+    while row < len(inputs.query_lens):
+        num_rows = _num_together(inputs, row, most_keys)
+        if num_rows > 1:
+            yield _together(inputs, begin, slice(row, row + num_rows), window, block_size)
+        else:
+            yield _alone(inputs, begin, row, window, block_size, group)
+        begin += sum(inputs.query_lens[row : row + num_rows])
+        row += num_rows
+
+
+def _num_together(inputs: AttentionInputs, first: int, most_keys: int) -> int:
+    """How many rows from this one on go together: of one token each, and without too many keys."""
+    longest = count = 0
+    for query_len, context_len in zip(inputs.query_lens[first:], inputs.context_lens[first:], strict=True):
+        longest = max(longest, context_len)
+        if query_len != 1 or not inputs.is_causal or (count + 1) * longest > most_keys:
+            break
+        count += 1
+    return max(count, 1)
+
+
+def _together(inputs: AttentionInputs, begin: int, rows: slice, window: int | None, block_size: int) -> _Part:
+    context_B1 = np.array(inputs.context_lens[rows])[:, None]
+    seen_B1 = context_B1 if window is None else np.minimum(context_B1, window)
+    number_C = np.arange(seen_B1.max())
+    at_BC = np.minimum(context_B1 - seen_B1 + number_C, context_B1 - 1)
+    row_B1 = np.arange(len(at_BC))[:, None]
+    slots_BC = inputs.block_tables_BL[rows].numpy()[row_B1, at_BC // block_size] * block_size + at_BC % block_size
     mask = None
-    if longest > min(inputs.context_lens):
-        mask = (torch.arange(longest) < inputs.context_lens_B.unsqueeze(1))[:, None, None]
-        for row, length in enumerate(inputs.context_lens):  # row by row: a tenth of what a masked fill of all takes
-            for stored_BCKH in gathered:  # there may be NaN there, and 0 * NaN is NaN
-                stored_BCKH[row, length:].zero_()
-    k_BKCH, v_BKCH = (stored_BCKH[:, :longest].transpose(1, 2) for stored_BCKH in gathered)
-    q_BKGH = q_BNH.reshape(num_rows, num_kv_heads, -1, head_dim)
-    out_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKCH, v_BKCH, attn_mask=mask, scale=scale)
-    return out_BKGH.reshape(num_rows, num_heads, head_dim)
+    if seen_B1.min() < len(number_C):
+        mask_BC = np.where(number_C < seen_B1, np.float32(0), np.float32(-np.inf))
+        mask = torch.from_numpy(mask_BC[:, None, None])
+    return _Part(begin, begin + len(at_BC), len(at_BC), torch.from_numpy(slots_BC.reshape(-1)), None, mask)
+
+
+def _alone(inputs: AttentionInputs, begin: int, row: int, window: int | None, block_size: int, group: int) -> _Part:
+    query_len, context_len = inputs.query_lens[row], inputs.context_lens[row]
+    first = reference.first_seen(query_len, context_len, window, inputs)
+    low = first // block_size
+    blocks_L = inputs.block_tables_BL[row, low : -(-context_len // block_size)]
+    span = slice(first - low * block_size, context_len - low * block_size)
+    sees_all = inputs.is_causal and (window is None or window >= context_len)
+    if sees_all and 1 < query_len < _FEW_TOKENS:
+        mask_GTC = torch.full((group, query_len, context_len), -torch.inf)
+        mask = mask_GTC.triu_(context_len - query_len + 1).flatten(0, 1)
+    else:
+        mask = reference.seen_mask(query_len, context_len, first, window, inputs, begin, torch.device("cpu"))
+        if mask is not None and query_len < _FEW_TOKENS:
+            mask = torch.where(mask, 0.0, -torch.inf).repeat(group, 1)
+    return _Part(begin, begin + query_len, 1, blocks_L, span, mask)
+
+
+def _capped_attention(
+    q_BKQH: torch.Tensor,
+    k_BKCH: torch.Tensor,
+    v_BKCH: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """In float32 whatever the dtype; torch's own attention cannot bend scores."""
+    scores_BKQC = q_BKQH.float() @ k_BKCH.float().transpose(-1, -2) * scale
+    scores_BKQC = torch.tanh(scores_BKQC / softcap) * softcap
+    return (scores_BKQC if mask is None else scores_BKQC + mask).softmax(-1) @ v_BKCH.float()
 
 
 def _by_blocks(
