@@ -21,12 +21,15 @@ def bucket(size: int) -> int:
 
 def padded(rows_TI: torch.Tensor) -> torch.Tensor:
     """Rows of zeros below, up to the next ``bucket``."""
-    num_pads = bucket(len(rows_TI)) - len(rows_TI)
+    num_rows = rows_TI.shape[0]
+    num_pads = bucket(num_rows) - num_rows
     return F.pad(rows_TI, (0, 0, 0, num_pads)) if num_pads else rows_TI
 
 
 def product(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias. The weight may be packed by ``torch.ops.mkldnn._reorder_linear_weight``."""
-    rows_TI = x_TI.flatten(0, -2)
+    rows_TI = x_TI if x_TI.dim() == 2 else x_TI.flatten(0, -2)
     y_TO = torch.ops.mkldnn._linear_pointwise(padded(rows_TI), weight_OI, bias_O, "none", [], "")
-    return y_TO[: len(rows_TI)].view(*x_TI.shape[:-1], y_TO.shape[1])
+    if y_TO.shape[0] != rows_TI.shape[0]:
+        y_TO = y_TO[: rows_TI.shape[0]]
+    return y_TO if rows_TI is x_TI else y_TO.view(*x_TI.shape[:-1], y_TO.shape[1])

@@ -61,7 +61,9 @@ def apply_rope(
     cos_T1H = torch.cat((cos_TR, cos_TR), dim=1).unsqueeze(1)
     sin_T1H = torch.cat((sin_TR.neg(), sin_TR), dim=1).unsqueeze(1)
     # cos and sin are float32, so the products are too, and rounding happens once.
-    q_TNH, k_TKH = ((x * cos_T1H).addcmul_(x.roll(size, -1), sin_T1H).to(x.dtype) for x in (q_TNH, k_TKH))
+    x_TMH = torch.cat((q_TNH, k_TKH), dim=1)
+    turned_TMH = (x_TMH * cos_T1H).addcmul_(x_TMH.roll(size, -1), sin_T1H).to(x_TMH.dtype)
+    q_TNH, k_TKH = turned_TMH.split((q_TNH.shape[1], k_TKH.shape[1]), dim=1)
     return q_TNH, k_TKH
 
 

@@ -48,6 +48,7 @@ class Attention(nn.Module):
         self.scale = head_dim**-0.5 if scale is None else scale
         self.window = window
         self.softcap = softcap
+        self.heads = (num_heads, num_kv_heads, num_kv_heads)  # of queries, keys and values
         pieces = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
         if neighbours is None:
             self.qkv_proj = MergedLinear(place, hidden_size, pieces, bias=qkv_bias)
@@ -66,9 +67,8 @@ class Attention(nn.Module):
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what norm(x + residual) attends to, x + residual)."""
-        heads = (-1, self.head_dim)
         qkv_TO, sum_TD = self.qkv_proj.normed(norm, x_TD, residual_TD)
-        q_TNH, k_TKH, v_TKH = (y.unflatten(-1, heads) for y in self.qkv_proj.split(qkv_TO))
+        q_TNH, k_TKH, v_TKH = qkv_TO.view(qkv_TO.shape[0], -1, self.head_dim).split(self.heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = _each_head(self.q_norm, q_TNH), _each_head(self.k_norm, k_TKH)
         q_TNH, k_TKH = self.kernels.rope_and_write(q_TNH, k_TKH, v_TKH, *rotary, cache, attention.slot_mapping_T)
