@@ -46,6 +46,8 @@ QWEN = (
     "<|im_start|>user\n<|vision_start|>{media}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
 )
 QWEN_PIXELS = {"mm_processor_kwargs": {"min_pixels": 28 * 28, "max_pixels": 1280 * 28 * 28}}
+GLM = "[gMASK]<sop><|user|>\n{media}{question}<|assistant|>\n"
+GLM_IMAGE, GLM_VIDEO = "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
 
 MODELS = {
     "gemma3": Model(
@@ -53,6 +55,8 @@ MODELS = {
         "<bos><start_of_turn>user\n{media}{question}<end_of_turn>\n<start_of_turn>model\n",
         image="<start_of_image>",
     ),
+    "glm4_1v": Model("zai-org/GLM-4.1V-9B-Thinking", GLM, image=GLM_IMAGE, video=GLM_VIDEO),
+    "glm4_6v": Model("zai-org/GLM-4.6V-Flash", GLM, image=GLM_IMAGE, video=GLM_VIDEO),
     "idefics3": Model(
         "HuggingFaceM4/Idefics3-8B-Llama3",
         "<|begin_of_text|>User:{media}{question}<end_of_utterance>\nAssistant:",

@@ -38,6 +38,7 @@ class Model(NamedTuple):
 
 
 CHATML = "<|im_start|>user\n{images}{question}<|im_end|>\n<|im_start|>assistant\n"
+GLM = "[gMASK]<sop><|user|>\n{images}{question}<|assistant|>\n"
 
 MODELS = {
     "gemma3": Model(
@@ -45,6 +46,8 @@ MODELS = {
         "<bos><start_of_turn>user\n{images}{question}<end_of_turn>\n<start_of_turn>model\n",
         "<start_of_image>",
     ),
+    "glm4_1v": Model("zai-org/GLM-4.1V-9B-Thinking", GLM, "<|begin_of_image|><|image|><|end_of_image|>"),
+    "glm4_6v": Model("zai-org/GLM-4.6V-Flash", GLM, "<|begin_of_image|><|image|><|end_of_image|>"),
     "idefics3": Model(
         "HuggingFaceM4/Idefics3-8B-Llama3",
         "<|begin_of_text|>User:{images}{question}<end_of_utterance>\nAssistant:",

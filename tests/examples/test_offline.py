@@ -69,7 +69,7 @@ def test_example_marks_what_the_family_takes(name: str, checkpoint: Callable[[st
 def test_video_example_refuses_models_without(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         example(SINGLE)["main"](["-m", "llava", "--modality", "video"])
-    assert "llava takes no videos; these do: internvl," in capsys.readouterr().err
+    assert "llava takes no videos; these do: glm4_1v, glm4_6v, internvl," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["generate", "chat"])

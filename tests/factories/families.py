@@ -17,6 +17,7 @@ from opsin.types import MediaLayout
 from tests import factory
 from tests.factories import (
     gemma3,
+    glm4v,
     hub_configs,
     idefics3,
     internvl,
@@ -30,6 +31,7 @@ from tests.factories import (
 )
 from tests.factories.family import FEATURE_SIZES, Family
 from tests.factories.gemma3 import Gemma3Shape
+from tests.factories.glm4v import Glm4vShape
 from tests.factories.idefics3 import Idefics3Shape
 from tests.factories.internvl import InternVLShape
 from tests.factories.llava_onevision import OnevisionShape
@@ -403,6 +405,31 @@ QWEN3_VL = Family(
     renamed=False,
 )
 
+GLM4V = Family(
+    name="glm4v",
+    write=glm4v.write_glm4v,
+    hf_inputs=glm4v.hf_inputs,
+    image=glm4v.IMAGE,
+    shapes={
+        "4.1": Glm4vShape(),
+        "4.1-mqa-tied-3-layers": Glm4vShape(num_kv_heads=1, num_layers=3, tied=True),
+        "4.1-all-rotated": Glm4vShape(rotated=1.0, num_kv_heads=4),
+        "4.1-vision-biases": Glm4vShape(
+            vision_extra=(("attention_bias", True), ("rms_norm_eps", 1e-2)), position_edge=12
+        ),
+        "4.6": Glm4vShape(version="4.6", position_edge=3, text_extra=(("attention_bias", True),)),
+    },
+    paged=("4.1", "4.1-all-rotated"),
+    towers=("4.1", "4.1-vision-biases", "4.6"),
+    served=("4.1", "4.6"),
+    hub_configs=hub_configs.GLM4V,
+    options=[(options, options) for options in ({}, {"size": {"shortest_edge": 1024, "longest_edge": 4096}})],
+    embeddings=_qwen_embeddings,
+    bad_embeddings=lambda parts, layouts: (parts, "image_grid_thw"),
+    refused=[((9000, 3), {}, MediaError, "200 times"), ((90, 70), {"max_pixels": 1024}, RequestError, "max_pixels")],
+    renamed=False,
+)
+
 FAMILIES = (
     LLAVA,
     LLAVA_NEXT,
@@ -415,4 +442,5 @@ FAMILIES = (
     PHI3_V,
     GEMMA3,
     QWEN3_VL,
+    GLM4V,
 )

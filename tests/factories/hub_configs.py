@@ -6,16 +6,18 @@ The hub is out of reach here, so each is compared with what public code holds of
   TensorRT-LLM), Qwen2-VL-2B (a test of PaddleMIX), Mistral-Small-3.1 (a test of brolm, verbatim), Pixtral
   (transformers' tests), both Phi-3-visions (code that exports them to ONNX), Qwen3-VL-4B (diffusion models that read
   text with it);
-- equal to copies in parts: Qwen2.5-VL-7B (a test of Megatron-Bridge but for depths, which diffusion models that read
+- equal to copies in parts: GLM-4.1V (text: printed in a change to a chat bot; vision: a test of a Rust runtime),
+  Qwen2.5-VL-7B (a test of Megatron-Bridge but for depths, which diffusion models that read
   text with it hold), Gemma 3 4B (text: tests of three runtimes; vision: a test of Megatron-Bridge), PaliGemma
   (transformers' script that converts ColPali, at another resolution), PaliGemma 2 (transformers' script that converts
   it; vision: moshi's encoder), InternVL3 (its towers and token: transformers' script that converts them; text: an
   issue of vLLM, 8B's);
 - of the shape that transformers' scripts which convert them give: LLaVA-1.6-Vicuna, both LLaVA-OneVisions (rows of
   the vocabulary, padded to 64, among it), Idefics3 (its vocabulary and token);
-- of the shape of printed sisters: SmolVLM-256M and SmolVLM2-2.2B (the 500M, whole; of the 2.2B itself edges and
-  scale), Qwen2-VL-7B (its printed modules), Qwen2.5-VL-3B (the 7B). Their other values were not compared with
-  anything.
+- of the shape of printed sisters: GLM-4.6V-Flash (4.1V: whoever trained both found the same network; its tokens are
+  GLM-4.5V's, printed; its context is the published one), SmolVLM-256M and SmolVLM2-2.2B (the 500M, whole; of the 2.2B
+  itself edges and scale), Qwen2-VL-7B (its printed modules), Qwen2.5-VL-3B (the 7B). Their other values were not
+  compared with anything.
 
 VLM2Vec's is Phi-3.5-vision's, and that of DSE is Qwen2-VL-2B's: no copies of theirs were found.
 """
@@ -794,6 +796,65 @@ MISTRAL3: dict[str, dict[str, Any]] = {
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
     },
+}
+
+_GLM4V_TOKENS = {"image_start_token_id": 151339, "image_end_token_id": 151340}
+_GLM4V_TOKENS |= {"video_start_token_id": 151341, "video_end_token_id": 151342}
+_GLM4V: dict[str, Any] = {
+    **_GLM4V_TOKENS,
+    "architectures": ["Glm4vForConditionalGeneration"],
+    "model_type": "glm4v",
+    "text_config": {
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": [151329, 151336, 151338, 151348],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 13696,
+        "model_type": "glm4v_text",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "pad_token_id": 151329,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"mrope_section": [8, 12, 12], "rope_type": "default"},
+        "rope_theta": 10000.0,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 151552,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "depth": 24,
+        "hidden_act": "silu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": 1536,
+        "image_size": 336,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 13696,
+        "num_heads": 12,
+        "out_hidden_size": 4096,
+        "patch_size": 14,
+        "rms_norm_eps": 1e-05,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+
+
+def _glm4v(image: int, max_position: int) -> dict[str, Any]:
+    text = {**_GLM4V["text_config"], "max_position_embeddings": max_position}
+    return {**_GLM4V, "image_token_id": image, "video_token_id": image + 1, "text_config": text}
+
+
+GLM4V: dict[str, dict[str, Any]] = {
+    "glm-4.1v-9b-thinking": _glm4v(151343, 65536),
+    "glm-4.6v-flash": _glm4v(151363, 131072),
 }
 
 QWEN3_VL: dict[str, dict[str, Any]] = {

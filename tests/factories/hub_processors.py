@@ -1,12 +1,13 @@
 """preprocessor_config.json and processor_config.json of checkpoints on the hub.
 
 Found as whole copies in public code: those of LLaVA-1.6-Mistral (a printed processor in an issue on it), OneVision (a
-script that rebuilds the conversion of llava-hf), Gemma 3 (training code that writes it back), SmolVLM-256M (Spark
-NLP), SmolVLM2-500M (an offline cache for SmolVLA), Mistral-Small (a test of a Swift runtime), Qwen2.5-VL and Qwen3-VL
-(tests of a Rust server and others). LLaVA-1.5's and Pixtral's are of their classes' form; PaliGemma's and InternVL3's
-are what transformers' scripts that convert them write. SmolVLM2-2.2B's is the 500M's with its own edges, which a test
-of public code has, and Idefics3's of SmolVLM's form. Those of Phi-3-vision and MiniCPM-V come from the code published
-with the models.
+script that rebuilds the conversion of llava-hf), Gemma 3 (training code that writes it back), SmolVLM-256M (Spark NLP),
+SmolVLM2-500M (an offline cache for SmolVLA), Mistral-Small (a test of a Swift runtime), Qwen2.5-VL and Qwen3-VL (tests
+of a Rust server and others). GLM-4.1V's and GLM-4.6V-Flash's are those of GLM-OCR, their sister (a test of a Go
+runtime, verbatim), under the names of their own classes. LLaVA-1.5's and Pixtral's are of their classes' form;
+PaliGemma's and InternVL3's are what transformers' scripts that convert them write. SmolVLM2-2.2B's is the 500M's with
+its own edges, which a test of public code has, and Idefics3's of SmolVLM's form. Those of Phi-3-vision and MiniCPM-V
+come from the code published with the models.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ def _qwen(joint: str) -> dict[str, Any]:
     sizes = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
     norm = {"image_mean": list(_CLIP[0]), "image_std": list(_CLIP[1])}
     return {**sizes, **norm, "image_processor_type": "Qwen2VLImageProcessor", "processor_class": joint}
+
+
+def _glm(version: str) -> dict[str, Any]:
+    sizes = {"size": {"shortest_edge": 12544, "longest_edge": 9633792}, "patch_size": 14, "merge_size": 2}
+    norm = {"image_mean": list(_CLIP[0]), "image_std": list(_CLIP[1]), "do_rescale": True, "temporal_patch_size": 2}
+    names = {"image_processor_type": f"{version}ImageProcessor", "processor_class": f"{version}Processor"}
+    return {**sizes, **norm, **names}
 
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -85,6 +93,8 @@ PICTURES: dict[str, dict[str, Any]] = {
         "processor_class": "Qwen3VLProcessor",
         "image_processor_type": "Qwen2VLImageProcessorFast",
     },
+    "glm-4.1v": _glm("Glm4v"),
+    "glm-4.6v-flash": _glm("Glm46V"),
     "internvl3": _pictures(
         "GotOcr2ImageProcessorFast",
         3,

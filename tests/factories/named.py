@@ -11,6 +11,8 @@ from tests.factories.families import FAMILIES
 
 ROWS = {
     "gemma3": ("gemma3", 0),
+    "glm4_1v": ("glm4v", 0),
+    "glm4_6v": ("glm4v", 1),
     "idefics3": ("idefics3", 0),
     "internvl": ("internvl", 0),
     "llava": ("llava", 0),

@@ -16,6 +16,7 @@ from typing import Any
 from tests.factories import minicpmv
 from tests.factories.hub_configs import (
     GEMMA3,
+    GLM4V,
     IDEFICS3,
     INTERNVL,
     LLAVA,
@@ -96,6 +97,8 @@ RELEASED = (
     Released("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", QWEN2_VL["qwen2.5-vl-3b"], "qwen2.5-vl", 3.8),
     Released("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", QWEN2_VL["qwen2.5-vl-7b"], "qwen2.5-vl", 8.3),
     Released("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", QWEN3_VL["qwen3-vl-4b-instruct"], "qwen3-vl", 4.4),
+    Released("zai-org/GLM-4.1V-9B-Thinking", "glm4_1v", GLM4V["glm-4.1v-9b-thinking"], "glm-4.1v", 10.3),
+    Released("zai-org/GLM-4.6V-Flash", "glm4_6v", GLM4V["glm-4.6v-flash"], "glm-4.6v-flash", 10.3),
     Released("OpenGVLab/InternVL3-1B-hf", "internvl", INTERNVL["internvl3-1b"], "internvl3", 0.9),
     Released(
         "HuggingFaceM4/Idefics3-8B-Llama3",

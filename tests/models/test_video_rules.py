@@ -6,16 +6,13 @@ Pixels are compared in ``tests/engine/test_videos.py``, by what models make of t
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType, SimpleNamespace
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import transformers.video_processing_utils  # noqa: F401  # before torchvision seems to be there
 from transformers import InternVLProcessor, Qwen2_5_VLConfig, Qwen2VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
@@ -27,9 +24,9 @@ from opsin.models.internvl.rule import InternVLRule
 from opsin.models.qwen2_vl.rule import Qwen2VLRule
 from opsin.models.videos import spaced
 from opsin.types import Clip, MediaItem
+from tests.models.stubbed import video_processor
 
 IMAGE, VIDEO = 7, 8
-_TORCHVISION = "torchvision", "torchvision.transforms", "torchvision.transforms.v2"
 
 
 class Tokenizer:
@@ -39,21 +36,10 @@ class Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def processors() -> Iterator[Mapping[str, Any]]:
-    """The two classes, whose modules see a torchvision that is empty."""
-    names = (*_TORCHVISION, "torchvision.transforms.v2.functional")
-    stubs = {name: ModuleType(name) for name in names}
-    for outer, inner in itertools.pairwise(names):
-        setattr(stubs[outer], inner.rpartition(".")[2], stubs[inner])
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stub in stubs.items():
-            patch.setitem(sys.modules, name, stub)
-        loaded: dict[str, Any] = {}
-        for family, name in (("qwen2_vl", "Qwen2VLVideoProcessor"), ("internvl", "InternVLVideoProcessor")):
-            path = f"transformers.models.{family}.video_processing_{family}"
-            loaded[family] = getattr(importlib.import_module(path), name)
-            patch.delitem(sys.modules, path)
-        yield loaded
+def processors() -> Mapping[str, Any]:
+    """The two classes."""
+    names = {"qwen2_vl": "Qwen2VLVideoProcessor", "internvl": "InternVLVideoProcessor"}
+    return {family: video_processor(family, name) for family, name in names.items()}
 
 
 def qwen(version: str = "2", **video: Any) -> Qwen2VLRule:

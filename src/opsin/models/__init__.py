@@ -55,6 +55,8 @@ def _family(architecture: str, folder: str, name: str, tower: str | None = None)
 
 MODELS: tuple[Family, ...] = (
     _family("Gemma3ForConditionalGeneration", "gemma3", "Gemma3"),
+    _family("Glm46VForConditionalGeneration", "glm4v", "Glm4v"),
+    _family("Glm4vForConditionalGeneration", "glm4v", "Glm4v"),
     _family("Idefics3ForConditionalGeneration", "idefics3", "Idefics3"),
     _family("InternVLForConditionalGeneration", "internvl", "InternVL"),
     _family("LlavaForConditionalGeneration", "mistral3", "Mistral3", tower="pixtral"),

@@ -103,3 +103,24 @@ class StrictConfig:
                 f"{self._where}.{name} is {value!r}, a setting that opsin does not know. Running without it could "
                 "give wrong answers. Use a supported checkpoint, or remove the key if it changes nothing."
             )
+
+
+def text_settings(config: Mapping[str, Any], outer_keys: Sequence[str], sections: Sequence[int]) -> dict[str, Any]:
+    """The language model's settings: those of text_config, or all of a flat config.json's.
+
+    Args:
+        outer_keys: those that belong to config.json, wherever they are found.
+        sections: M-RoPE's by default.
+
+    Raises:
+        UnsupportedModelError: an unknown key beside a text_config.
+    """
+    nested = config.get("text_config")
+    text = {key: value for key, value in (nested or config).items() if key not in outer_keys}
+    if nested:
+        outer = StrictConfig(config, "config.json")
+        outer.skip(*outer_keys, "tie_word_embeddings", *(key for key in text if config.get(key) == text[key]))
+        outer.finish()
+    rope = {"mrope_section": sections, **(text.get("rope_parameters") or text.get("rope_scaling") or {})}
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    return {**text, "rope_parameters": rope, "tie_word_embeddings": tied}

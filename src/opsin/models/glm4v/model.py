@@ -9,9 +9,9 @@ from typing import Any, Self
 
 from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
-from opsin.models.qwen2_vl.model import Qwen2VLModel, text_settings
+from opsin.models.qwen2_vl.model import Qwen2VLModel
 from opsin.models.rule import PixelNorm
-from opsin.models.strict import StrictConfig
+from opsin.models.strict import StrictConfig, text_settings
 from opsin.models.towers.glm_vit import RENAMES as TOWER_RENAMES
 from opsin.models.towers.glm_vit import GlmTower
 from opsin.models.towers.qwen_vit import QwenViTConfig

@@ -12,7 +12,7 @@ from opsin.layers import Placement
 from opsin.models.decoder import Decoder, DecoderConfig
 from opsin.models.picture_model import PictureModel
 from opsin.models.rule import PixelNorm
-from opsin.models.strict import StrictConfig
+from opsin.models.strict import StrictConfig, text_settings
 from opsin.models.towers.qwen_vit import RENAMES as TOWER_RENAMES
 from opsin.models.towers.qwen_vit import MergingTower, QwenTower, QwenViTConfig
 from opsin.types import MediaLayout
@@ -79,24 +79,3 @@ class Qwen2VLModel(PictureModel):
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's settings, as a Qwen2 config."""
     return {**_TEXT_DEFAULTS, **text_settings(config, _OUTER_KEYS, [16, 24, 24]), "model_type": "qwen2"}
-
-
-def text_settings(config: Mapping[str, Any], outer_keys: Sequence[str], sections: Sequence[int]) -> dict[str, Any]:
-    """The language model's settings: those of text_config, or all of a flat config.json's.
-
-    Args:
-        outer_keys: those that belong to config.json, wherever they are found.
-        sections: M-RoPE's by default.
-
-    Raises:
-        UnsupportedModelError: an unknown key beside a text_config.
-    """
-    nested = config.get("text_config")
-    text = {key: value for key, value in (nested or config).items() if key not in outer_keys}
-    if nested:
-        outer = StrictConfig(config, "config.json")
-        outer.skip(*outer_keys, "tie_word_embeddings", *(key for key in text if config.get(key) == text[key]))
-        outer.finish()
-    rope = {"mrope_section": sections, **(text.get("rope_parameters") or text.get("rope_scaling") or {})}
-    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    return {**text, "rope_parameters": rope, "tie_word_embeddings": tied}
