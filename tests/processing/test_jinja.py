@@ -72,6 +72,35 @@ def test_rendering_equals_transformers(source: str, messages: list[dict[str, Any
     assert len(ours) > 20
 
 
+WHOLE = (  # as GLM-4.1V's: parts of users, and what others say as it is
+    "{% for m in messages %}<|{{ m.role }}|>\n"
+    "{% if m.role == 'user' %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_parts_that_a_template_writes_out_whole_are_their_text(continues: bool) -> None:
+    turns = [
+        {"role": "system", "content": "Be <b>rief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A cat "},
+    ]
+    in_parts = [
+        turn if turn["role"] == "user" else {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+        for turn in turns
+    ]
+    template = ChatTemplate(WHOLE, TOKENS)
+    assert template.content_format == "openai"
+    options: Any = {"add_generation_prompt": not continues, "continue_final_message": continues}
+    ours = template.render(in_parts, **options)
+    assert ours == huggingface(WHOLE, turns, **options)
+    two = [{"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert template.render(two, add_generation_prompt=False) == "<|system|>\na\nb"
+
+
 def test_tools_and_kwargs_reach_the_template_as_in_transformers() -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "<é>"}}]
     ours = ChatTemplate(CHATML, TOKENS).render(TEXT_TURNS, tools=tools, kwargs={"enable_thinking": False})

@@ -85,6 +85,7 @@ class ChatTemplate:
         self._check(kwargs or {}, add_generation_prompt and continue_final_message)
         if continue_final_message:
             messages = [*messages[:-1], _with_text_end(messages[-1])]
+        messages = [_with_parts(message) for message in messages]
         try:
             clock = self._environment.begin()
             pieces = self._template.generate(
@@ -342,6 +343,19 @@ def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
             return name in names
         case _:
             return False
+
+
+class _Parts(list[Any]):
+    """Content as parts. A template that loops over those of users may write others' out whole, as GLM-4.1V's does: they
+    are their text then, which is most often all that a caller gave, not Python's spelling of a list."""
+
+    def __str__(self) -> str:
+        return "\n".join(part["text"] for part in self if isinstance(part, Mapping) and "text" in part)
+
+
+def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    return {**message, "content": _Parts(content)} if isinstance(content, list) else message
 
 
 # ------------------------------------------------------------------------------------- continue_final_message
