@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self, TypeVar, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack, cast
 
+from opsin import vllm_settings
 from opsin.config import EngineConfig, EngineSettings
 from opsin.engine.engine import EngineFacts
 from opsin.engine.front import Front, is_at_hand, template_text
@@ -38,6 +40,8 @@ from opsin.processing.prompts import Prompt
 from opsin.runner.executor import MemoryPlan
 from opsin.types import ModelSpec
 
+logger = logging.getLogger(__name__)
+
 P = TypeVar("P", SamplingParams, PoolingParams)
 
 
@@ -46,7 +50,7 @@ class AsyncLLM:
 
     Args:
         model: a Hugging Face id, a local folder, or "demo" for the model inside the package.
-        settings: any field of ``opsin.config``'s groups, by name.
+        settings: any field of ``opsin.config``'s groups, by name, or of vLLM's as ``LLM`` takes them.
 
     Raises:
         ConfigError, UnsupportedModelError, WeightError: what is wrong, and what to do.
@@ -396,7 +400,10 @@ class AsyncLLM:
 
 
 def _config(model: str, settings: EngineSettings) -> EngineConfig:
-    config = EngineConfig.from_flat({"model": model, **settings})
+    own, notices = vllm_settings.without(cast("Mapping[str, Any]", settings))
+    config = EngineConfig.from_flat({"model": model, **own})
+    for notice in notices:
+        logger.warning(notice)
     if config.media.media_workers is not None:
         return config
     # Strangers' pictures are decoded in processes that may die.

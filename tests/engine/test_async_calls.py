@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from opsin import AsyncLLM, EngineDeadError, RequestError, SamplingParams
+from opsin import AsyncLLM, ConfigError, EngineDeadError, RequestError, SamplingParams
 from opsin.outputs import CompletionOutput
 from tests.engine.conftest import asked
 
@@ -99,3 +100,16 @@ def test_pictures_are_decoded_outside_the_engine_by_default(folder: Path):
         asyncio.run(collect(engine, asked(13)))
         inner: Any = engine._front.engine
         assert inner.feeder._pool.worker_pids
+
+
+def test_settings_that_vllm_alone_has_are_accepted_or_refused_as_those_of_llm(
+    folder: Path, caplog: pytest.LogCaptureFixture
+):
+    settings: Any = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 2, "audio": 0}, "seed": None}
+    with caplog.at_level(logging.WARNING, logger="opsin"), AsyncLLM(str(folder), media_workers=0, **settings) as engine:
+        outputs = asyncio.run(collect(engine, asked(13)))
+    assert outputs
+    assert "enable_mm_embeds" in caplog.text
+    other: Any = {"enable_lora": True}
+    with pytest.raises(ConfigError, match="enable_lora"):
+        AsyncLLM(str(folder), **other)

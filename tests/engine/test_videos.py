@@ -228,7 +228,8 @@ def test_frames_in_one_tensor_answer_as_pictures(llm: LLM, served: Served) -> No
     tensor = torch.from_numpy(pixels)
     as_processors_have_it = tensor.permute(0, 3, 1, 2).float()
     first, *others = (
-        ask(llm, prompt, video=form).outputs[0].token_ids for form in (video, pixels, tensor, as_processors_have_it)
+        ask(llm, prompt, video=form).outputs[0].token_ids
+        for form in (video, pixels, tensor, as_processors_have_it, [as_processors_have_it])
     )
     assert all(answer == first for answer in others)
     with pytest.raises(MediaError, match="uint8"):

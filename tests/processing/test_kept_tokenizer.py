@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from opsin.errors import ConfigError
 from opsin.processing.kept_tokenizer import KeptTokenizer, open_tokenizer
 from opsin.processing.tokenizer import Tokenizer
 from tests.processing import vocabularies
@@ -158,3 +159,9 @@ def test_error_of_a_folder_without_tokenizer_is_not_told_as_one_of_the_cache(tmp
     while told is not None:
         assert str(tmp_path / "cache") not in str(told)
         told = told.__context__
+
+
+def test_folder_without_a_tokenizer_is_told_of(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json and tokenizer_config\.json belong there"):
+        open_tokenizer(tmp_path, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -146,7 +147,7 @@ class Progress:
     """A bar with answers, tokens per second and pictures per second."""
 
     def __init__(self, total: int, front: Front) -> None:
-        self._bar = tqdm(total=total, desc="Answers", dynamic_ncols=True)
+        self._bar = tqdm(total=total, desc="Answers", dynamic_ncols=True, disable=sys.stderr is None)
         self._started = time.perf_counter()
         self._front = front
         self._pictures_before = self._num_decoded()

@@ -10,7 +10,6 @@ import gc
 import io
 import mmap
 import os
-import resource
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ from typing import IO, cast
 import numpy as np
 from PIL import Image
 
+from opsin.media.confine import confine
 from opsin.media.decode import decode_rgb
 from opsin.media.ops import distinct
 from opsin.media.raw import is_raw
@@ -39,10 +39,7 @@ def main(descriptor: int, deadline_s: float, max_memory_bytes: int) -> None:
         deadline_s: the pool kills the worker when a job takes longer.
         max_memory_bytes: limit of address space; a picture that needs more fails with ``image_too_large``.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)  # batch systems set one, which cannot be raised
-    limit = max_memory_bytes if hard == resource.RLIM_INFINITY else min(max_memory_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    confine(max_memory_bytes)
     os.nice(_NICENESS)
     hush_pillow()
     turbo = open_turbo()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 import msgspec
 
 from opsin.errors import RequestError, RequestFailedError
+from opsin.media.confine import confine
 from opsin.media.wire import receive, send
 from opsin.params import StructuredOutputsParams
 from opsin.processing.grammar import compile_matcher, key_of, read_vocabulary, start
@@ -171,15 +171,14 @@ def _reason(status: int) -> str:
 def main(setup: str) -> None:
     """The other side: compile what comes, until the socket closes."""
     given = msgspec.json.decode(setup, type=_Setup)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)
     with open(given.vocabulary, "rb") as file:
         text = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()  # others read it at the same time
     vocabulary = read_vocabulary(text, given.vocab_size, given.eos_token_ids)
     del text
     with open("/proc/self/statm", encoding="ascii") as file:
-        limit = int(file.read().split()[0]) * resource.getpagesize() + _MAX_MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        num_pages = int(file.read().split()[0])
+    confine(num_pages * os.sysconf("SC_PAGE_SIZE") + _MAX_MEMORY_BYTES)
     with socket.socket(fileno=given.connection) as connection:
         try:
             send(connection, Verdict())

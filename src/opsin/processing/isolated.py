@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from opsin.errors import RequestError
+from opsin.media.confine import confine
 from opsin.processing.jinja import ChatTemplate, ContentFormat
 
 DEADLINE_S = 2.0
@@ -66,8 +66,7 @@ class IsolatedTemplate:
 
 def main() -> None:
     """The other side: one template, once."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    confine(_MAX_MEMORY_BYTES)
     source, special_tokens, call = json.loads(sys.stdin.buffer.read())
     try:
         template = ChatTemplate(source, special_tokens)

@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from opsin.errors import ConfigError
+
 _READ = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 """Suffixes of the files that a tokenizer may depend on."""
 _FORM = 1  # of the copies, and of how transformers is asked
@@ -77,7 +79,13 @@ def _from_transformers(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     settings = {"local_files_only": True, "trust_remote_code": False, "config": _config_of(folder)}
-    return AutoTokenizer.from_pretrained(str(folder), **settings)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), **settings)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"There is no tokenizer in {folder} that transformers can open; tokenizer.json and tokenizer_config.json "
+            f"belong there. It says: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def _config_of(folder: Path) -> Any:

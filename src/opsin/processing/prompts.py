@@ -264,7 +264,11 @@ def _items(modality: Modality, data: Any, feature_width: int, param: str) -> lis
     if is_embedding(data):
         return list(split_embeddings(data, feature_width, param))
     if isinstance(data, list | tuple):
-        return [read_embedding(v, feature_width, f"{param}.{i}") if is_embedding(v) else v for i, v in enumerate(data)]
+        are_features = [is_embedding(v) and not (modality == "video" and _is_one_video(v)) for v in data]
+        return [
+            read_embedding(v, feature_width, f"{param}.{i}") if is_features else v
+            for i, (v, is_features) in enumerate(zip(data, are_features, strict=True))
+        ]
     if getattr(data, "ndim", None) == (4 if modality == "image" else 5):  # a batch
         return list(data)
     return [data]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from html import escape
+from inspect import cleandoc
 from typing import Any
 
 Schema = Mapping[str, Any]
@@ -21,7 +22,7 @@ td { padding: .1rem 1rem .1rem 0; vertical-align: top; }
 td:nth-child(2) { opacity: .7; }
 """
 _HEADERS = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
-_ATTRIBUTE = re.compile(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", re.MULTILINE)
+_ATTRIBUTE = re.compile(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 
 
 def reference_page(document: Schema) -> tuple[str, Mapping[str, str]]:
@@ -55,7 +56,7 @@ def _operation(path: str, method: str, operation: Schema, schemas: Schema) -> It
 
 
 def _fields(schema: Schema) -> Iterator[str]:
-    told = dict(_ATTRIBUTE.findall(schema.get("description", "")))
+    told = dict(_ATTRIBUTE.findall(cleandoc(schema.get("description", ""))))  # Python 3.13 does so itself
     required = schema.get("required", ())
     yield "<table>"
     for name, field in schema.get("properties", {}).items():
