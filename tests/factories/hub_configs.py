@@ -7,11 +7,10 @@ The hub is out of reach here, so each is compared with what public code holds of
   (transformers' tests), both Phi-3-visions (code that exports them to ONNX), Qwen3-VL-4B (diffusion models that read
   text with it);
 - equal to copies in parts: GLM-4.1V (text: printed in a change to a chat bot; vision: a test of a Rust runtime),
-  Qwen2.5-VL-7B (a test of Megatron-Bridge but for depths, which diffusion models that read
-  text with it hold), Gemma 3 4B (text: tests of three runtimes; vision: a test of Megatron-Bridge), PaliGemma
-  (transformers' script that converts ColPali, at another resolution), PaliGemma 2 (transformers' script that converts
-  it; vision: moshi's encoder), InternVL3 (its towers and token: transformers' script that converts them; text: an
-  issue of vLLM, 8B's);
+  Qwen2.5-VL-7B (a test of Megatron-Bridge but for depths, which diffusion models that read text with it hold), Gemma 3
+  4B (text: tests of three runtimes; vision: a test of Megatron-Bridge), PaliGemma (transformers' script that converts
+  ColPali, at another resolution), PaliGemma 2 (transformers' script that converts it; vision: moshi's encoder),
+  InternVL3 (its towers and token: transformers' script that converts them; text: an issue of vLLM, 8B's);
 - of the shape that transformers' scripts which convert them give: LLaVA-1.6-Vicuna, both LLaVA-OneVisions (rows of
   the vocabulary, padded to 64, among it), Idefics3 (its vocabulary and token);
 - of the shape of printed sisters: GLM-4.6V-Flash (4.1V: whoever trained both found the same network; its tokens are
