@@ -19,7 +19,7 @@ import msgspec
 
 from opsin.cli.main import main
 from opsin.config import EngineConfig
-from opsin.engine import remote
+from opsin.engine import child
 from opsin.engine.channel import EngineEnd
 from opsin.engine.engine import EngineFacts
 from opsin.engine.messages import Abort, Add, Beat, FromEngine, Load, Loaded, News, ToEngine, unpack_sources
@@ -122,5 +122,5 @@ def _facts(config: EngineConfig) -> EngineFacts:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    remote._BOOTSTRAP = _BOOTSTRAP.format(step_s=float(sys.argv[1]) / 1e3)
+    child.BOOTSTRAP = _BOOTSTRAP.format(step_s=float(sys.argv[1]) / 1e3)
     sys.exit(main(sys.argv[2:]))

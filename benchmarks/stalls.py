@@ -35,7 +35,8 @@ from opsin import AsyncLLM
 from opsin.cli import environment
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
-from opsin.server.run import listen, uvicorn_config
+from opsin.server.listening import listen
+from opsin.server.run import uvicorn_config
 
 _HERE = Path(__file__).parent
 _IDLE_S = 1.0

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, cast
 
 from opsin import vllm_settings
 from opsin.config import EngineConfig, EngineSettings
+from opsin.engine.child import ChildProcess
 from opsin.engine.engine import EngineFacts
 from opsin.engine.front import Front, is_at_hand, template_text
 from opsin.engine.histogram import Histogram
@@ -69,6 +70,7 @@ class AsyncLLM:
         *,
         watch: Watch | None = None,
         is_unwanted: threading.Event | None = None,
+        child: ChildProcess | None = None,
         **settings: Unpack[EngineSettings],
     ) -> Self:
         """The same, with the engine in a process of its own: steps and callers never compete for one interpreter.
@@ -79,13 +81,14 @@ class AsyncLLM:
         Args:
             watch: when the process is given up.
             is_unwanted: set by whoever does not want to wait for the model any more; the process is then ended.
+            child: the process, where it was started already; whoever did so sees that it ends.
 
         Raises:
             As the class does; EngineDeadError: the process died while it loaded the model, or was unwanted.
         """
         config = _config(model, settings)
         llm = cls.__new__(cls)
-        llm._begin(config, spawn_front(config, watch or Watch(), is_unwanted or threading.Event()))
+        llm._begin(config, spawn_front(config, watch or Watch(), is_unwanted or threading.Event(), child))
         return llm
 
     def _begin(self, config: EngineConfig, front: Front) -> None:

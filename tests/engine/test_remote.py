@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from opsin.config import EngineConfig, MediaConfig
-from opsin.engine import messages, remote
+from opsin.engine import child, messages, remote
 from opsin.engine.channel import EngineEnd, FrontEnd
 from opsin.engine.messages import pack_sources, unpack_sources
 from opsin.engine.remote import RemoteEngine, Watch
@@ -39,7 +39,7 @@ WANTED = threading.Event()
 
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_BOOTSTRAP", fake_process.BOOTSTRAP)
+    monkeypatch.setattr(child, "BOOTSTRAP", fake_process.BOOTSTRAP)
 
 
 @contextmanager
@@ -49,6 +49,23 @@ def engine_that(behaviour: str, watch: Watch = PATIENT) -> Iterator[RemoteEngine
         yield engine
     finally:
         engine.close()
+
+
+def test_process_that_was_started_already_is_the_first_one() -> None:
+    with child.ChildProcess() as started:
+        engine = RemoteEngine(EngineConfig.from_flat({"model": "answers"}), PATIENT, started)
+        try:
+            engine.wait_until_loaded(WANTED)
+            assert engine.pid == started.process.pid
+        finally:
+            engine.close()
+
+
+def test_process_that_is_never_told_anything_ends_with_its_context() -> None:
+    with child.ChildProcess() as started:
+        assert started.process.poll() is None
+    assert started.process.returncode is not None
+    assert started.connection.fileno() == -1
 
 
 def request(name: str) -> EngineRequest:

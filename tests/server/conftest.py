@@ -20,7 +20,8 @@ from fastapi import FastAPI
 from opsin import AsyncLLM
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
-from opsin.server.run import listen, url_of, uvicorn_config
+from opsin.server.listening import listen, url_of
+from opsin.server.run import uvicorn_config
 from tests.engine.conftest import picture
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 
 from opsin import AsyncLLM
 from opsin.cli.main import main
-from opsin.engine import remote
+from opsin.engine import child
 from opsin.engine.remote import RemoteEngine
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
@@ -47,7 +47,7 @@ def test_device_that_fails_is_never_used_again_by_the_process_that_had_it(
 ):
     from tests.factory import LlavaShape
 
-    monkeypatch.setattr(remote, "_BOOTSTRAP", failing_process.BOOTSTRAP)
+    monkeypatch.setattr(child, "BOOTSTRAP", failing_process.BOOTSTRAP)
     with AsyncLLM.spawn(str(tiny_llava(LlavaShape(num_kv_heads=2))), media_workers=1) as llm:
         engine = llm._front.engine
         assert isinstance(engine, RemoteEngine)

@@ -20,7 +20,8 @@ from opsin import AsyncLLM
 from opsin.errors import EngineDeadError, UnsupportedModelError
 from opsin.server.app import create_app
 from opsin.server.config import ServerConfig
-from opsin.server.run import listen, run, url_of
+from opsin.server.listening import listen, url_of
+from opsin.server.run import run
 from tests.server.conftest import NAME, chat
 from tests.server.test_engine_process import children, is_gone, wait_for
 from tests.server.test_transport import error_of

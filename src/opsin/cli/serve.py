@@ -60,7 +60,8 @@ def add_parser(commands: Commands) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    from opsin.server.run import listen, run, url_of
+    from opsin.engine.child import ChildProcess
+    from opsin.server.listening import listen, url_of
 
     config = server_config(args)
     settings = serving_settings(engine_settings(args), os.environ)
@@ -73,7 +74,7 @@ def execute(args: argparse.Namespace) -> int:
         from opsin.server.app import create_app
 
         watch = Watch(silence_s=config.engine_silence_s, step_s=config.engine_step_timeout_s)
-        engine = AsyncLLM.spawn(**settings, watch=watch, is_unwanted=is_unwanted)
+        engine = AsyncLLM.spawn(**settings, watch=watch, is_unwanted=is_unwanted, child=child)
         try:
             return create_app(engine, config, model=settings.get("model", "demo"))
         except BaseException:
@@ -87,7 +88,10 @@ def execute(args: argparse.Namespace) -> int:
         print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
 
     try:
-        run(listener, load, announce, config)
+        with ChildProcess() as child:  # before what follows is imported, which takes a second, too
+            from opsin.server.run import run
+
+            run(listener, load, announce, config)
     finally:
         listener.close()
         if config.uds is not None:

@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from opsin.cli import environment
 from opsin.cli.flags import add_engine_flags, add_model_place, engine_settings
 from opsin.errors import ConfigError
 from opsin.params import SamplingParams
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from PIL import Image
 
     from opsin.cli.flags import Commands
@@ -162,6 +161,8 @@ def _picture(name: str) -> Image.Image:
 
 def _pixels(rule: Any, pictures: Sequence[Image.Image]) -> npt.NDArray[np.float32] | None:
     """The normalised values of all tiles, flat."""
+    import numpy as np
+
     from opsin.media.ops import make_tiles
 
     if not pictures:
@@ -196,6 +197,8 @@ def _compare(checkpoint: Checkpoint, answers: Sequence[_Answer], dtype: str, dev
 
 
 def _verdict(answer: _Answer, theirs: OracleAnswer, tolerance: float) -> Verdict:
+    import numpy as np
+
     best = theirs.logprobs_TV.argmax(axis=1)
     ids = answer.ids[: len(best)]
     differs = np.flatnonzero(best != np.array(ids))
@@ -219,6 +222,8 @@ def _pixel_difference(ours: npt.NDArray[np.float32] | None, theirs: npt.NDArray[
 
     None where the numbers of values do not fit, as with processors that pad.
     """
+    import numpy as np
+
     if ours is None or theirs is None or not len(ours) or len(theirs) % len(ours):
         return None
     times = len(theirs) // len(ours)

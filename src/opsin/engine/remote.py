@@ -8,9 +8,7 @@ import os
 import select
 import selectors
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -22,6 +20,7 @@ import msgspec
 import opsin.errors
 from opsin.config import EngineConfig
 from opsin.engine.channel import FrontEnd
+from opsin.engine.child import ChildProcess
 from opsin.engine.engine import EngineFacts
 from opsin.engine.histogram import Histogram
 from opsin.engine.messages import Abort, Add, Beat, FromEngine, Load, Loaded, LoadFailed, News, ToEngine, pack_sources
@@ -37,11 +36,6 @@ _END_LOOK_S = 0.02
 _QUIET_S = 0.7  # several beats have not come; with one look, less than a second
 _DUMP_S = 1.0  # for a process that hangs to write down where it stands
 _CLOSE_S = 5.0
-
-# The process searches for modules exactly where this one does, whatever set its path.
-_BOOTSTRAP = (
-    "import sys; sys.path[:] = sys.argv[2:]; from opsin.engine import process; sys.exit(process.main(int(sys.argv[1])))"
-)
 
 _decoder = msgspec.msgpack.Decoder(FromEngine)
 _encoder = msgspec.msgpack.Encoder()
@@ -77,11 +71,14 @@ class RemoteEngine:
     When the process ends or hangs, every request that it had ends with an update of code ``ENGINE_RESTARTED``, and it
     is started again. Nothing of the old process is kept but the counters' names: the caches are the engine's alone.
 
+    Args:
+        child: the first process, where it was started already.
+
     Raises:
         EngineDeadError: from ``step``: it ended too often.
     """
 
-    def __init__(self, config: EngineConfig, watch: Watch) -> None:
+    def __init__(self, config: EngineConfig, watch: Watch, child: ChildProcess | None = None) -> None:
         self._config = config
         self._watch = watch
         self._facts: EngineFacts | None = None
@@ -94,7 +91,7 @@ class RemoteEngine:
         self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._news, selectors.EVENT_READ)
-        self._start()
+        self._start(child or ChildProcess())
 
     # --------------------------------------------------------------------------------------- as an Engine
 
@@ -185,16 +182,9 @@ class RemoteEngine:
                 raise EngineDeadError("The engine was given up while it loaded the model.")
             self._listen(_LOOK_S)
 
-    def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), *sys.path],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C in a terminal is for the front to handle
-            )
-        self._end = FrontEnd(ours)
+    def _start(self, child: ChildProcess) -> None:
+        self._process = child.process
+        self._end = FrontEnd(child.connection)
         self._selector.register(self._end, selectors.EVENT_READ)
         self._state = _State.LOADING
         self._heard_s = self._looked_s = time.monotonic()
@@ -310,7 +300,7 @@ class RemoteEngine:
                 f"with {_how(self._process)}; it is not started again. The log has the reasons.{_hint(self._process)}"
             )
         self._num_restarts += 1
-        self._start()
+        self._start(ChildProcess())
 
     def _disconnect(self) -> None:
         if self._state in (_State.LOADING, _State.RUNNING):

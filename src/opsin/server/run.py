@@ -1,10 +1,9 @@
-"""A listening socket, and uvicorn with a life of our own: load, serve, drain, stop."""
+"""uvicorn with a life of our own: load, serve, drain, stop."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import socket
 import threading
 import time
@@ -20,62 +19,15 @@ from opsin.errors import ConfigError
 from opsin.media.sniff import hush_pillow
 from opsin.server.config import ServerConfig
 from opsin.server.doorway import Doorway, UnderPath
+from opsin.server.listening import BACKLOG
 from opsin.server.protocol import BoundedProtocol
 from opsin.server.state import ServerState
 
 Load = Callable[[threading.Event], FastAPI]
 """Makes the application, and may end with any error once the event is set."""
 
-_BACKLOG = 2048
 _YOUNG = 2000  # objects between two collections: more than are at hand in one turn of the loop, which is no garbage
 _CLOSE_S = 5  # for connections to take their last bytes
-
-
-def listen(config: ServerConfig) -> socket.socket:
-    """A socket that takes connections; to be had before a model is loaded in vain.
-
-    Raises:
-        ConfigError: the address cannot be had.
-    """
-    if config.uds is not None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o177)  # the socket is the user's own
-        try:
-            listener.bind(config.uds)
-            listener.listen(_BACKLOG)
-        except OSError as error:
-            listener.close()
-            raise ConfigError(f"Cannot listen on uds {config.uds!r}: {error.strerror}.") from error
-        finally:
-            os.umask(mask)
-        return listener
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"Cannot listen on host {config.host!r}: {error.strerror}.") from error
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(_BACKLOG)  # two can bind the same address, but only one can listen
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"Cannot listen on {config.host}:{config.port}: {error.strerror}. Choose another with --port."
-        ) from error
-    return listener
-
-
-def url_of(listener: socket.socket, config: ServerConfig) -> str:
-    """What a client on this machine calls the server behind a listener."""
-    scheme = "http" if config.ssl_certfile is None else "https"
-    if listener.family == socket.AF_UNIX:
-        return f"{scheme}://localhost"
-    host, port = listener.getsockname()[:2]
-    host = str({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host))
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
@@ -92,7 +44,7 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
         lifespan="off",
         ws="none",
         server_header=False,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         timeout_graceful_shutdown=_CLOSE_S,
         log_level=config.uvicorn_log_level,
         ssl_keyfile=config.ssl_keyfile,
