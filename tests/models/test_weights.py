@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -13,12 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opsin.errors import WeightError
+from opsin.kernels import reference
+from opsin.kernels.quantized import FP8, INT8, quantize_weight
+from opsin.layers import Placement
+from opsin.layers.mlp import GatedMLP
 from opsin.models.decoder import DecoderLayer
 from opsin.models.hub import find_model
 from opsin.models.llava.model import LlavaModel
 from opsin.models.load import load_model
+from opsin.models.quantization import allocate
 from opsin.models.rule import PixelNorm
-from opsin.models.weights import fill_randomly, weight_files
+from opsin.models.weights import WeightTable, fill_randomly, load_weights, weight_files
 from tests.factory import LlavaShape
 
 NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -214,3 +220,58 @@ def test_fill_randomly_fills_everything(folder):
         parameter.fill_(float("nan"))
     fill_randomly(model, 0)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [*itertools.product([None, FP8, INT8], ["apart", "merged"]), (FP8, "merged in 8 bits")],
+    ids=str,
+)
+def test_widths_that_tensor_cores_do_not_take_are_filled_up_with_zeros(tmp_path, kind, stored):
+    """Of 20 features, gated: what fills them up to 32 is found in no product."""
+    is_stored_quantized = stored == "merged in 8 bits"
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        f"mlp.{name}.{part}": torch.randn(shape, generator=random)
+        for name, width, size in (("gate_proj", 20, 48), ("up_proj", 20, 48), ("down_proj", 48, 20))
+        for part, shape in (("weight", (width, size)), ("bias", (width,)))
+    }
+    apart = dict(tensors)
+    if stored != "apart":
+        for part in ("weight", "bias"):
+            merged = [tensors.pop(f"mlp.{name}.{part}") for name in ("gate_proj", "up_proj")]
+            tensors[f"mlp.gate_up_proj.{part}"] = torch.cat(merged)
+    if is_stored_quantized:
+        for name in ("gate_up_proj", "down_proj"):
+            rows = quantize_weight(tensors[f"mlp.{name}.weight"], FP8)
+            tensors[f"mlp.{name}.weight"], tensors[f"mlp.{name}.weight_scale"] = rows
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    place = Placement(reference.KERNELS, CPU, torch.float32, defers_linears=kind is not None)
+    model = torch.nn.ModuleDict({"mlp": GatedMLP(place, 48, 20, "silu", bias=True)})
+    if kind is not None:
+        dtypes = {name: "F8_E4M3" if tensor.dtype == FP8 else "F32" for name, tensor in tensors.items()}
+        allocate(model, kind, dtypes if is_stored_quantized else None)
+    for parameter in model.parameters():
+        parameter.view(torch.uint8).fill_(0x7F)  # NaN, as memory that was not written may be
+    load_weights(model, tmp_path, WeightTable((), ()))
+
+    def product(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = apart[f"mlp.{name}.weight"]
+        if kind is not None:
+            rows = quantize_weight(weight, kind)
+            weight = rows.values_TI.float() * rows.scale_T1
+        if kind == FP8:
+            inputs = quantize_weight(x, FP8)
+            x = inputs.values_TI.float() * inputs.scale_T1
+        return x @ weight.T + apart[f"mlp.{name}.bias"]
+
+    mlp = model["mlp"]
+    assert isinstance(mlp, GatedMLP)
+    assert (mlp.down_proj.weight_scale is None) == (kind is None)
+    x = torch.randn(3, 48, generator=random)
+    gated = torch.nn.functional.silu(product(x, "gate_proj")) * product(x, "up_proj")
+    torch.testing.assert_close(
+        mlp.down_proj.gated(mlp.gate_up_proj(x), "silu"), product(gated, "down_proj"), rtol=1e-4, atol=1e-3
+    )

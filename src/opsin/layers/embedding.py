@@ -38,7 +38,7 @@ class LMHead(Linear):
         nn.Module.__init__(self)
         self.kernels = place.kernels
         self.shard = "out"
-        self.checkpoint_shape = None
+        self.checkpoint_shape, self.num_spare_inputs = None, 0
         self.is_tied = tied_to is not None
         self.weight = place.parameter(vocab_size, hidden_size) if tied_to is None else tied_to.weight
         self.weight_scale = None

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from opsin.layers import Placement
-from opsin.layers.linear import Linear, MergedLinear
+from opsin.layers.linear import Linear, MergedLinear, spare
 from opsin.layers.norm import LayerNorm, RMSNorm
 
 
@@ -17,8 +17,11 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.act = act
         pieces = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = MergedLinear(place, hidden_size, pieces, bias=bias)
-        self.down_proj = Linear(place, intermediate_size, hidden_size, bias=bias, shard="in")
+        num_spare = spare(intermediate_size)
+        self.gate_up_proj = MergedLinear(place, hidden_size, pieces, bias=bias, num_spare=num_spare)
+        self.down_proj = Linear(
+            place, intermediate_size, hidden_size, bias=bias, shard="in", num_spare_inputs=num_spare
+        )
 
     def normed(
         self, norm: LayerNorm | RMSNorm, x_TD: torch.Tensor, residual_TD: torch.Tensor | None

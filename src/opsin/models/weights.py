@@ -67,17 +67,19 @@ class WeightTable:
 
 @dataclass(slots=True)
 class _Slot:
-    """A place for one checkpoint tensor: a parameter, or some rows of one.
+    """A place for one checkpoint tensor: a parameter, or a part of one.
 
     Attributes:
         parts: the names of the smallest pieces that it covers.
         scale: of a quantised weight, the place of its rows' scales.
+        pieces: where the tensor's rows go if there is something between them, one piece after the other.
     """
 
     target: torch.Tensor
     shape: tuple[int, ...]
     parts: frozenset[str]
     scale: _Slot | None = None
+    pieces: tuple[_Slot, ...] = ()
 
     def covers(self, dtype: str) -> frozenset[str]:
         """The parts that a tensor of this dtype fills: a weight that is quantised here brings its scales along."""
@@ -96,17 +98,33 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
             shape = tuple(parameter.shape)
             if isinstance(module, Linear) and kind == "weight" and module.checkpoint_shape is not None:
                 shape = module.checkpoint_shape
-            parts = [name]
             if isinstance(module, MergedLinear):
-                parts = [f"{parent}.{piece}.{kind}" for piece in module.pieces]
-                rows = parameter.data.split(tuple(module.pieces.values()))
-                for part, target in zip(parts, rows, strict=True):
-                    slots[part] = _Slot(target, tuple(target.shape), frozenset({part}))
-            slots[name] = _Slot(parameter.data, shape, frozenset(parts))
+                slots |= _merged_slots(module, parameter.data, name, f"{parent}.{{}}.{kind}")
+                continue
+            target = parameter.data
+            if isinstance(module, Linear) and kind == "weight" and module.num_spare_inputs:
+                target = target.zero_()[:, : -module.num_spare_inputs]
+                shape = tuple(target.shape)
+            slots[name] = _Slot(target, shape, frozenset({name}))
     for name, slot in slots.items():
         if slot.target.dtype in (FP8, INT8):
             slot.scale = slots[f"{name}_scale"]
     return slots
+
+
+def _merged_slots(module: MergedLinear, parameter: torch.Tensor, name: str, piece_name: str) -> dict[str, _Slot]:
+    """One for each of its pieces, and one for all of them under the layer's own name."""
+    if module.num_spare:
+        parameter.zero_()
+    pieces: dict[str, _Slot] = {}
+    begin = 0
+    for piece, size in module.pieces.items():
+        part, target = piece_name.format(piece), parameter[begin : begin + size]
+        pieces[part] = _Slot(target, tuple(target.shape), frozenset({part}))
+        begin += size + module.num_spare
+    shape = (sum(module.pieces.values()), *parameter.shape[1:])
+    apart = tuple(pieces.values()) if module.num_spare else ()
+    return {**pieces, name: _Slot(parameter, shape, frozenset(pieces), pieces=apart)}
 
 
 def load_weights(model: nn.Module, folder: Path, table: WeightTable, *, progress: bool = True) -> None:
@@ -228,11 +246,13 @@ def _copy(slot: _Slot, stored: Any, name: str, path: Path) -> None:
         )
     value = stored[:] if shape else stored[...]
     if is_scale:  # of a whole tensor, or of each row
-        slot.target.copy_(value.flatten())
-    elif slot.scale is not None and dtype in _FLOATS:
-        _quantize(value, slot.target, slot.scale.target)
-    else:
-        slot.target.copy_(value.view(slot.target.shape))
+        value = value.flatten().expand(slot.shape)
+    pieces = slot.pieces or (slot,)
+    for piece, rows in zip(pieces, value.split([piece.shape[0] for piece in pieces]), strict=True):
+        if piece.scale is not None and dtype in _FLOATS:
+            _quantize(rows, piece.target, piece.scale.target)
+        else:
+            piece.target.copy_(rows.view(piece.target.shape))
 
 
 def _quantize(value_OI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor) -> None:
