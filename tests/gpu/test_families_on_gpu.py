@@ -5,7 +5,9 @@ LLaVA runs on a CPU as well, so that these checks are themselves tried where the
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +15,18 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from opsin import LLM, SamplingParams
 from tests.engine.conftest import assert_idle, picture
 from tests.factories.families import FAMILIES
 from tests.factories.family import Family, Size
+from tests.models.driver import copy_with_weights
 
 TOLERANCE = 5e-3  # of float32's log-probabilities, 1e-5 on a CPU; bfloat16's err by 0.03 to 0.2
+LARGEST_BAR, MEAN_BAR = 1.5, 1.25  # times transformers' errors in bfloat16
+NUM_DRAWS = 3  # of a checkpoint's weights
 MAX_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
 TOLD = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=20)
@@ -161,27 +167,66 @@ def test_float32_answers_equal_transformers_there(family: Family, name: str, dev
             torch.testing.assert_close(told.values, told.of(answer.logprobs_TV), atol=TOLERANCE, rtol=0)
 
 
-def largest_errors(family: Family, folder: Path, device: str) -> tuple[float, float]:
-    """Of opsin's and of transformers' log-probabilities in bfloat16, the truth being float32's. All go through the same
-    tokens: those that opsin takes in bfloat16. A picture's rounding is felt in all of an answer, so there are many.
+class Errors(NamedTuple):
+    """Of log-probabilities, beside the exact ones."""
+
+    largest: float
+    mean_square_root: float
+
+    @classmethod
+    def of(cls, parts: Sequence[torch.Tensor]) -> Errors:
+        errors = torch.cat(list(parts))
+        return cls(float(errors.abs().max()), float(errors.square().mean().sqrt()))
+
+
+def bfloat16_errors(family: Family, ours: Path, theirs: Path, device: str) -> tuple[Errors, Errors]:
+    """Of opsin and of transformers in bfloat16, the truth being float32's log-probabilities by transformers. All go
+    through the same tokens: those that opsin takes in bfloat16. A picture's rounding is felt in all of an answer, so
+    there are many.
+
+    Args:
+        ours: the checkpoint that opsin runs; ``theirs``: transformers'.
     """
     sizes = [size for prompt in family.asked for size in prompt]
     prompts = [asked(family, [sizes[i % len(sizes)]], seed=100 * i) for i in range(24)]
-    with LLM(str(folder), device=device, dtype="bfloat16", **SMALL) as llm:
+    with LLM(str(ours), device=device, dtype="bfloat16", **SMALL) as llm:
         outputs = [output.outputs[0] for output in llm.generate(prompts, FEW_TOLD, use_tqdm=False)]
-    exact, rounded = (Oracle.of(family, folder, device, dtype) for dtype in (torch.float32, torch.bfloat16))
-    ours: list[torch.Tensor] = []
-    theirs: list[torch.Tensor] = []
+    exact, rounded = (Oracle.of(family, theirs, device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    our_errors: list[torch.Tensor] = []
+    their_errors: list[torch.Tensor] = []
     for prompt, output in zip(prompts, outputs, strict=True):
         told = Told.by(output)
         forced = output.token_ids
         truth, near = (told.of(model.answer(prompt, len(forced), forced).logprobs_TV) for model in (exact, rounded))
-        ours.append((told.values - truth).abs())
-        theirs.append((near - truth).abs())
-    return float(torch.cat(ours).max()), float(torch.cat(theirs).max())
+        our_errors.append(told.values - truth)
+        their_errors.append(near - truth)
+    return Errors.of(our_errors), Errors.of(their_errors)
 
 
 @over(lambda family: family.served[:1])
 def test_bfloat16_errs_little_more_than_transformers(family: Family, name: str, device: str, tmp_path: Path):
-    ours, theirs = largest_errors(family, family.write(tmp_path, family.shapes[name]), device)
-    assert ours <= 1.5 * theirs
+    """By the largest error and by all of them. A single prompt decides the largest: over 30 draws of each family's
+    weights, on a CPU, opsin's was 0.4 to 2.1 times that of transformers, whose own with eager attention was 0.6 to 2.2
+    times that with SDPA. So the middle one of three draws counts. Root mean squares were 0.71 to 1.14 times, and 0.85
+    to 1.25.
+    """
+    shape = family.shapes[name]
+    ratios: list[Errors] = []
+    for draw in range(NUM_DRAWS):
+        folder = family.write(tmp_path / str(draw), replace(shape, seed=shape.seed + 100 * draw))
+        ours, theirs = bfloat16_errors(family, folder, folder, device)
+        ratios.append(Errors(*(a / b for a, b in zip(ours, theirs, strict=True))))
+    largest, mean_square_root = (statistics.median(values) for values in zip(*ratios, strict=True))
+    assert largest <= LARGEST_BAR, ratios
+    assert mean_square_root <= MEAN_BAR, ratios
+
+
+def test_weights_of_one_bit_less_err_too_much(tmp_path: Path):
+    (family,) = (family for family in FAMILIES if family.name == TRIED_ON_CPU)
+    whole = family.write(tmp_path / "whole", family.shapes[family.served[0]])
+    weights = {
+        name: ((x.view(torch.int32) + 2**16) & -(2**17)).view(torch.float32)  # 6 bits behind the point, of bfloat16's 7
+        for name, x in load_file(whole / "model.safetensors").items()
+    }
+    ours, theirs = bfloat16_errors(family, copy_with_weights(whole, tmp_path / "cut", weights), whole, "cpu")
+    assert ours.mean_square_root > MEAN_BAR * theirs.mean_square_root
