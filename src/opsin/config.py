@@ -260,6 +260,8 @@ class EngineConfig:
             groups[group.name] = owner(**{k: _typed(k, v, kinds[k]) for k, v in settings.items() if k in names})  # type: ignore[misc]
         unknown = sorted(set(settings) - known)
         for name in unknown:
+            if (told := vllm_settings.SERVED.get(name)) is not None:
+                raise ConfigError(f"{name} is a setting of 'opsin serve'; leave it out here: {told}.")
             if (row := vllm_settings.find("--" + name.replace("_", "-"))) is not None:
                 raise ConfigError(f"vLLM's {name} has no counterpart in opsin; leave it out: {row.told}.")
         if unknown:

@@ -28,6 +28,28 @@ MAX_WORDS_CHARS = 2**16
 _MAX_WHOLE = 2**63 - 1
 
 
+class Thinking(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What a model may write before an answer that has a form: anything, between two tokens.
+
+    Attributes:
+        opens: the token that begins it; beside the form's own first tokens, it may be drawn first.
+        closes: the token that ends it; the form holds from the one behind it.
+        is_open: the prompt has begun it already.
+    """
+
+    opens: int
+    closes: int
+    is_open: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("opens", "closes"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 0):
+                raise RequestError(
+                    f"{name} of Thinking is {getattr(self, name)!r:.200}; it must be a token id.",
+                    param="structured_outputs",
+                )
+
+
 class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What an answer must look like; exactly one constraint.
 
@@ -41,6 +63,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
         disable_any_whitespace: JSON in its most compact form.
         whitespace_pattern: regular expression of the white space that JSON may have between its parts; by default a
             space, or a new line and its indentation.
+        thinking: what may come before the answer. ``opsin serve --reasoning-parser`` fills it in.
     """
 
     json: str | dict[str, Any] | None = None
@@ -50,6 +73,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
     json_object: bool = False
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
@@ -76,6 +100,8 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
             self._refuse(f"has choice {words!r:.200}", "a non-empty list of non-empty strings")
         if words is not None and sum(map(len, words)) > MAX_GRAMMAR_CHARS:
             self._refuse("has choices that are too long", f"at most {MAX_GRAMMAR_CHARS} characters together")
+        if self.thinking is not None and not isinstance(self.thinking, Thinking):
+            self._refuse(f"has {self.thinking!r:.200} as thinking", "None or opsin.params.Thinking there")
 
     def _refuse(self, got: str, expected: str) -> None:
         raise RequestError(f"structured_outputs {got}; it must have {expected}.", param="structured_outputs")

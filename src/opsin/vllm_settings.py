@@ -53,7 +53,6 @@ _FORMS = "llguidance holds answers to forms; a request says itself how its JSON 
 _LOADING = "weights are read from safetensors files, one after the other"
 _SERVERS = "run one server per GPU, and a load balancer before them"
 ADAPTERS = "opsin has no adapters; merge them into the checkpoint (peft's merge_and_unload)"
-_REASONING = "opsin leaves what a model thinks in the answer's content"
 _PLUGINS = "opsin loads no code by name"
 _FP8 = "opsin quantizes to FP8 and INT8 (--quantization), and takes checkpoints that are FP8"
 _NO_ROUTE = "opsin has nothing of the kind"
@@ -181,6 +180,7 @@ TABLE: tuple[Foreign, ...] = (
     Foreign("h11-max-incomplete-event-size h11-max-header-count", "value", "the head of a request may have 64 KiB"),
     Foreign("guided-decoding-backend structured-outputs-config", "value", _FORMS),
     Foreign("guided-decoding-disable-fallback", "nothing", _FORMS),
+    Foreign("enable-reasoning", "nothing", "opsin serve --reasoning-parser is enough"),
     Foreign("cohere-is-reasoning-model", "nothing", "there are no routes of Cohere's"),
     Foreign("cohere-format", "value", "there are no routes of Cohere's"),
     # Taken with some values.
@@ -216,12 +216,11 @@ TABLE: tuple[Foreign, ...] = (
         "",
     ),
     Foreign("lora-modules lora-target-modules prompt-adapters", "values", ADAPTERS, ""),
-    Foreign("enable-reasoning", "nothing", _REASONING, ""),
-    Foreign("reasoning-parser reasoning-parser-plugin reasoning-config", "value", _REASONING, ""),
+    Foreign("reasoning-config", "value", "max_tokens bounds an answer together with what was thought before it", ""),
     Foreign("middleware logits-processors", "values", _PLUGINS, ""),
     Foreign(
-        "logits-processor-pattern tool-parser-plugin tool-server io-processor-plugin worker-cls worker-extension-cls "
-        "scheduler-cls model-class-overrides",
+        "logits-processor-pattern reasoning-parser-plugin tool-parser-plugin tool-server io-processor-plugin "
+        "worker-cls worker-extension-cls scheduler-cls model-class-overrides",
         "value",
         _PLUGINS,
         "",
@@ -259,6 +258,13 @@ TABLE: tuple[Foreign, ...] = (
         "",
     ),
 )
+
+
+SERVED: Mapping[str, str] = {
+    "reasoning_parser": "texts of LLM hold what the model thinks; a form begins behind it with "
+    "StructuredOutputsParams(thinking=...)",
+}
+"""Keywords of vLLM's ``LLM`` that are flags of ``opsin serve`` alone, and what there is instead."""
 
 
 def find(name: str) -> Foreign | None:

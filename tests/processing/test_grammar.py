@@ -9,8 +9,8 @@ import pytest
 
 from opsin import RequestError, SamplingParams
 from opsin.models.hub import find_model
-from opsin.params import StructuredOutputsParams
-from opsin.processing.grammar import Grammar, GrammarCompiler
+from opsin.params import StructuredOutputsParams, Thinking
+from opsin.processing.grammar import Grammar, GrammarBehindThinking, GrammarCompiler
 from opsin.processing.tokenizer import Tokenizer
 
 VOCAB_SIZE = 1024
@@ -26,12 +26,12 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, VOCAB_SIZE + 7)
 
 
-def allowed(grammar: Grammar) -> set[int]:
+def allowed(grammar: Grammar | GrammarBehindThinking) -> set[int]:
     assert grammar.mask is not None
     return set(np.flatnonzero(np.unpackbits(np.frombuffer(grammar.mask, np.uint8), bitorder="little")).tolist())
 
 
-def feed(grammar: Grammar, tokenizer: Tokenizer, text: str) -> None:
+def feed(grammar: Grammar | GrammarBehindThinking, tokenizer: Tokenizer, text: str) -> None:
     for token in tokenizer.encode_plain(text):
         assert token in allowed(grammar)
         assert grammar.accept(token)
@@ -166,3 +166,47 @@ def test_params_constraint_that_says_nothing_clear_is_refused(params: dict[str, 
 def test_params_min_tokens_with_a_constraint_is_refused():
     with pytest.raises(RequestError, match="min_tokens"):
         SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), min_tokens=2)
+
+
+def behind(compiler: GrammarCompiler, **thinking: Any) -> GrammarBehindThinking:
+    grammar = compiler.compile(StructuredOutputsParams(choice=["yes", "no"], thinking=Thinking(**thinking)))
+    assert isinstance(grammar, GrammarBehindThinking)
+    return grammar
+
+
+def test_grammar_behind_open_thoughts_allows_all_until_they_close(compiler: GrammarCompiler, tokenizer: Tokenizer):
+    grammar = behind(compiler, opens=900, closes=901, is_open=True)
+    plain = compiler.compile(StructuredOutputsParams(choice=["yes", "no"]))
+    for token in (5, 900, *tokenizer.encode_plain("yes"), 7):
+        assert grammar.mask is None
+        assert not grammar.is_complete
+        assert grammar.accept(token)
+    assert grammar.accept(901)
+    assert grammar.mask == plain.mask
+    for token in tokenizer.encode_plain("no"):
+        assert token in allowed(grammar)
+        assert not grammar.is_complete
+        assert grammar.accept(token)
+    assert grammar.is_complete
+
+
+def test_grammar_behind_thoughts_not_begun_allows_their_beginning_or_the_answer(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+):
+    plain = compiler.compile(StructuredOutputsParams(choice=["yes", "no"]))
+    assert isinstance(plain, Grammar)
+    assert allowed(behind(compiler, opens=900, closes=901)) == allowed(plain) | {900}
+    thinks, answers, breaks = (behind(compiler, opens=900, closes=901) for _ in range(3))
+    assert thinks.accept(900)
+    assert thinks.mask is None
+    first, *rest = tokenizer.encode_plain("yes")
+    assert answers.accept(first)
+    assert 900 not in allowed(answers) if rest else answers.is_complete
+    assert not breaks.accept(tokenizer.encode_plain("7")[0])
+    assert breaks.error is not None
+
+
+def test_grammar_behind_thoughts_is_compiled_once_with_and_without_them(compiler: GrammarCompiler):
+    compiler.compile(StructuredOutputsParams(regex="[a-f]{7}"))
+    assert compiler.is_known(StructuredOutputsParams(regex="[a-f]{7}", thinking=Thinking(opens=1, closes=2)))
+    assert not compiler.is_known(StructuredOutputsParams(regex="[a-g]{7}", thinking=Thinking(opens=1, closes=2)))

@@ -123,6 +123,10 @@ class FormKeeper:
         self.mask = form.mask([])
         self.error: str | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        return self.mask is None
+
     def accept(self, token_id: int) -> bool:
         assert self.mask is not None, "a token after the end"
         assert token_id in self.form.allowed(self.answer)

@@ -25,6 +25,7 @@ from opsin.server.page import FILES
 from opsin.server.seen import Grid, token_grid
 from opsin.types import MediaLayout, PixelPlan, View
 from tests.server.conftest import NAME, data_url, serving
+from tests.server.test_reasoning import Scripted
 
 if TYPE_CHECKING:
     from tests.factory import LlavaShape
@@ -314,6 +315,21 @@ def test_page_question_is_edited_and_asked_again(page: Any):
     assert page.locator("article").count() == 0
     ask(page, "Hello again")
     assert page.locator("article").count() == 2
+
+
+@pytest.mark.browser
+def test_page_folds_what_the_model_thought(browser: Any, engine: AsyncLLM):
+    said = ["<think>Let me", " see</think>", "Two"]
+    app = create_app(Scripted(engine, said), ServerConfig(reasoning_parser="qwen3"), model=NAME)  # type: ignore[arg-type]
+    with serving(app) as address:
+        page = browser.new_page()
+        page.goto(address)
+        assert ask(page, "How many?") == "Two"
+        thoughts = page.locator(".thoughts div")
+        assert not thoughts.is_visible()
+        page.get_by_text("Thoughts").click()
+        assert thoughts.inner_text() == "Let me see"
+        page.close()
 
 
 @pytest.mark.browser

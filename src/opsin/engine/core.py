@@ -23,9 +23,10 @@ from typing import NamedTuple
 from opsin.engine.histogram import SHORT_SECONDS, TOKENS, Histogram
 from opsin.errors import EngineDeadError, RequestError
 from opsin.params import SamplingParams
-from opsin.processing.grammar import Grammar, GrammarCompiler
+from opsin.processing.grammar import GrammarCompiler
 from opsin.runner.executor import Executor, Payload, PendingStep
 from opsin.scheduler import Scheduler
+from opsin.scheduler.sequence import Grammar
 from opsin.types import EngineRequest, MediaNeed, RequestUpdate, StepPlan
 
 logger = logging.getLogger(__name__)

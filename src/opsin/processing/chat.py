@@ -157,6 +157,8 @@ def render_chat(
         rest = {k: v for k, v in message.items() if k not in ("role", "content") and v is not None}
         if "tool_calls" in rest:
             rest["tool_calls"] = _parse_tool_calls(rest["tool_calls"], f"{path}.tool_calls")
+        if message["role"] == "assistant":
+            rest |= _thoughts(rest, path)
         turn: dict[str, Any] = {"role": message["role"], **controls.mark_all(rest)}
         if parts is not None:
             to_content = _as_string if form == "string" else _as_parts
@@ -255,6 +257,19 @@ def _media_value(part: Mapping[str, Any], kind: str, typeless: bool, path: str) 
             f"The url of a part of type {kind!r} must be a non-empty string, got {_kind(value)}.", param=path
         )
     return value
+
+
+def _thoughts(message: Mapping[str, Any], path: str) -> dict[str, str]:
+    """What the assistant thought before it answered, under both of the names that templates and clients have for it."""
+    names = ("reasoning", "reasoning_content")
+    for name in names:
+        thought = message.get(name)
+        if thought is None:
+            continue
+        if not isinstance(thought, str):
+            raise RequestError(f"{name} must be text, got {_kind(thought)}.", param=f"{path}.{name}")
+        return dict.fromkeys(names, thought)
+    return {}
 
 
 def _parse_tool_calls(calls: Any, path: str) -> list[Any]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from opsin.errors import RequestError
-from opsin.params import StructuredOutputsParams
+from opsin.params import StructuredOutputsParams, Thinking
 
 if TYPE_CHECKING:
     from opsin.processing.tokenizer import Tokenizer
@@ -43,6 +43,11 @@ class Grammar:
         self._matcher = matcher
         self.error: str | None = None
         self.mask: bytes | None = self._next_mask()
+
+    @property
+    def is_complete(self) -> bool:
+        """The answer can only end."""
+        return self.mask is None
 
     def accept(self, token_id: int) -> bool:
         """Take in the next token; False, with ``error``, when the answer cannot go on from here."""
@@ -67,6 +72,56 @@ class Grammar:
 
     def _failure(self) -> str:
         return f"structured_outputs cannot be followed any further: {_first_line(self._matcher.get_error())}."
+
+
+class GrammarBehindThinking:
+    """A grammar that holds from where the model has thought; until then anything may come.
+
+    Where the prompt has not begun the thinking, the model may begin it with its first token, or answer at once.
+
+    Attributes:
+        mask: as ``Grammar.mask``, but None also while the model thinks.
+    """
+
+    def __init__(self, grammar: Grammar, thinking: Thinking) -> None:
+        self._grammar = grammar
+        self._thinking = thinking
+        self._has_begun = thinking.is_open
+        self._is_over = False
+        self.mask: bytes | None = None if self._has_begun else _with_bit(grammar.mask, thinking.opens)
+
+    @property
+    def error(self) -> str | None:
+        """Why the last token was not accepted."""
+        return self._grammar.error
+
+    @property
+    def is_complete(self) -> bool:
+        """The answer can only end."""
+        return self._grammar.is_complete
+
+    def accept(self, token_id: int) -> bool:
+        """Take in the next token; False, with ``error``, when the answer cannot go on from here."""
+        if self._is_over:
+            accepted = self._grammar.accept(token_id)
+        elif self._has_begun:
+            self._is_over = token_id == self._thinking.closes
+            accepted = True
+        else:
+            self._has_begun = token_id == self._thinking.opens
+            self._is_over = not self._has_begun
+            accepted = self._has_begun or self._grammar.accept(token_id)
+        self.mask = self._grammar.mask if self._is_over else None
+        return accepted
+
+
+def _with_bit(mask: bytes | None, token_id: int) -> bytes | None:
+    """A mask that allows one token more."""
+    if mask is None:
+        return None
+    wider = bytearray(mask)
+    wider[token_id // 8] |= 1 << token_id % 8
+    return bytes(wider)
 
 
 class GrammarCheck(Protocol):
@@ -105,7 +160,7 @@ class GrammarCompiler:
         self._vocabulary: Any = None
         self._compiled: dict[bytes, Any] = {}  # the one used last is the last
 
-    def compile(self, params: StructuredOutputsParams) -> Grammar:
+    def compile(self, params: StructuredOutputsParams) -> Grammar | GrammarBehindThinking:
         """A grammar at its start.
 
         Raises:
@@ -122,7 +177,16 @@ class GrammarCompiler:
                 self._compiled[key] = matcher
                 if len(self._compiled) > _MAX_COMPILED:
                     del self._compiled[next(iter(self._compiled))]
-        return start(matcher)
+        grammar = start(matcher)
+        if params.thinking is None:
+            return grammar
+        if params.thinking.opens >= self._vocab_size:
+            raise RequestError(
+                f"structured_outputs has thinking that opens with the token {params.thinking.opens}; the model has "
+                f"{self._vocab_size} tokens.",
+                param="structured_outputs",
+            )
+        return GrammarBehindThinking(grammar, params.thinking)
 
     def check(self, params: StructuredOutputsParams) -> None:
         self.compile(params)
@@ -143,8 +207,9 @@ class GrammarCompiler:
 
 
 def key_of(params: StructuredOutputsParams) -> bytes:
-    """Names a constraint: equal ones alike, others differently."""
-    return hashlib.sha256(msgspec.msgpack.encode(params)).digest()
+    """Names a constraint: equal ones alike, others differently. What may come before the answer is no part of it."""
+    constraint = params if params.thinking is None else msgspec.structs.replace(params, thinking=None)
+    return hashlib.sha256(msgspec.msgpack.encode(constraint)).digest()
 
 
 def read_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: Iterable[int]) -> Any:

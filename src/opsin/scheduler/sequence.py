@@ -16,17 +16,26 @@ from opsin.types import EngineRequest, FeatureUse, FinishReason, MediaItem, Posi
 
 
 class Grammar(Protocol):
-    """What holds an answer to a form, token by token; ``opsin.processing.grammar.Grammar`` is one.
+    """What holds an answer to a form, token by token; ``opsin.processing.grammar.Grammar`` is one."""
 
-    Attributes:
-        mask: the tokens that may come next, as ``RowPlan.mask``; None when the answer is complete.
-        error: why ``accept`` refused.
-    """
+    @property
+    def mask(self) -> bytes | None:
+        """The tokens that may come next, as ``RowPlan.mask``: None allows all. Not asked for when it is complete."""
+        ...
 
-    mask: bytes | None
-    error: str | None
+    @property
+    def is_complete(self) -> bool:
+        """The answer can only end."""
+        ...
 
-    def accept(self, token_id: int) -> bool: ...
+    @property
+    def error(self) -> str | None:
+        """Why ``accept`` refused."""
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Take in the next token; False when the answer cannot go on from here."""
+        ...
 
 
 class Extent(NamedTuple):
@@ -126,7 +135,7 @@ class Sequence:
         if self.grammar is not None:
             if not self.grammar.accept(token):
                 return "error"
-            if self.grammar.mask is None:
+            if self.grammar.is_complete:
                 return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 

@@ -15,6 +15,12 @@ class PromptTokensDetails(msgspec.Struct):
     multimodal_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """What the answers' tokens were: thought before the answer."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Token counts; ``prompt_tokens`` is the prompt's length with its pictures expanded."""
 
@@ -22,6 +28,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TokenAlternative(msgspec.Struct):
@@ -81,12 +88,13 @@ class ToolCallAnswer(msgspec.Struct):
 
 
 class ChatMessage(msgspec.Struct):
-    """An answer; ``content`` is None where it consists of tool calls."""
+    """An answer; ``content`` is None where it consists of tool calls, or of thoughts (``reasoning``) alone."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
     tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
+    reasoning: str | UnsetType | None = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -119,6 +127,7 @@ class ChatDelta(msgspec.Struct):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
     tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):

@@ -29,6 +29,7 @@ from opsin.server.page import FILES, page_file
 from opsin.server.pick import create_pick
 from opsin.server.pooling import classify, create_pooling
 from opsin.server.quota import Quotas
+from opsin.server.reasoning import model_reasoning
 from opsin.server.reference import reference_page
 from opsin.server.render import render_chat, render_completion
 from opsin.server.requests import (
@@ -89,6 +90,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, model: str) -> Fas
         names=config.served_model_name or (model,),
         root=model,
         tool_parser=tool_parser_name(config, engine.get_chat_template(tools=True)),
+        reasoning=model_reasoning(config, engine),
     )
     about = (opsin.__doc__ or "").partition("\n")[0]
     app = FastAPI(

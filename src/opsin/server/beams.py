@@ -79,7 +79,8 @@ class Beams:
                 r.request_id: _candidates(o, search.num_candidates) for r, o in zip(requests, outputs, strict=True)
             }
             search.advance(found, requests)
-        answers = [await self._answer(i, beam, params) for i, beam in enumerate(search.best())]
+        skips = given.skip_special_tokens and not params.include_stop_str_in_output
+        answers = [await self._answer(i, beam, params, skips) for i, beam in enumerate(search.best())]
         ids = processed.request.prompt_token_ids
         yield RequestOutput(
             processed.request.request_id, processed.prompt, ids, None, answers, True, num_cached_tokens=num_cached or 0
@@ -90,12 +91,14 @@ class Beams:
         assert isinstance(output, RequestOutput)
         return output
 
-    async def _answer(self, index: int, beam: Beam, params: BeamSearchParams) -> CompletionOutput:
+    async def _answer(
+        self, index: int, beam: Beam, params: BeamSearchParams, skip_special_tokens: bool
+    ) -> CompletionOutput:
         shows_end = params.include_stop_str_in_output
         shown = beam.token_ids[:-1] if beam.finished and not shows_end else beam.token_ids
         return CompletionOutput(
             index,
-            await self._engine.detokenize(shown, skip_special_tokens=not shows_end),
+            await self._engine.detokenize(shown, skip_special_tokens=skip_special_tokens),
             list(beam.token_ids),
             cumulative_logprob=beam.cumulative_logprob,
             finish_reason="stop" if beam.finished else "length",

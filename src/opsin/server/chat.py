@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request as HTTPRequest
@@ -21,6 +21,8 @@ from opsin.server.answers import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    CompletionTokensDetails,
+    ToolCallAnswer,
     Usage,
 )
 from opsin.server.beams import beams_for
@@ -28,6 +30,7 @@ from opsin.server.constraints import blame_form, field_of
 from opsin.server.errors import ErrorBody
 from opsin.server.generation import DATA, Form, respond
 from opsin.server.logprobs import chat_logprobs, prompt_logprobs
+from opsin.server.reasoning import Reasoning, ReasoningReader
 from opsin.server.requests import ChatCompletionRequest
 from opsin.server.sampling import refuse_unsupported, sampling_params
 from opsin.server.state import ServerState, Telling, blame
@@ -37,11 +40,14 @@ from opsin.server.tools import CallCollector, ToolUse, tool_use
 async def create_chat_completion(http: HTTPRequest, server: ServerState) -> Response:
     """Answer one conversation."""
     request = await server.read(http, ChatCompletionRequest)
+    echo = _last_words(request) if request.echo else ""
+    reasoning = reasoning_of(server, request)
 
     def new_form(name: str, params: SamplingParams, use: ToolUse) -> Form:
-        return _ChatForm(name, server.names[0], params.n, params.logprobs, use, _echo(request), server.telling(request))
+        model, telling = server.names[0], server.telling(request)
+        return _ChatForm(name, model, params.n, params.logprobs, use, reasoning, echo, telling)
 
-    return await answer_chat(http, server, request, server.name_of(http, request, "chatcmpl"), new_form)
+    return await answer_chat(http, server, request, server.name_of(http, request, "chatcmpl"), new_form, reasoning)
 
 
 async def answer_chat(
@@ -50,17 +56,19 @@ async def answer_chat(
     request: ChatCompletionRequest,
     name: str,
     new_form: Callable[[str, SamplingParams, ToolUse], Form],
+    reasoning: Reasoning | None = None,
 ) -> Response:
     """Answer a conversation in some form.
 
     Args:
         name: the answer's id.
         new_form: makes the form of id, parameters and tools.
+        reasoning: what the form tells apart.
 
     Raises:
         OpsinError: it cannot be answered.
     """
-    plan = plan_chat(server, request, name)
+    plan = plan_chat(server, request, name, reasoning)
     # A picture that turns out to be broken when it is decoded is the messages' fault, if it is not known which.
     with blame_form(plan.form_field), blame("messages"):
         return await respond(
@@ -90,11 +98,14 @@ class ChatPlan(NamedTuple):
     prepare: Callable[[], Awaitable[list[ProcessedRequest]]]
 
 
-def plan_chat(server: ServerState, request: ChatCompletionRequest, name: str) -> ChatPlan:
+def plan_chat(
+    server: ServerState, request: ChatCompletionRequest, name: str, reasoning: Reasoning | None = None
+) -> ChatPlan:
     """Read how a conversation is to be answered.
 
     Args:
         name: the answer's id.
+        reasoning: thoughts that may come before an answer, and before the form that it must have.
 
     Raises:
         RequestError: what is wrong.
@@ -111,28 +122,42 @@ def plan_chat(server: ServerState, request: ChatCompletionRequest, name: str) ->
         request.chat_template_kwargs = effort | (request.chat_template_kwargs or {})
 
     async def prepare() -> list[ProcessedRequest]:
-        return [
-            await server.prepare_chat(
-                name,
-                request,
-                request.messages,
-                params,
-                add_generation_prompt=True,
-                tools=use.tools,
-                documents=request.documents,
-            )
-        ]
+        if reasoning is not None:
+            await reasoning.apply_to(params)
+        processed = await server.prepare_chat(
+            name,
+            request,
+            request.messages,
+            params,
+            add_generation_prompt=True,
+            tools=use.tools,
+            documents=request.documents,
+        )
+        if reasoning is not None:
+            reasoning.look_at(processed)
+        return [processed]
 
     return ChatPlan(params, use, field_of(request) if use.constraint is None else "tools", prepare)
 
 
-def _echo(request: ChatCompletionRequest) -> str:
-    """What answers begin with: the last message, where the assistant had begun it and ``echo`` is asked for."""
-    last = request.messages[-1] if request.echo and request.messages else {}
+def reasoning_of(server: ServerState, request: ChatCompletionRequest) -> Reasoning | None:
+    """How thoughts are told apart in the answers to a request; None where they are not."""
+    if server.reasoning is None:
+        return None
+    continued = _last_words(request) if request.continue_final_message else None
+    return Reasoning(server.reasoning, continued, request.include_reasoning is not False)
+
+
+def _last_words(request: ChatCompletionRequest) -> str:
+    """The text of the last message, where it is the assistant's."""
+    last = request.messages[-1] if request.messages else {}
     content: Any = last.get("content") if last.get("role") == "assistant" else None
     parts: list[Any] = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return "\n".join(text for text in texts if isinstance(text, str))
+
+
+_MaybeUsage = TypeVar("_MaybeUsage", bound=Usage | UnsetType | None)
 
 
 class _ChatForm:
@@ -141,6 +166,7 @@ class _ChatForm:
     Args:
         top: alternatives to tell per token; None tells no log-probabilities.
         use: how the answers are read for tool calls.
+        reasoning: what the model thinks before it answers, where that is told apart.
         echo: what stands in front of every answer.
         telling: how ids are told.
     """
@@ -148,13 +174,23 @@ class _ChatForm:
     framing = DATA
 
     def __init__(
-        self, name: str, model: str, n: int, top: int | None, use: ToolUse, echo: str, telling: Telling
+        self,
+        name: str,
+        model: str,
+        n: int,
+        top: int | None,
+        use: ToolUse,
+        reasoning: Reasoning | None,
+        echo: str,
+        telling: Telling,
     ) -> None:
         self._name = name
         self._model = model
         self._n = n
         self._top = top
         self._use = use
+        self._reasoning = reasoning
+        self._readers: dict[int, ReasoningReader] = {}
         self._echo = echo
         self._telling = telling
         self._tells_prompt = telling.token_ids  # it was not told yet
@@ -177,23 +213,46 @@ class _ChatForm:
             )
             for answer in output.outputs
         ]
-        chunk = self._chunk(choices, usage)
+        if self._reasoning is not None:  # thoughts may be long, and clients may not want them
+            choices = [choice for choice in choices if _has_news(choice)]
+        chunk = self._chunk(choices, self._told(usage))
         if self._tells_prompt:
             chunk.prompt_token_ids, self._tells_prompt = output.prompt_token_ids, False
+        elif not choices and not isinstance(usage, Usage):
+            return []
         return [chunk]
 
+    def _read(self, answer: CompletionOutput, ended: bool) -> tuple[str, str, list[ToolCallAnswer]]:
+        """What has become certain of an answer: more of the thoughts before it, of its content, and further calls."""
+        thought, text = "", answer.text
+        if self._reasoning is not None:
+            reader = self._readers.get(answer.index) or self._reasoning.new_reader()
+            self._readers[answer.index] = reader
+            thought, text = reader.take(text, answer.token_ids, ended)
+            thought = thought if self._reasoning.is_told else ""
+            if not reader.has_answer:  # nor has a call come
+                return thought, "", []
+        return thought, *self._collectors[answer.index].take(text, ended)
+
     def _delta(self, answer: CompletionOutput) -> ChatDelta:
-        content, calls = self._collectors[answer.index].take(answer.text, answer.finish_reason is not None)
+        thought, content, calls = self._read(answer, answer.finish_reason is not None)
+        is_plain = self._use.new_parser is None and self._reasoning is None
         return ChatDelta(
-            content=content if content or self._use.new_parser is None else UNSET, tool_calls=calls or UNSET
+            content=content if content or is_plain else UNSET, tool_calls=calls or UNSET, reasoning=thought or UNSET
         )
 
     def _message(self, answer: CompletionOutput) -> ChatMessage:
-        content, calls = self._collectors[answer.index].take(answer.text, ended=True)
+        thought, content, calls = self._read(answer, ended=True)
         content = self._echo + content
         for call in calls:
             call.index = UNSET
-        return ChatMessage(content if content or not calls else None, tool_calls=calls or UNSET)
+        is_plain = not calls and self._reasoning is None
+        tells = self._reasoning is not None and self._reasoning.is_told
+        return ChatMessage(
+            content if content or is_plain else None,
+            tool_calls=calls or UNSET,
+            reasoning=thought or None if tells else UNSET,
+        )
 
     def _finish_reason(self, answer: CompletionOutput) -> str | None:
         """As the answer says, but for calls; asked after its text was taken."""
@@ -201,7 +260,7 @@ class _ChatForm:
         return self._use.finish_reason if calls and answer.finish_reason == "stop" else answer.finish_reason
 
     def closing(self, usage: Usage, *, tell_usage: bool) -> list[ChatChunk]:
-        return [self._chunk([], usage)] if tell_usage else []
+        return [self._chunk([], self._told(usage))] if tell_usage else []
 
     def failure(self, body: ErrorBody) -> ErrorBody:
         return body
@@ -221,9 +280,17 @@ class _ChatForm:
         ]
         told = UNSET if output.prompt_logprobs is None else prompt_logprobs(output.prompt_logprobs)
         ids = output.prompt_token_ids if self._telling.token_ids else UNSET
+        usage = self._told(usage)
         return ChatCompletion(
             self._name, self._created, self._model, choices, usage, prompt_logprobs=told, prompt_token_ids=ids
         )
+
+    def _told(self, usage: _MaybeUsage) -> _MaybeUsage:
+        """The counts, with what was thought."""
+        counts = [reader.num_tokens for reader in self._readers.values()]
+        if isinstance(usage, Usage) and counts and None not in counts:
+            usage.completion_tokens_details = CompletionTokensDetails(sum(filter(None, counts)))
+        return usage
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(self._name, self._created, self._model, choices, usage=usage)
@@ -232,3 +299,10 @@ class _ChatForm:
         if self._top is None or answer.logprobs is None:
             return None
         return chat_logprobs(answer.token_ids, answer.logprobs, self._top, by_id=self._telling.names_ids)
+
+
+def _has_news(choice: ChatChunkChoice) -> bool:
+    """Whether a part of a stream tells anything."""
+    delta = choice.delta
+    told = (delta.content, delta.reasoning, delta.tool_calls, choice.logprobs, choice.finish_reason, choice.token_ids)
+    return any(told)

@@ -64,6 +64,9 @@ class ServerConfig:
     tool_call_parser: Literal["auto", "hermes", "mistral"] = setting(
         "auto", "How the model writes tool calls by itself; 'auto' reads it from the chat template."
     )
+    reasoning_parser: Literal["deepseek_r1", "glm45", "qwen3"] | None = setting(
+        None, "How the model marks what it thinks before it answers; chats then tell it apart, as 'reasoning'."
+    )
     enable_auto_tool_choice: bool = setting(
         True, "Let the model decide whether to call a tool (tool_choice 'auto', the default where tools are given)."
     )

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from opsin.errors import RequestError
 from opsin.params import SamplingParams
 from opsin.processing.processor import ProcessedRequest
-from opsin.server.chat import plan_chat
+from opsin.server.chat import plan_chat, reasoning_of
 from opsin.server.completions import plan_completion
 from opsin.server.constraints import blame_form, field_of
 from opsin.server.requests import ChatCompletionRequest, CompletionRequest, SamplingRequest
@@ -63,7 +63,7 @@ async def render_chat(http: HTTPRequest, server: ServerState) -> Response:
     request = await server.read(http, ChatCompletionRequest)
     _refuse_search(request)
     name = server.name_of(http, request, "chatcmpl")
-    plan = plan_chat(server, request, name)
+    plan = plan_chat(server, request, name, reasoning_of(server, request))
 
     def write(prepared: list[ProcessedRequest]) -> RenderedRequest:
         return _rendered(server, request, name, prepared[0])

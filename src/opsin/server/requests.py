@@ -118,6 +118,7 @@ class ChatCompletionRequest(SamplingRequest, kw_only=True):
         echo: begin the answer with the last message, where that is the assistant's.
         documents: what the chat template may show the model beside the conversation.
         reasoning_effort: given to the chat template, as in ``chat_template_kwargs``.
+        include_reasoning: false leaves out what the model thinks before it answers, where the server tells it apart.
     """
 
     messages: list[dict[str, Any]]
@@ -130,6 +131,8 @@ class ChatCompletionRequest(SamplingRequest, kw_only=True):
     parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: Any = None
     functions: Any = None
     function_call: Any = None
     modalities: list[str] | None = None

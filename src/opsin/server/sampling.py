@@ -22,7 +22,7 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False and value != []
 
 
-_NOT_YET = ("functions", "function_call", "audio", "suffix")
+_NOT_YET = ("functions", "function_call", "audio", "suffix", "thinking_token_budget")
 """Fields that would change the answer, to ignore them would be to answer something else."""
 
 

@@ -21,6 +21,7 @@ from opsin.server.decoding import decode
 from opsin.server.errors import ModelNotFoundError
 from opsin.server.gate import request_id_from
 from opsin.server.metrics import Metrics
+from opsin.server.reasoning import ModelReasoning
 from opsin.server.remembered import RememberedMedia
 from opsin.server.requests import Request, SamplingRequest, StreamOptions
 from opsin.server.tools import check_size
@@ -50,6 +51,7 @@ class ServerState:
         root: what the engine calls it.
         created: when the server started, in Unix time.
         tool_parser: the form in which the model writes tool calls by itself, where it is known.
+        reasoning: how the model thinks before it answers, where that is told apart.
     """
 
     engine: EngineClient
@@ -61,6 +63,7 @@ class ServerState:
     created: int = field(default_factory=lambda: int(time.time()))
     counter: itertools.count[int] = field(default_factory=itertools.count)
     tool_parser: str | None = None
+    reasoning: ModelReasoning | None = None
     remembered: RememberedMedia = field(default_factory=RememberedMedia)
 
     async def read(self, http: HTTPRequest, kind: type[T]) -> T:

@@ -62,7 +62,7 @@ class TaggedCalls:
                 pieces.append(call or f"{self._start}{before}{self._end}")
             self._inside = not self._inside
         if not self._inside:
-            kept = _overlap(self._held, self._start)
+            kept = overlap(self._held, self._start)
             pieces.append(self._held[: len(self._held) - kept])
             self._held = self._held[len(self._held) - kept :]
         return [piece for piece in pieces if piece]
@@ -95,7 +95,7 @@ class MistralCalls:
             before, self._calls = self._held[:at], [self._held[at + len(self._MARK) :]]
             self._held = ""
         else:
-            kept = _overlap(self._held, self._MARK)
+            kept = overlap(self._held, self._MARK)
             before, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return [before] if before else []
 
@@ -200,6 +200,6 @@ def _loads(text: str) -> Any:
         return None
 
 
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """Length of the longest beginning of ``tag`` with which ``text`` ends."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)

@@ -2,7 +2,7 @@ import { markdown } from "./markdown.js";
 import { tokenNodes } from "./tokens.js";
 
 const $ = (id) => document.getElementById(id);
-const turns = []; // {role, text, pictures: [{url, name}], tokens: [{token, logprob, top_logprobs}], node}
+const turns = []; // {role, text, thought, pictures: [{url, name}], tokens: [{token, logprob, top_logprobs}], node, thoughts}
 let pending = []; // pictures that go with the next message
 let running = null; // the AbortController of the answer that is being written
 
@@ -89,7 +89,7 @@ async function answer() {
     messages: messages(), ...settings(),
     stream: true, stream_options: { include_usage: true }, logprobs: true, top_logprobs: 5,
   };
-  const turn = addTurn({ role: "assistant", text: "", pictures: [], tokens: [] });
+  const turn = addTurn({ role: "assistant", text: "", thought: "", pictures: [], tokens: [] });
   running = new AbortController();
   showRunning(true);
   turn.times = { start: performance.now() };
@@ -100,10 +100,11 @@ async function answer() {
       if (!choice) continue;
       turn.tokens.push(...(choice.logprobs?.content ?? []));
       if (choice.finish_reason) turn.ended = choice.finish_reason;
-      if (!choice.delta.content) continue;
+      if (!choice.delta.content && !choice.delta.reasoning) continue;
       turn.times.last = performance.now();
       turn.times.first ??= turn.times.last;
-      turn.text += choice.delta.content;
+      turn.thought += choice.delta.reasoning ?? "";
+      turn.text += choice.delta.content ?? "";
       drawSoon(turn);
     }
   } catch (error) {
@@ -157,7 +158,17 @@ function draw(turn) {
   const parts = [pictures, text];
   if (turn.error) parts.push(make("p", { className: "error", role: "alert", textContent: turn.error }));
   parts.push(facts(turn));
-  turn.node.replaceChildren(...parts);
+  if (turn.thought) showThoughts(turn);
+  for (const old of [...turn.node.children]) if (old !== turn.thoughts) old.remove();
+  turn.node.append(...parts);
+}
+
+function showThoughts(turn) {
+  if (!turn.thoughts) { // which stay: a click on what is replaced at every token would be lost
+    turn.thoughts = make("details", { className: "thoughts" }, make("summary", { textContent: "Thoughts" }), make("div"));
+    turn.node.prepend(turn.thoughts);
+  }
+  turn.thoughts.lastElementChild.textContent = turn.thought;
 }
 
 function facts(turn) {
@@ -179,7 +190,11 @@ function facts(turn) {
   }
   if (usage) {
     const shown = usage.prompt_tokens_details?.multimodal_tokens;
-    say(`${usage.prompt_tokens} tokens in${shown ? `, ${shown} of them pictures` : ""}, ${usage.completion_tokens} out`);
+    const thought = usage.completion_tokens_details?.reasoning_tokens;
+    say(
+      `${usage.prompt_tokens} tokens in${shown ? `, ${shown} of them pictures` : ""}, ` +
+        `${usage.completion_tokens} out${thought ? `, ${thought} of them thoughts` : ""}`,
+    );
   }
   if (turn.ended === "length") say("cut at the longest answer");
   if (turn.ended === "stopped") say("stopped");
